@@ -1,0 +1,45 @@
+rule activations:
+    input:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        script=code("activations.py"),
+    output:
+        f"{RUN}/activations/{{target}}.h5",
+    log:
+        f"{RUN}/logs/activations.{{target}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/activations.{{target}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("activations"),
+    message:
+        "Cache activations of {wildcards.target}"
+    script:
+        "../workflow/scripts/activations.py"
+
+
+rule labels:
+    input:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        cache=f"{RUN}/activations/{{target}}.h5",
+        script=code("labels.py"),
+    output:
+        f"{RUN}/labels/{{target}}.h5",
+    log:
+        f"{RUN}/logs/labels.{{target}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/labels.{{target}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("labels"),
+    message:
+        "Label pitch, loudness and brightness on the frames of {wildcards.target}"
+    script:
+        "../workflow/scripts/labels.py"

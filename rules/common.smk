@@ -1,0 +1,52 @@
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.resources import Resource
+
+sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+
+from eqknobs.config import decodes, stage_config, validate
+from eqknobs.errors import EqknobsError
+from eqknobs.provenance import code_inputs
+
+try:
+    validate(config)
+except EqknobsError as error:
+    raise WorkflowError(str(error)) from None
+
+RUN = f"results/{config['run']['name']}"
+TARGETS = config["run"]["targets"]
+CODEC_TARGETS = [target for target in TARGETS if decodes(config, target)]
+PROPERTIES = config["probes"]["properties"]
+SAES = sorted(config["saes"])
+SEEDS = config["sae_seeds"]
+SOUND_STAGES = ["codec", "steering", "importance"]
+ENV = "../envs/eqknobs.yaml"
+
+# One GPU, one job on it, also when the user forgets `--resources gpu=1`.
+if workflow.is_main_process and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", Resource("gpu", 1))
+
+
+wildcard_constraints:
+    target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?",
+    property="centroid|rms|pitch",
+    sae="[A-Za-z0-9][A-Za-z0-9_-]*",
+    seed="[0-9]+",
+    stage="codec|steering|importance",
+
+
+def cfg(stage):
+    """The one parameter of a rule: its slice of the configuration."""
+    return lambda wildcards: stage_config(config, stage, **dict(wildcards))
+
+
+def code(script):
+    """A script and every module of the package it imports, as inputs: editing one reruns just its stages."""
+    return code_inputs(Path(workflow.basedir) / "workflow" / "scripts" / script)
+
+
+def gpu(wildcards):
+    """1 where the job may use a GPU: CPU-only configurations run side by side."""
+    return 0 if config["hardware"]["device"] == "cpu" else 1

@@ -1,0 +1,19 @@
+rule manifest:
+    input:
+        script=code("manifest.py"),
+    output:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        rejected=f"{RUN}/manifest/rejected.csv",
+    log:
+        f"{RUN}/logs/manifest.log",
+    benchmark:
+        f"{RUN}/benchmarks/manifest.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    params:
+        cfg=cfg("manifest"),
+    message:
+        "Draw the manifest"
+    script:
+        "../workflow/scripts/manifest.py"

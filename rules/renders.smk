@@ -1,0 +1,117 @@
+STEERED = ["centroid", *sorted(config["steering"]["other_alpha"])]
+
+
+rule codec_renders:
+    input:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        cache=f"{RUN}/activations/{{target}}.h5",
+        script=code("codec_renders.py"),
+    output:
+        index=f"{RUN}/renders/{{target}}/codec/index.csv",
+        signal=f"{RUN}/scores/{{target}}.codec.signal.csv",
+    log:
+        f"{RUN}/logs/codec_renders.{{target}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/codec_renders.{{target}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("codec_renders"),
+    message:
+        "Render the codec round trips of {wildcards.target}"
+    script:
+        "../workflow/scripts/codec_renders.py"
+
+
+rule steering_calibration:
+    input:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        cache=f"{RUN}/activations/{{target}}.h5",
+        labels=f"{RUN}/labels/{{target}}.h5",
+        saes=expand(
+            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
+        ),
+        probes=expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=STEERED),
+        script=code("steering_calibration.py"),
+    output:
+        calibration=f"{RUN}/steering/{{target}}/calibration.json",
+        scores=f"{RUN}/scores/{{target}}.calibration.csv",
+    log:
+        f"{RUN}/logs/steering_calibration.{{target}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/steering_calibration.{{target}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("steering_calibration"),
+    message:
+        "Calibrate every steering arm of {wildcards.target} to one shift"
+    script:
+        "../workflow/scripts/steering_calibration.py"
+
+
+rule steering_renders:
+    input:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        cache=f"{RUN}/activations/{{target}}.h5",
+        labels=f"{RUN}/labels/{{target}}.h5",
+        saes=expand(
+            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
+        ),
+        probes=expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=STEERED),
+        calibration=f"{RUN}/steering/{{target}}/calibration.json",
+        script=code("steering_renders.py"),
+    output:
+        index=f"{RUN}/renders/{{target}}/steering/index.csv",
+        signal=f"{RUN}/scores/{{target}}.steering.signal.csv",
+    log:
+        f"{RUN}/logs/steering_renders.{{target}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/steering_renders.{{target}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("steering_renders"),
+    message:
+        "Render steered sound from {wildcards.target}"
+    script:
+        "../workflow/scripts/steering_renders.py"
+
+
+rule importance_renders:
+    input:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        cache=f"{RUN}/activations/{{target}}.h5",
+        saes=expand(
+            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
+        ),
+        probes=f"{RUN}/probes/{{target}}/centroid.npz",
+        script=code("importance_renders.py"),
+    output:
+        importance=f"{RUN}/importance/{{target}}.json",
+        index=f"{RUN}/renders/{{target}}/importance/index.csv",
+        signal=f"{RUN}/scores/{{target}}.importance.signal.csv",
+    log:
+        f"{RUN}/logs/importance_renders.{{target}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/importance_renders.{{target}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("importance_renders"),
+    message:
+        "Map importance in {wildcards.target} and ablate"
+    script:
+        "../workflow/scripts/importance_renders.py"

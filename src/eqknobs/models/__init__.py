@@ -1,0 +1,120 @@
+"""Models behind one protocol: read activations at a site, continue the model from edited ones."""
+
+import fcntl
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from eqknobs.errors import EqknobsError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where activations are read and, if the model decodes, written back."""
+
+    name: str  # "encoder_transformer", "encoder_layer.3"
+    path: str  # module path inside the network, resolved at load time
+    width: int
+    hop: int  # samples at the model's rate
+    frame_rate: float  # Hz
+    context: float  # seconds of left context that a frame depends on; inf: the whole clip
+
+
+class Model(Protocol):
+    """What the stages know of a model. Waveforms are float32 mono at `sample_rate`, activations float32
+    [frames, width]; frame t of a codec covers samples [t * hop, (t + 1) * hop)."""
+
+    name: str
+    revision: str  # hub commit, or first 12 hex digits of the SHA-256 of a folder's weights
+    device: str  # "cpu" or "cuda"
+    sample_rate: int
+    sites: dict[str, Site]
+    n_codebooks: int  # 0: cannot quantise
+    decodes: bool
+
+    def site(self, name: str) -> Site:
+        """The site of that name. Raises EqknobsError, naming all sites, if there is none."""
+        ...
+
+    def frames(self, samples: int, site: str) -> int:
+        """Number of valid frames of a clip of that many samples."""
+        ...
+
+    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
+        """Activations [frames, width] of a waveform [samples]; padding is never returned."""
+        ...
+
+    def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
+        """Waveform [samples], the model continued from `acts` at the site; `codebooks` None skips the
+        quantiser. Raises EqknobsError if the model does not decode."""
+        ...
+
+    def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        """Integer codes [codebooks, code frames] of `acts`; `codebooks` None means all."""
+        ...
+
+
+def load_model(cfg_model: dict) -> Model:
+    """Load a model from a folder or from the hub.
+
+    cfg_model: `{name, kind, path, revision, device}`; kind mimi, encodec, dac, hubert or whisper; path a
+    folder with `config.json` and safetensors weights, or a hub id; revision pins a hub model (or, if given,
+    the folder's weights); device auto, cpu or cuda. Weights become float32, in evaluation mode.
+
+    Raises EqknobsError: unknown kind, no such folder or hub model, folder without weights, pickled weights,
+    weights that do not fit the architecture, no GPU.
+    """
+    from eqknobs.models import hf, mimi  # here, because they import transformers, which takes seconds
+
+    adapters = {"mimi": mimi.Mimi, **hf.ADAPTERS}
+    if cfg_model["kind"] not in adapters:
+        raise EqknobsError(
+            f"models.{cfg_model['name']}.kind: unknown kind {cfg_model['kind']!r}; "
+            f"choose one of {', '.join(adapters)}"
+        )
+    return adapters[cfg_model["kind"]](cfg_model)
+
+
+def pick_device(device: str) -> str:
+    """Resolve auto | cpu | cuda. Raises EqknobsError if cuda is asked for and absent."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EqknobsError("device: cuda was asked for, but torch sees no GPU; set device to auto or cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+_lock_depth = 0
+
+
+@contextmanager
+def gpu_lock(device: str = "auto") -> Iterator[None]:
+    """Keep other processes of this user off the GPU while the block runs; does nothing on a CPU.
+
+    Snakemake's `gpu` resource counts within one invocation only; two invocations with different targets
+    would share the card. The lock is a file in the temporary directory and ends with the process, however
+    that ends. Nested uses in one process are harmless.
+    """
+    global _lock_depth
+    if device != "cuda" and pick_device(device) != "cuda":
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / f"eqknobs-gpu-{os.getuid()}.lock", "a") as file:
+        if _lock_depth == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("waiting for the GPU: another eqknobs process holds it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        _lock_depth += 1
+        try:
+            yield
+        finally:
+            _lock_depth -= 1

@@ -1,0 +1,226 @@
+"""What the transformers adapters share: safe loading, sites, hooks, inference mode."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from eqknobs.errors import EqknobsError
+from eqknobs.models import Site, pick_device
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Made at construction, used in training only, and absent from some published encoders.
+UNUSED_KEYS = {"masked_spec_embed"}
+
+
+def folder_weights(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a model folder; raises EqknobsError if it has none."""
+    weights = sorted(folder.glob("model*.safetensors"))
+    if weights:
+        return weights
+    if pickled := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
+        raise EqknobsError(
+            f"models.{name}.path: {folder} holds only pickled weights ({pickled[0]}), which can run code "
+            "when read; convert them to model.safetensors"
+        )
+    raise EqknobsError(f"models.{name}.path: {folder} has no weights; put model.safetensors there")
+
+
+def weights_hash(weights: list[Path]) -> str:
+    """First 12 hex digits of the SHA-256 of the weight files, one after another."""
+    digest = hashlib.sha256()
+    for path in weights:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def load_pretrained(cls: type, cfg: dict) -> tuple[nn.Module, str]:
+    """Load a network of class `cls` and its revision; see `load_model` for cfg and errors."""
+    name, path, pinned = cfg["name"], str(cfg["path"]), cfg.get("revision")
+    folder = Path(path)
+    if folder.is_dir():
+        revision = weights_hash(folder_weights(folder, name))
+        if pinned is not None and pinned != revision:
+            raise EqknobsError(
+                f"models.{name}.revision: {folder} has weights {revision}, not {pinned}; "
+                "mend the folder or the config"
+            )
+        where, pinned = f"folder {folder}", None
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise EqknobsError(
+            f"models.{name}.path: no folder {path}; give a model folder or a hub id such as owner/name"
+        )
+    else:
+        where, revision = f"{path!r} (no such folder, so taken as a hub id)", ""
+    with one_line(f"models.{name}: cannot load {where}; check path, revision and network"):
+        config, _ = cls.config_class.get_config_dict(path, revision=pinned)
+        revision = revision or config.get("_commit_hash") or str(pinned)
+    if config.get("model_type") != cfg["kind"]:
+        raise EqknobsError(
+            f"models.{name}.kind: {where} is of type {config.get('model_type')!r}, not {cfg['kind']!r}; "
+            "mend kind or path"
+        )
+    with one_line(f"models.{name}: cannot load the safetensors weights of {where}"):
+        net, info = cls.from_pretrained(
+            path, revision=pinned, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    if missing := sorted(key for key in info["missing_keys"] if key.split(".")[-1] not in UNUSED_KEYS):
+        # transformers would go on with random values in their place
+        raise EqknobsError(
+            f"models.{name}: the weights of {where} lack {len(missing)} tensors, the first {missing[0]}; "
+            "the file is not a whole model"
+        )
+    return net, revision
+
+
+@contextmanager
+def one_line(message: str) -> Iterator[None]:
+    """Turn whatever a third-party loader raises into one EqknobsError."""
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # the loaders raise OSError, ValueError, KeyError, RuntimeError, SafetensorError ...
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise EqknobsError(f"{message} ({type(error).__name__}: {reason[:300]})") from error
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """No gradients; a full GPU becomes one clear line."""
+    try:
+        with torch.inference_mode():
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise EqknobsError(
+            "the GPU is out of memory: close other programs, lower data.max_seconds or set device to cpu"
+        ) from error
+
+
+def unwrap(output: Any) -> Tensor:
+    """The hidden states a module returned: a tensor, a tuple or an output object, by version and module."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def captured(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the module returns, one entry a call."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _m, _i, output: seen.append(unwrap(output)))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def substituted(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """Let the module return `value` in place of its own hidden states."""
+
+    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return value if isinstance(output, Tensor) else (value, *output[1:])
+
+    hook = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def fit(wav: Tensor, samples: int) -> np.ndarray:
+    """Trim a waveform, or pad it with zeros, to a number of samples; numpy [samples]."""
+    return nn.functional.pad(wav[:samples], (0, max(0, samples - len(wav)))).cpu().numpy()
+
+
+def convolution_reach(net: nn.Module) -> int:
+    """Samples before (or after) its own hop that one output of a stack of convolutions can depend on."""
+    reach, jump = 0, 1
+    for module in net.modules():
+        if isinstance(module, nn.Conv1d):
+            reach += (module.kernel_size[0] - 1) * module.dilation[0] * jump
+            jump *= module.stride[0]
+    return reach
+
+
+class Pretrained:
+    """Base of the adapters; a subclass sets `net_class`, `sample_rate`, `sites` and adds `encode`."""
+
+    net_class: type
+    sample_rate: int
+    sites: dict[str, Site]
+    n_codebooks = 0
+    min_codebooks = 1
+    decodes = False
+
+    def __init__(self, cfg: dict):
+        self.name = cfg["name"]
+        self.device = pick_device(cfg.get("device") or "auto")
+        self.net, self.revision = load_pretrained(self.net_class, cfg)
+        self.config = self.net.config
+        if self.device == "cuda":
+            torch.backends.cudnn.allow_tf32 = (
+                False  # convolutions would otherwise lose half of float32's digits
+            )
+        self.net.eval().requires_grad_(False).to(self.device)
+
+    def resolve(self, *paths: str) -> str:
+        """The first of these module paths that exists in the network (layouts move between versions)."""
+        for path in paths:
+            try:
+                self.net.get_submodule(path)
+                return path
+            except AttributeError:
+                continue
+        raise EqknobsError(
+            f"models.{self.name}: no module {paths[0]} in {type(self.net).__name__} of transformers "
+            f"{transformers.__version__}; install the pinned version"
+        )
+
+    def site(self, name: str) -> Site:
+        if name not in self.sites:
+            raise EqknobsError(f"model {self.name} has no site {name!r}; its sites: {', '.join(self.sites)}")
+        return self.sites[name]
+
+    def frames(self, samples: int, site: str) -> int:
+        return math.ceil(samples / self.site(site).hop)
+
+    def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
+        raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
+
+    def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        raise EqknobsError(f"model {self.name} has no codebooks")
+
+    def _wave(self, wav: np.ndarray, block: int = 1) -> Tensor:
+        """[samples] on the device, zero-padded on the right to a multiple of `block`."""
+        if np.ndim(wav) != 1 or len(wav) == 0:
+            raise EqknobsError(
+                f"model {self.name} needs a mono waveform [samples], got shape {np.shape(wav)}"
+            )
+        wave = torch.as_tensor(np.ascontiguousarray(wav, dtype=np.float32), device=self.device)
+        return nn.functional.pad(wave, (0, -len(wave) % block))
+
+    def _acts(self, acts: np.ndarray, site: str) -> Tensor:
+        """[1, frames, width] on the device."""
+        width = self.site(site).width
+        if np.ndim(acts) != 2 or np.shape(acts)[1] != width:
+            raise EqknobsError(
+                f"{self.name}.{site} takes activations [frames, {width}], got {list(np.shape(acts))}"
+            )
+        return torch.as_tensor(np.ascontiguousarray(acts, dtype=np.float32), device=self.device)[None]
+
+    def _codebooks(self, codebooks: int | None) -> int:
+        count = self.n_codebooks if codebooks is None else codebooks
+        if not self.min_codebooks <= count <= self.n_codebooks:
+            raise EqknobsError(
+                f"model {self.name} takes {self.min_codebooks} to {self.n_codebooks} codebooks, not {count}"
+            )
+        return count

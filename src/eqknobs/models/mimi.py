@@ -1,0 +1,97 @@
+"""Mimi (Défossez et al. 2024, arXiv 2410.00037) in transformers' implementation and file format."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import MimiModel
+
+from eqknobs.errors import EqknobsError
+from eqknobs.models import Site
+from eqknobs.models.base import Pretrained, captured, convolution_reach, fit, inference, substituted
+
+
+class Mimi(Pretrained):
+    """Sites `encoder_transformer` (its output, before the downsampling to code rate) and `encoder_layer.<i>`.
+
+    Every waveform is zero-padded to whole code frames (`stride` encoder frames each): the encoder is causal,
+    so that padding changes no frame, and valid frames = stride * ceil(samples / (stride * hop)).
+    """
+
+    net_class = MimiModel
+    decodes = True
+    chunk_seconds = 20.0
+
+    def __init__(self, cfg: dict):
+        super().__init__(cfg)
+        config = self.config
+        if config.audio_channels != 1 or not config.use_causal_conv or config.latent_stride < 2:
+            raise EqknobsError(
+                f"models.{self.name}: only mono, causal Mimi models with a downsampling are supported"
+            )
+        self.sample_rate = config.sampling_rate
+        self.n_codebooks = config.num_quantizers
+        self.min_codebooks = config.num_semantic_quantizers
+        self.stride = config.latent_stride
+        hop = math.prod(config.upsampling_ratios)
+        rate = self.sample_rate / hop
+        seanet = self.net.get_submodule(self.resolve("encoder.encoder_seanet", "encoder"))
+        reach = convolution_reach(seanet) / self.sample_rate
+        window = (config.sliding_window - 1) / rate
+        transformer = self.resolve("encoder.encoder_transformer", "encoder_transformer")
+        paths = {"encoder_transformer": (transformer, config.num_hidden_layers)}
+        for i in range(config.num_hidden_layers):
+            paths[f"encoder_layer.{i}"] = (self.resolve(f"{transformer}.layers.{i}"), i + 1)
+        self.sites = {
+            name: Site(name, path, config.hidden_size, hop, rate, reach + depth * window)
+            for name, (path, depth) in paths.items()
+        }
+        self._transformer = self.net.get_submodule(transformer)
+        self._downsample = self.net.get_submodule(self.resolve("encoder.downsample", "downsample"))
+
+    def frames(self, samples: int, site: str) -> int:
+        return self.stride * math.ceil(samples / (self.stride * self.site(site).hop))
+
+    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
+        """Activations [frames, width]. Exact for any length in bounded memory: chunks of `chunk_seconds`
+        go through the model's own streaming caches (convolution inputs, keys and values of the window)."""
+        place = self.site(site)
+        block = self.stride * place.hop
+        wave = self._wave(wav, block)
+        chunk = block * max(1, round(self.chunk_seconds * self.sample_rate / block))
+        out, state = [], {}
+        with inference(), captured(self.net.get_submodule(place.path)) as seen:
+            for start in range(0, len(wave), chunk):
+                step = self.net.encoder(wave[None, None, start : start + chunk], use_streaming=True, **state)
+                state = {"past_key_values": step.past_key_values, "padding_cache": step.padding_cache}
+                out.append(seen.pop()[0].cpu())
+        return torch.cat(out).numpy()
+
+    def _latents(self, acts: np.ndarray, site: str) -> Tensor:
+        """Latents [1, width, code frames] at code rate, the encoder continued from `acts`."""
+        hidden = self._acts(acts, site)
+        if hidden.shape[1] % self.stride or not hidden.shape[1]:
+            raise EqknobsError(
+                f"{self.name}: {hidden.shape[1]} frames are not whole code frames of {self.stride}"
+            )
+        if site != "encoder_transformer":
+            # The layers up to the site run on zeros and are overruled; masks and positions stay the model's.
+            with substituted(self.net.get_submodule(self.site(site).path), hidden):
+                hidden = self._transformer(torch.zeros_like(hidden), use_cache=False)[0]
+        return self._downsample(hidden.transpose(1, 2))
+
+    def _codes(self, latents: Tensor, codebooks: int | None) -> Tensor:
+        return self.net.quantizer.encode(latents, self._codebooks(codebooks)).transpose(0, 1)
+
+    def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
+        """Waveform [samples]. Decoded in one piece, so memory grows with the clip."""
+        with inference():
+            latents = self._latents(acts, site)
+            if codebooks is not None:
+                latents = self.net.quantizer.decode(self._codes(latents, codebooks))
+            return fit(self.net.decoder(latents).audio_values[0, 0], samples)
+
+    def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        with inference():
+            return self._codes(self._latents(acts, site), codebooks)[0].cpu().numpy()

@@ -1,0 +1,53 @@
+"""What the thin scripts under `workflow/scripts` share: log, threads, and errors of one line."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from eqknobs.errors import one_line_errors
+
+
+class _Tee:
+    """Write to the terminal (progress) and to the job's log."""
+
+    def __init__(self, *streams: TextIO) -> None:
+        self.streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self.streams:
+            stream.write(text)
+            stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self.streams:
+            stream.flush()
+
+    def isatty(self) -> bool:
+        return self.streams[0].isatty()
+
+
+def run(main: Callable[..., None], snakemake: Any) -> None:
+    """Call `main(input, output, cfg)` of a script with Snakemake's job object.
+
+    Everything printed goes to the terminal and to the rule's log; an EqknobsError becomes one line and exit status 1.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(snakemake.threads)  # read by CTranslate2 when the judge starts
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(snakemake.threads)
+        sys.modules["torch"].use_deterministic_algorithms(True, warn_only=True)
+    log = Path(snakemake.log[0])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        out, err = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
+        try:
+            with one_line_errors():
+                main(snakemake.input, snakemake.output, dict(snakemake.params.cfg))
+        except SystemExit as stop:
+            print(stop.code, file=sys.stderr)
+            sys.exit(1)
+        finally:
+            sys.stdout, sys.stderr = out, err

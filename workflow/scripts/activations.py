@@ -1,0 +1,14 @@
+"""Cache the activations of one target."""
+
+from typing import Any
+
+from eqknobs.activations import cache_activations
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    cache_activations(inputs.manifest, outputs[0], cfg["model"], cfg["site"], cfg)
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

@@ -1,0 +1,16 @@
+"""Render codec round trips."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.codec import render_codec
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    render_codec(inputs.manifest, inputs.cache, Path(outputs.index).parent, outputs.signal, cfg)
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

@@ -1,0 +1,26 @@
+"""Map importance and ablate."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.importance import render_importance
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
+    render_importance(
+        inputs.manifest,
+        inputs.cache,
+        saes,
+        inputs.probes,
+        outputs.importance,
+        Path(outputs.index).parent,
+        outputs.signal,
+        cfg,
+    )
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

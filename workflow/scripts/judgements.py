@@ -1,0 +1,16 @@
+"""Judge words and voice of rendered clips."""
+
+from typing import Any
+
+from eqknobs.judges import judge_renders
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    judge_renders(
+        inputs.index, inputs.originals, inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]}
+    )
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

@@ -1,0 +1,14 @@
+"""Transcribe the untouched test clips."""
+
+from typing import Any
+
+from eqknobs.judges import judge_originals
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]})
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

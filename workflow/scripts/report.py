@@ -1,0 +1,17 @@
+"""Write the report."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.report import write_report
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    out = Path(outputs[0]).parent
+    write_report(out.parent, cfg["config"]["run"]["targets"], cfg["config"], out)
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

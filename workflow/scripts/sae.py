@@ -1,0 +1,16 @@
+"""Train one SAE."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.sae import train_sae
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    train_sae(inputs.cache, Path(outputs.config).parent, {**cfg["sae"], "device": cfg["device"]}, cfg["seed"])
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

@@ -1,0 +1,19 @@
+"""Score the SAEs of one target on val and test."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.sae import score_saes
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    folders: dict[str, dict[int, Path]] = {}
+    for path in map(Path, inputs.saes):
+        folders.setdefault(path.parts[-3], {})[int(path.parts[-2].removeprefix("seed"))] = path.parent
+    score_saes(inputs.cache, folders, outputs.scores, outputs.summary, cfg)
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

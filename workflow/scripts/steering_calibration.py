@@ -1,0 +1,20 @@
+"""Calibrate the steering arms on val."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.script import run
+from eqknobs.steering import calibrate_steering
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
+    probes = {Path(path).stem: path for path in inputs.probes}
+    calibrate_steering(
+        inputs.manifest, inputs.cache, inputs.labels, saes, probes, outputs.calibration, outputs.scores, cfg
+    )
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

@@ -1,0 +1,28 @@
+"""Render steered sound on test."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.script import run
+from eqknobs.steering import render_steering
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
+    probes = {Path(path).stem: path for path in inputs.probes}
+    render_steering(
+        inputs.manifest,
+        inputs.cache,
+        inputs.labels,
+        saes,
+        probes,
+        inputs.calibration,
+        Path(outputs.index).parent,
+        outputs.signal,
+        cfg,
+    )
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821

@@ -1,0 +1,16 @@
+"""Compute the tables from the raw scores."""
+
+from typing import Any
+
+from pathlib import Path
+
+from eqknobs.script import run
+from eqknobs.tables import write_tables
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    write_tables(Path(outputs.summary).parents[1], cfg["targets"], cfg, cfg["models"])
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821
