@@ -29,7 +29,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        f"{RUN}/report/index.html",
+        TRAINED if "codec_training" in config else f"{RUN}/report/index.html",
 
 
 # Milestones: `snakemake caches` stops after the activation caches, and so on.

@@ -1,1 +1,26 @@
+# Not part of the analysis: a configuration with `codec_training` trains a codec instead (config/train-tiny-mimi.yaml).
+TRAINED = f"{RUN}/model/model.safetensors"
 
+
+rule codec_training:
+    input:
+        script=code("codec_training.py"),
+    output:
+        weights=TRAINED,
+        config=f"{RUN}/model/config.json",
+        log=f"{RUN}/model/log.csv",
+    params:
+        cfg=cfg("codec_training"),
+    log:
+        f"{RUN}/logs/codec_training.log",
+    benchmark:
+        f"{RUN}/benchmarks/codec_training.tsv"
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    conda:
+        ENV
+    message:
+        "Train a codec"
+    script:
+        "../workflow/scripts/codec_training.py"

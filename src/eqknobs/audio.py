@@ -1,5 +1,6 @@
 """Read and write audio files."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,49 +17,37 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     Reads every format libsndfile knows. Raises EqknobsError when the file is missing, not audio, cut short,
     empty or holds values that are not numbers.
     """
-    wav, file_rate = _decode(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        raise EqknobsError(f"{path}: no such audio file; restore it or rebuild the manifest")
+    try:
+        with sf.SoundFile(path) as file:
+            promised, file_rate, log = file.frames, file.samplerate, file.extra_info
+            wav = file.read(dtype="float32", always_2d=True).mean(axis=1)
+    except sf.LibsndfileError as error:
+        raise EqknobsError(f"{path}: not readable as audio ({error.error_string}); replace or remove it") from error
+    # libsndfile returns what there is of a file cut short. A WAV's log then shows both sizes; the largest
+    # 32-bit size is no defect but what programs write that stream and do not know the length beforehand.
+    sizes = re.search(r"^data\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    if len(wav) < promised or (sizes and int(sizes[2]) < int(sizes[1]) < 2**31 - 1):
+        raise EqknobsError(f"{path}: cut short after {len(wav)} samples; fetch it again or remove it")
+    if not np.isfinite(wav).all():
+        raise EqknobsError(f"{path}: holds NaN or infinite samples; replace or remove it")
     if file_rate != rate:
         wav = soxr.resample(wav, file_rate, rate)
     if not len(wav):
-        raise EqknobsError(f"{path}: no audio samples; remove the file or replace it")
+        raise EqknobsError(f"{path}: holds no samples; replace or remove it")
     return wav
-
-
-def _decode(path: Path) -> tuple[np.ndarray, int]:
-    """Mono float32 samples at the file's own rate, and that rate."""
-    if not path.is_file():
-        raise EqknobsError(f"{path}: no such audio file; rebuild the manifest or restore the file")
-    try:
-        with sf.SoundFile(path) as file:
-            promised, rate = file.frames, file.samplerate
-            wav = file.read(dtype="float32", always_2d=True).mean(axis=1)
-    except (sf.LibsndfileError, RuntimeError) as error:
-        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ")
-        raise EqknobsError(f"{path}: not readable as audio ({reason}); remove or replace it") from error
-    # libsndfile silently returns fewer samples than the header announces when the file was cut short.
-    if len(wav) < promised:
-        raise EqknobsError(
-            f"{path}: cut short ({len(wav)} of {promised} samples); fetch the file again or remove it"
-        )
-    if not len(wav):
-        raise EqknobsError(f"{path}: no audio samples; remove the file or replace it")
-    if not np.isfinite(wav).all():
-        raise EqknobsError(
-            f"{path}: holds samples that are not numbers (NaN or infinite); remove or replace it"
-        )
-    return wav, rate
 
 
 def write_flac(path: str | Path, wav: np.ndarray, rate: int) -> None:
     """Write [samples] in −1…1 as 16-bit mono FLAC, atomically; louder samples are clipped.
 
-    Raises EqknobsError on values that are not numbers.
+    Raises EqknobsError on NaN or infinite samples.
     """
     wav = np.asarray(wav, dtype=np.float64)
     if not np.isfinite(wav).all():
-        raise EqknobsError(
-            f"{path}: refusing to write samples that are not numbers; check the edit that made them"
-        )
+        raise EqknobsError(f"{path}: the sound to write holds NaN or infinite samples; weaken the edit")
     pcm = np.clip(np.rint(wav * 32768), -32768, 32767).astype(np.int16)
     with atomic_path(path) as temporary:
         sf.write(temporary, pcm, rate, format="FLAC", subtype="PCM_16")

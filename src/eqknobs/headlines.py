@@ -17,8 +17,8 @@ ARMS = {
     "raw_probe": "raw-latent probe direction",
     "difference_in_means": "difference in means",
     "random": "random direction",
-    "dsp_lowpass": "low-pass filter, then the codec",
-    "dsp_bandpass": "band-pass 300–3000 Hz, then the codec",
+    "dsp_lowpass": "low-pass filter before the codec",
+    "dsp_bandpass": "band-pass 300–3000 Hz before the codec",
 }
 SPACES = {
     "raw": "raw latents",
@@ -35,21 +35,22 @@ MAPS = {
     "inverted": "inverted map",
     "random": "random sets",
     "keep_critical": "keep only critical",
+    "none": "nothing removed",
 }
+PROPERTIES = {"centroid": "Spectral centroid", "rms": "RMS level", "pitch": "Pitch"}
 MEASURE_NAMES = {
     "wer": "WER",
     "speaker_similarity": "speaker similarity",
-    "mel_distance": "mel distance (dB)",
+    "mel_distance": "mel distance",
     "latent_error": "latent error",
     "accuracy": "accuracy",
 }
 
 
-def label(name: str) -> str:
-    """Plain words for an arm, a feature space or an importance map: "sae_clamp:topk" -> "SAE feature clamp (topk)"."""
+def label(name: str, words: dict[str, str] = ARMS | SPACES) -> str:
+    """Plain words for an arm, a space or (words=MAPS) a map: "sae_clamp:topk" -> "SAE feature clamp (topk)"."""
     kind, _, sae = name.partition(":")
-    words = ARMS.get(kind) or MAPS.get(kind) or SPACES.get(kind) or kind
-    return f"{words} ({sae})" if sae else words
+    return f"{words.get(kind, kind)} ({sae})" if sae else words.get(kind, kind)
 
 
 def _number(value: float, signed: bool = False) -> str:
@@ -71,159 +72,119 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _difference(record: dict[str, Any]) -> str:
-    """The paired difference with its interval and what it allows one to say."""
-    corrected = (
-        f"; p = {record['p_holm']:.3f} after Holm over {record['compared']}" if record["compared"] > 1 else ""
+def _said(record: dict[str, Any]) -> tuple[str, str]:
+    """What a comparison does to the claim that a is the better one: (verdict, words).
+
+    An interval that holds 0, or a p that fails Holm's correction, shows nothing.
+    """
+    if record["verdict"] == "undecided":
+        return "undecided", "is not shown to differ from"
+    if record["p_holm"] >= 0.05:
+        return "undecided", f"looks {record['verdict']} than, but after Holm's correction is not shown to differ from,"
+    return ("positive" if record["verdict"] == "better" else "negative"), f"does {record['verdict']} than"
+
+
+def _numbers(record: dict[str, Any]) -> str:
+    """Both values, the paired difference with its interval, p and counts."""
+    p = f"p = {record['p_holm']:.3f}" + (f" (Holm, {record['compared']})" if record["compared"] > 1 else "")
+    return (
+        f"{MEASURE_NAMES[record['measure']]} {_number(record['value_a'])} against {_number(record['value_b'])}; "
+        f"difference {_number(record['difference'], True)} {_range(record['low'], record['high'], True)}; {p}; "
+        f"{_of(record)}"
     )
-    found = f"difference {_number(record['difference'], True)} {_range(record['low'], record['high'], True)}"
-    a, b = label(record["a"]), label(record["b"])
-    said = {
-        "undecided": "the interval holds 0, so no difference is shown",
-        "better": f"the {a} does better than the {b}",
-        "worse": f"the {a} does worse than the {b}",
-    }[record["verdict"]]
-    if record["verdict"] != "undecided" and record["p_holm"] >= 0.05:
-        said += ", but not after correction"
-    return f"{found}{corrected}: {said}"
 
 
-def _headline(topic: str, verdict: str, text: str) -> dict[str, str]:
-    return {"topic": topic, "verdict": verdict, "text": text}
+def _headline(topic: str, verdict: str, text: str, detail: str = "") -> dict[str, str]:
+    return {"topic": topic, "verdict": verdict, "text": text, "detail": detail}
 
 
-def _codec_headlines(summary: dict[str, Any]) -> list[dict[str, str]]:
+def _codec(summary: dict[str, Any]) -> list[dict[str, str]]:
     words = summary["words"]
     if words is None:
         return []
-    text = (
-        f"Through the codec alone ({words['codebooks']} codebooks) the recogniser's word error rate is "
-        f"{_number(words['wer'])} {_range(words['wer_low'], words['wer_high'])} against its own transcript of the "
-        f"untouched clip ({_of(words)})."
-    )
-    if words["measurable"]:
-        return [_headline("codec", "measured", text + " Word errors of edits are to be read on top of that.")]
-    return [
-        _headline(
-            "codec",
-            "negative",
-            f"{text} That is above {words['threshold']}: what an edit costs in words cannot be measured on this codec, "
-            f"and the word columns say “{UNMEASURABLE}”.",
-        )
-    ]
+    wer = f"{_number(words['wer'])} {_range(words['wer_low'], words['wer_high'])}"
+    text = f"The codec alone, at {words['codebooks']} codebooks, costs a word error rate of {wer}"
+    if not words["measurable"]:
+        text += f": above {words['threshold']}, so what an edit costs in words is {UNMEASURABLE}"
+    detail = f"against the recogniser's own transcript of the untouched clip; {_of(words)}"
+    return [_headline("codec", "measured" if words["measurable"] else "negative", f"{text}.", detail)]
 
 
-def _sae_headlines(summary: dict[str, Any]) -> list[dict[str, str]]:
+def _saes(summary: dict[str, Any]) -> list[dict[str, str]]:
     lines = []
     for row in summary["sae"]:
         share = row["l0"] / row["d_sae"]
-        text = (
-            f"SAE {row['sae']}: {row['l0']:.1f} of {row['d_sae']} features fire in a frame ({share:.1%}), and "
-            f"{_number(row['fvu'])} {_range(row['fvu_low'], row['fvu_high'])} of the variance stays unexplained "
-            f"({_of(row)})."
-        )
         dense = share > DENSE_SHARE
-        lines.append(
-            _headline(
-                "sae",
-                "negative" if dense else "measured",
-                text + (" This code is not sparse." if dense else ""),
-            )
-        )
+        text = f"SAE {row['sae']} {'is not sparse' if dense else 'is sparse'}: {row['l0']:.1f} of {row['d_sae']} "
+        text += f"features fire in a frame ({share:.1%}). It leaves {_number(row['fvu'])} of the variance unexplained."
+        detail = f"FVU {_range(row['fvu_low'], row['fvu_high'])}; {_of(row)}; called sparse up to {DENSE_SHARE:.0%}"
+        lines.append(_headline("sae", "negative" if dense else "positive", text, detail))
     return lines
 
 
-def _probe_headlines(summary: dict[str, Any], comparisons: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _probes(summary: dict[str, Any]) -> list[dict[str, str]]:
     lines = []
-    for record in comparisons:
+    for record in summary["comparisons"]:
         if record["family"] != "probe, quantile, minus raw":
             continue
-        null = next(
-            r for r in summary["probes"] if r["space"] == record["a"] and r["property"] == record["property"]
-        )
-        text = (
-            f"{record['property'].capitalize()} (quantile bins): accuracy {_number(record['value_a'])} on the "
-            f"{label(record['a'])} features, {_number(record['value_b'])} on the raw latents (majority "
-            f"{_number(null['majority'])}, shuffled labels {_number(null['shuffled'])}; {_of(record)}); "
-            f"{_difference(record)}."
-        )
-        verdict = {"better": "positive", "worse": "negative"}.get(record["verdict"], "undecided")
-        lines.append(_headline("probe", verdict, text))
+        null = next(r for r in summary["probes"] if (r["space"], r["property"]) == (record["a"], record["property"]))
+        verdict, words = _said(record)
+        name = PROPERTIES.get(record["property"], record["property"])
+        text = f"{name}: the probe on {label(record['a'])} {words} the one on raw latents."
+        nulls = f"majority {_number(null['majority'])}, shuffled labels {_number(null['shuffled'])}"
+        lines.append(_headline("probe", verdict, text, f"{_numbers(record)}; {nulls}; quantile bins"))
     return lines
 
 
-def _steering_headlines(
-    summary: dict[str, Any], comparisons: list[dict[str, Any]], shift: float | None
-) -> list[dict[str, str]]:
+def _steering(summary: dict[str, Any], shift: float) -> list[dict[str, str]]:
     arms = summary["steering"]
     reached = [row["arm"] for row in arms if row["calibrated"] == "reached"]
     missed = [row["arm"] for row in arms if row["calibrated"] == "unreached"]
-    if not reached + missed:
-        return []
-    goal = f" to {shift:g} × that of the codec round trip" if shift else " to the target"
-    text = f"Asked to lower the spectral centroid{goal}, {len(reached)} of {len(reached + missed)} arms reach it."
+    text = f"{len(reached)} of {len(arms)} arms can lower the spectral centroid to {shift:g} × the codec's round trip."
     if missed:
         text += f" Not reached, so not ranked: {_listed(label(arm) for arm in missed)}."
-    lines = [_headline("steering", "measured" if reached else "negative", text)]
+    lines = [_headline("steering", "measured" if reached else "negative", text, "strength chosen on val")]
     if "raw_probe" not in reached:
-        lines.append(
-            _headline(
-                "steering",
-                "negative",
-                "The raw-latent probe direction did not reach the shift: nothing to compare SAEs with.",
-            )
-        )
-    for record in comparisons:
+        text = "The raw-latent probe direction misses the shift: there is nothing to compare the SAEs with."
+        lines.append(_headline("steering", "undecided", text))
+    for record in summary["comparisons"]:
         kind = record["a"].partition(":")[0]
-        if (
-            record["b"] == "raw_probe"
-            and kind in ("sae_probe", "dsp_lowpass")
-            and record["family"].startswith("steering")
-        ):
-            text = (
-                f"At the matched shift, {MEASURE_NAMES[record['measure']]} is {_number(record['value_a'])} for the "
-                f"{label(record['a'])} and {_number(record['value_b'])} for the raw-latent probe direction "
-                f"({_of(record)}); {_difference(record)}."
-            )
-            verdict = {"better": "positive", "worse": "negative"}.get(record["verdict"], "undecided")
-            if kind == "dsp_lowpass":  # a filter that beats the direction is bad news for the knob
+        if not record["family"].startswith("steering") or kind not in ("sae_probe", "dsp_lowpass"):
+            continue
+        if record["b"] == "raw_probe":
+            verdict, words = _said(record)
+            if kind == "dsp_lowpass":  # a plain filter that beats the direction is bad news for the knob
                 verdict = {"positive": "negative", "negative": "positive"}.get(verdict, verdict)
-            lines.append(_headline("steering", verdict, text))
+            text = f"At the matched shift, in {MEASURE_NAMES[record['measure']]}, the {label(record['a'])} {words} "
+            lines.append(_headline("steering", verdict, f"{text}the raw-latent one.", _numbers(record)))
     return lines
 
 
-def _importance_headlines(summary: dict[str, Any], comparisons: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _importance(summary: dict[str, Any]) -> list[dict[str, str]]:
     found = summary["importance"]
     if found is None:
         return []
-    text = (
-        f"The SAE × probe map calls {found['expendable']} of {found['width']} latent dimensions expendable, "
-        f"{found['moderate']} moderate and {found['critical']} critical."
-    )
-    lines = [_headline("importance", "measured", text)]
-    for record in comparisons:
+    text = f"The map calls {found['expendable']} of {found['width']} latent dimensions expendable, "
+    text += f"{found['moderate']} moderate and {found['critical']} critical."
+    lines = [_headline("importance", "measured", text, "thresholds .3 and .7 of the maximum, as in version 1")]
+    for record in summary["comparisons"]:
         if record.get("mode") == "mean" and record["b"] == "random" and record["measure"] != "latent_error":
-            text = (
-                f"Setting those {found['expendable']} to their mean: {MEASURE_NAMES[record['measure']]} "
-                f"{_number(record['value_a'])}, against {_number(record['value_b'])} for random sets of the same size "
-                f"({_of(record)}); {_difference(record)}."
-            )
-            verdict = {"better": "positive", "worse": "negative"}.get(record["verdict"], "undecided")
-            lines.append(_headline("importance", verdict, text))
+            verdict, words = _said(record)
+            text = f"Removing them {words} removing as many at random, in {MEASURE_NAMES[record['measure']]}."
+            lines.append(_headline("importance", verdict, text, _numbers(record)))
     return lines
 
 
-def headlines(summary: dict[str, Any], shift: float | None) -> list[dict[str, str]]:
-    """Sentences about one target's summary: [{topic, verdict, text}].
+def headlines(summary: dict[str, Any], shift: float) -> list[dict[str, str]]:
+    """Sentences about one target's summary: [{topic, verdict, text, detail}].
 
-    verdict: "positive" or "negative" (for the method's claims) where an interval excludes 0, "undecided" where it
-    holds 0, "measured" for figures that test no claim. shift: the centroid ratio that steering was asked for.
+    verdict: "positive" or "negative" (for the method's claims) where the interval excludes 0 and Holm's correction
+    holds, "undecided" where not, "measured" for figures that test no claim. shift: the centroid ratio asked for.
     """
-    comparisons = summary["comparisons"]
     return [
-        *_codec_headlines(summary),
-        *_sae_headlines(summary),
-        *_probe_headlines(summary, comparisons),
-        *_steering_headlines(summary, comparisons, shift),
-        *_importance_headlines(summary, comparisons),
+        *_codec(summary),
+        *_saes(summary),
+        *_probes(summary),
+        *(_steering(summary, shift) if summary["steering"] else []),
+        *_importance(summary),
     ]

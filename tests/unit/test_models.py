@@ -3,11 +3,11 @@
 Networks are small and random; transformer weights are drawn large enough for attention to matter.
 """
 
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,13 @@ def encodec_config(**changes):
 
 
 def dac_config():
-    return DacConfig(encoder_hidden_size=8, decoder_hidden_size=64, n_codebooks=4, codebook_size=32)
+    return DacConfig(
+        encoder_hidden_size=4,
+        downsampling_ratios=[2, 4, 5, 8],
+        decoder_hidden_size=32,
+        n_codebooks=4,
+        codebook_size=32,
+    )
 
 
 def hubert_config():
@@ -105,8 +111,10 @@ def whisper_config():
 
 
 def save(net, folder):
-    """Give the codebooks random entries (they start as zeros) and write the folder."""
+    """Give the codebooks random entries (they start as zeros), DAC livelier weights, and write the folder."""
     for module in net.modules():
+        if isinstance(net, DacModel) and isinstance(module, torch.nn.Conv1d):
+            module.reset_parameters()
         for name in ("embed_sum", "embed"):
             if isinstance(getattr(module, name, None), torch.Tensor) and hasattr(module, "codebook_size"):
                 torch.nn.init.normal_(getattr(module, name))
@@ -166,18 +174,14 @@ def test_mimi_sizes_come_from_the_config(mimi, folders, tmp_path):
     assert (site.hop, site.frame_rate, site.width, mimi.sample_rate) == (640, 25.0, 32, RATE)
     assert (mimi.n_codebooks, mimi.decodes, mimi.stride) == (6, True, 2)
     assert list(mimi.sites) == ["encoder_transformer", *(f"encoder_layer.{i}" for i in range(3))]
-    other = load(
-        save(MimiModel(mimi_config(sampling_rate=24000, upsampling_ratios=[8, 6, 5, 4])), tmp_path), "mimi"
-    )
+    other = load(save(MimiModel(mimi_config(sampling_rate=24000, upsampling_ratios=[8, 6, 5, 4])), tmp_path), "mimi")
     site = other.site("encoder_transformer")
     assert (site.hop, site.frame_rate, other.sample_rate) == (960, 25.0, 24000)
     wav = noise(1.01, rate=24000)
     assert other.encode(wav, site.name).shape == (other.frames(len(wav), site.name), 32) == (26, 32)
 
 
-@pytest.mark.parametrize(
-    "site", ["encoder_transformer", "encoder_layer.0", "encoder_layer.1", "encoder_layer.2"]
-)
+@pytest.mark.parametrize("site", ["encoder_transformer", "encoder_layer.0", "encoder_layer.1", "encoder_layer.2"])
 @pytest.mark.parametrize("codebooks", [1, 3, 6])
 def test_mimi_explicit_path_equals_forward(mimi, site, codebooks):
     wav = noise(2.013)
@@ -225,33 +229,32 @@ def test_mimi_layer_site_is_where_the_edit_enters(mimi):
 
 @pytest.mark.parametrize("samples", [1, 639, 1279, 1280, 1281, 15000, 31999])
 def test_mimi_padding_is_never_returned_and_never_harms(mimi, samples):
-    long = noise(3, 1)
+    long = noise(2.2, 1)
     acts = mimi.encode(long[:samples], "encoder_transformer")
     assert len(acts) == mimi.frames(samples, "encoder_transformer") == 2 * -(-samples // 1280)
     # frames whose hop is inside the clip do not change with what follows
     whole = samples // 640
     longer = mimi.encode(long, "encoder_transformer")
-    assert close(acts[:whole], longer[:whole], 1e-6)
+    assert close(acts[:whole], longer[:whole], 1e-5)
     silence = np.concatenate([long[:samples], np.zeros(4001, np.float32)])
-    assert close(acts, mimi.encode(silence, "encoder_transformer")[: len(acts)], 1e-6)
+    assert close(acts, mimi.encode(silence, "encoder_transformer")[: len(acts)], 1e-5)
     assert mimi.decode(acts, "encoder_transformer", samples, 2).shape == (samples,)
 
 
 @pytest.mark.parametrize("site", ["encoder_transformer", "encoder_layer.0"])
-@pytest.mark.parametrize("chunk_seconds", [0.01, 0.3, 1.0, 2.3])
-@pytest.mark.parametrize("samples", [16000 * 4, 16000 * 4 + 321])
+@pytest.mark.parametrize(("chunk_seconds", "samples"), [(0.01, 16321), (0.3, 40321), (1.0, 48000)])
 def test_mimi_chunks_are_exact(mimi, monkeypatch, site, chunk_seconds, samples):
-    wav = noise(5, 2)[:samples]
+    wav = noise(3, 2)[:samples]
     with torch.inference_mode():
         hidden = mimi.net.encoder.encoder_seanet(padded(wav, 1280)).transpose(1, 2)
-        out = mimi.net.encoder.encoder_transformer(hidden, output_hidden_states=True)[0]
+        out = mimi.net.encoder.encoder_transformer(hidden, use_cache=False)[0]
     whole = mimi.encode(wav, site)
     monkeypatch.setattr(mimi, "chunk_seconds", chunk_seconds)
     chunked = mimi.encode(wav, site)
     assert chunked.shape == whole.shape
     assert close(chunked, whole, 1e-5)
     if site == "encoder_transformer":
-        assert np.abs(chunked - out[0].numpy()).max() <= 1e-5 * max(1, np.abs(whole).max())
+        assert close(chunked, out[0].numpy(), 1e-5)
 
 
 def test_mimi_needs_its_context(mimi):
@@ -338,17 +341,17 @@ def test_codec_path_equals_forward(folders, kind, count):
 
 
 @pytest.mark.parametrize("kind", ["encodec", "dac"])
-@pytest.mark.parametrize("samples", [48000, 48123])
+@pytest.mark.parametrize("samples", [24000, 24123])
 def test_codec_chunks_are_exact(folders, kind, samples):
-    model, wav = load(folders / kind), noise(4, 4)[:samples]
+    model, wav = load(folders / kind), noise(2, 4)[:samples]
     with torch.inference_mode():
         whole = model.net.encoder(padded(wav, 320))[0].T.numpy()
-    for seconds in (0.02, 0.5, 1.3):
+    for seconds in (0.1, 0.7):
         model.chunk_seconds = seconds
         chunked = model.encode(wav, "encoder")
         assert chunked.shape == whole.shape
         assert close(chunked, whole, 1e-5)
-    assert np.abs(model.encode(wav[16000:], "encoder")[0] - whole[50]).max() > 1e-3 * np.abs(whole).max()
+    assert np.abs(model.encode(wav[16000:17000], "encoder")[0] - whole[50]).max() > 1e-3 * np.abs(whole).max()
 
 
 def test_encodec_with_level_normalisation_is_refused(tmp_path):
@@ -408,14 +411,30 @@ def test_revision_of_a_folder_is_its_weights_hash(folders, mimi, tmp_path):
         load(folders / "mimi", revision="000000000000")
 
 
+def test_hub_model_at_a_pinned_revision(folders, mimi, tmp_path, monkeypatch):
+    """A model in the hub's cache, offline: its revision is the commit, and another commit is not there."""
+    commit, other = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+    repository = tmp_path / "models--someone--small-mimi"
+    shutil.copytree(folders / "mimi", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision in (commit, None):
+        model = load("someone/small-mimi", "mimi", revision=revision)
+        assert model.revision == commit
+    wav = noise(0.5)
+    assert np.array_equal(model.encode(wav, "encoder_layer.0"), mimi.encode(wav, "encoder_layer.0"))
+    with pytest.raises(EqknobsError, match="cannot load 'someone/small-mimi'"):
+        load("someone/small-mimi", "mimi", revision=other)
+
+
 def test_half_precision_weights_become_float32(folders, tmp_path):
     net = MimiModel.from_pretrained(folders / "mimi", dtype=torch.float16)
     net.save_pretrained(tmp_path)
     model = load(tmp_path, "mimi")
     assert {p.dtype for p in model.net.parameters()} == {torch.float32} and not model.net.training
-    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * (
-        folders / "mimi/model.safetensors"
-    ).stat().st_size
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * (folders / "mimi/model.safetensors").stat().st_size
 
 
 def test_loading_errors_are_one_clear_line(folders, tmp_path, monkeypatch):
@@ -440,10 +459,10 @@ def test_loading_errors_are_one_clear_line(folders, tmp_path, monkeypatch):
     refused(cut, "cannot load the safetensors weights")
     bare = copy("bare")
     (bare / "config.json").unlink()
-    refused(bare, "cannot load")
+    refused(bare, "no config")
     broken = copy("broken")
     (broken / "config.json").write_text('{"model_type": "mimi",')
-    refused(broken, "cannot load")
+    refused(broken, r"cannot read config\.json")
 
     from safetensors.torch import load_file, save_file
 
@@ -462,7 +481,7 @@ def test_loading_errors_are_one_clear_line(folders, tmp_path, monkeypatch):
     refused(folders / "mimi", "unknown kind 'tape'", kind="tape")
     refused(tmp_path / "nowhere", "no folder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(Path("nobody/such-model"), "cannot load 'nobody/such-model'.*hub id.*network")
+    refused("nobody/such-model", "cannot load 'nobody/such-model'.*hub id.*network")
     if not torch.cuda.is_available():
         refused(folders / "mimi", "no GPU", device="cuda")
 
@@ -470,26 +489,21 @@ def test_loading_errors_are_one_clear_line(folders, tmp_path, monkeypatch):
 # GPU lock
 
 
-def _hold_lock(folder, log, name):
-    tempfile.tempdir = folder
-    with gpu_lock("cuda"), gpu_lock("cuda"):  # nested: must not wait for itself
-        with open(log, "a") as file:
-            file.write(f"{name} in\n")
-        time.sleep(0.3)
-        with open(log, "a") as file:
-            file.write(f"{name} out\n")
+HOLD_LOCK = """
+import sys, time
+from eqknobs.models import gpu_lock
+with gpu_lock("cuda"), gpu_lock("cuda"):  # nested: must not wait for itself
+    print(sys.argv[1], "in", file=open("log", "a"))
+    time.sleep(0.3)
+    print(sys.argv[1], "out", file=open("log", "a"))
+"""
 
 
 def test_gpu_lock_excludes_other_processes(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    log = tmp_path / "log"
-    jobs = [context.Process(target=_hold_lock, args=(str(tmp_path), log, name)) for name in "abc"]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(60)
-    assert [job.exitcode for job in jobs] == [0, 0, 0]
-    words = log.read_text().split()
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    jobs = [subprocess.Popen([sys.executable, "-c", HOLD_LOCK, name], cwd=tmp_path, env=env) for name in "abc"]
+    assert [job.wait(60) for job in jobs] == [0, 0, 0]
+    words = (tmp_path / "log").read_text().split()
     assert len(words) == 12
     assert all(words[i : i + 4] == [words[i], "in", words[i], "out"] for i in range(0, 12, 4))
 

@@ -1,8 +1,7 @@
 """Render codec round trips."""
 
-from typing import Any
-
 from pathlib import Path
+from typing import Any
 
 from eqknobs.codec import render_codec
 from eqknobs.script import run

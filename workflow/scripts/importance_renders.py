@@ -1,10 +1,10 @@
 """Map importance and ablate."""
 
+from pathlib import Path
 from typing import Any
 
-from pathlib import Path
-
 from eqknobs.importance import render_importance
+
 from eqknobs.script import run
 
 

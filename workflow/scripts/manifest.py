@@ -1,8 +1,7 @@
 """Draw the manifest from the configured speech."""
 
-from typing import Any
-
 from pathlib import Path
+from typing import Any
 
 from eqknobs.data import build_manifest, fetch
 from eqknobs.io import write_csv

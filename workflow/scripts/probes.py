@@ -1,10 +1,10 @@
 """Fit and score the probes of one property."""
 
+from pathlib import Path
 from typing import Any
 
-from pathlib import Path
-
 from eqknobs.probes import fit_probes
+
 from eqknobs.script import run
 
 

@@ -1,10 +1,10 @@
 """Write the report."""
 
+from pathlib import Path
 from typing import Any
 
-from pathlib import Path
-
 from eqknobs.report import write_report
+
 from eqknobs.script import run
 
 

@@ -1,8 +1,7 @@
 """Train one SAE."""
 
-from typing import Any
-
 from pathlib import Path
+from typing import Any
 
 from eqknobs.sae import train_sae
 from eqknobs.script import run

@@ -1,8 +1,7 @@
 """Score the SAEs of one target on val and test."""
 
-from typing import Any
-
 from pathlib import Path
+from typing import Any
 
 from eqknobs.sae import score_saes
 from eqknobs.script import run

@@ -1,11 +1,11 @@
 """Calibrate the steering arms on val."""
 
+from pathlib import Path
 from typing import Any
 
-from pathlib import Path
+from eqknobs.steering import calibrate_steering
 
 from eqknobs.script import run
-from eqknobs.steering import calibrate_steering
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """Render steered sound on test."""
 
+from pathlib import Path
 from typing import Any
 
-from pathlib import Path
+from eqknobs.steering import render_steering
 
 from eqknobs.script import run
-from eqknobs.steering import render_steering
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """Compute the tables from the raw scores."""
 
-from typing import Any
-
 from pathlib import Path
+from typing import Any
 
 from eqknobs.script import run
 from eqknobs.tables import write_tables

@@ -76,8 +76,7 @@ def load_model(cfg_model: dict) -> Model:
     adapters = {"mimi": mimi.Mimi, **hf.ADAPTERS}
     if cfg_model["kind"] not in adapters:
         raise EqknobsError(
-            f"models.{cfg_model['name']}.kind: unknown kind {cfg_model['kind']!r}; "
-            f"choose one of {', '.join(adapters)}"
+            f"models.{cfg_model['name']}.kind: unknown kind {cfg_model['kind']!r}; choose one of {', '.join(adapters)}"
         )
     return adapters[cfg_model["kind"]](cfg_model)
 

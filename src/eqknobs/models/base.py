@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
@@ -21,9 +22,10 @@ UNUSED_KEYS = {"masked_spec_embed"}
 
 
 def folder_weights(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a model folder; raises EqknobsError if it has none."""
-    weights = sorted(folder.glob("model*.safetensors"))
-    if weights:
+    """The safetensors files of a model folder; raises EqknobsError if it has none, or no config."""
+    if not (folder / "config.json").is_file():
+        raise EqknobsError(f"models.{name}.path: {folder} has no config.json; give a whole model folder")
+    if weights := sorted(folder.glob("model*.safetensors")):
         return weights
     if pickled := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
         raise EqknobsError(
@@ -51,19 +53,18 @@ def load_pretrained(cls: type, cfg: dict) -> tuple[nn.Module, str]:
         revision = weights_hash(folder_weights(folder, name))
         if pinned is not None and pinned != revision:
             raise EqknobsError(
-                f"models.{name}.revision: {folder} has weights {revision}, not {pinned}; "
-                "mend the folder or the config"
+                f"models.{name}.revision: {folder} has weights {revision}, not {pinned}; mend the folder or the config"
             )
-        where, pinned = f"folder {folder}", None
+        where = f"folder {folder}"
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise EqknobsError(
-            f"models.{name}.path: no folder {path}; give a model folder or a hub id such as owner/name"
-        )
+        raise EqknobsError(f"models.{name}.path: no folder {path}; give a model folder or a hub id such as owner/name")
     else:
-        where, revision = f"{path!r} (no such folder, so taken as a hub id)", ""
-    with one_line(f"models.{name}: cannot load {where}; check path, revision and network"):
-        config, _ = cls.config_class.get_config_dict(path, revision=pinned)
-        revision = revision or config.get("_commit_hash") or str(pinned)
+        where = f"{path!r} (no such folder, so taken as a hub id)"
+        with one_line(f"models.{name}: cannot load {where}; check path, revision and network"):
+            # The snapshot's folder is named after the commit; what follows reads that very commit.
+            revision = Path(hf_hub_download(path, "config.json", revision=pinned)).parent.name
+    with one_line(f"models.{name}: cannot read config.json of {where}"):
+        config, _ = cls.config_class.get_config_dict(path, revision=revision)
     if config.get("model_type") != cfg["kind"]:
         raise EqknobsError(
             f"models.{name}.kind: {where} is of type {config.get('model_type')!r}, not {cfg['kind']!r}; "
@@ -71,7 +72,7 @@ def load_pretrained(cls: type, cfg: dict) -> tuple[nn.Module, str]:
         )
     with one_line(f"models.{name}: cannot load the safetensors weights of {where}"):
         net, info = cls.from_pretrained(
-            path, revision=pinned, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            path, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     if missing := sorted(key for key in info["missing_keys"] if key.split(".")[-1] not in UNUSED_KEYS):
         # transformers would go on with random values in their place
@@ -87,9 +88,7 @@ def one_line(message: str) -> Iterator[None]:
     """Turn whatever a third-party loader raises into one EqknobsError."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # the loaders raise OSError, ValueError, KeyError, RuntimeError, SafetensorError ...
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError and more
         reason = next(iter(str(error).strip().splitlines()), "")
         raise EqknobsError(f"{message} ({type(error).__name__}: {reason[:300]})") from error
 
@@ -167,9 +166,7 @@ class Pretrained:
         self.net, self.revision = load_pretrained(self.net_class, cfg)
         self.config = self.net.config
         if self.device == "cuda":
-            torch.backends.cudnn.allow_tf32 = (
-                False  # convolutions would otherwise lose half of float32's digits
-            )
+            torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise lose half of float32's digits
         self.net.eval().requires_grad_(False).to(self.device)
 
     def resolve(self, *paths: str) -> str:
@@ -202,9 +199,7 @@ class Pretrained:
     def _wave(self, wav: np.ndarray, block: int = 1) -> Tensor:
         """[samples] on the device, zero-padded on the right to a multiple of `block`."""
         if np.ndim(wav) != 1 or len(wav) == 0:
-            raise EqknobsError(
-                f"model {self.name} needs a mono waveform [samples], got shape {np.shape(wav)}"
-            )
+            raise EqknobsError(f"model {self.name} needs a mono waveform [samples], got shape {np.shape(wav)}")
         wave = torch.as_tensor(np.ascontiguousarray(wav, dtype=np.float32), device=self.device)
         return nn.functional.pad(wave, (0, -len(wave) % block))
 
@@ -212,9 +207,7 @@ class Pretrained:
         """[1, frames, width] on the device."""
         width = self.site(site).width
         if np.ndim(acts) != 2 or np.shape(acts)[1] != width:
-            raise EqknobsError(
-                f"{self.name}.{site} takes activations [frames, {width}], got {list(np.shape(acts))}"
-            )
+            raise EqknobsError(f"{self.name}.{site} takes activations [frames, {width}], got {list(np.shape(acts))}")
         return torch.as_tensor(np.ascontiguousarray(acts, dtype=np.float32), device=self.device)[None]
 
     def _codebooks(self, codebooks: int | None) -> int:

@@ -1,8 +1,8 @@
 """EnCodec, DAC, HuBERT and Whisper in transformers, as compact adapters.
 
 Long clips: EnCodec and DAC run their convolutions in chunks with enough context on both sides to be exact
-(EnCodec's LSTM then sees the whole clip at frame rate). HuBERT normalises and attends over the whole clip: it is
-processed whole, up to `max_seconds`. Whisper sees windows of 30 s, cut without overlap; its padded frames go.
+(EnCodec's LSTM then sees the whole clip at frame rate). HuBERT normalises and attends over the whole clip: it
+takes clips up to `max_seconds`. Whisper sees windows of 30 s, cut without overlap; its padded frames go.
 """
 
 import math
@@ -71,11 +71,7 @@ class ConvCodec(Pretrained):
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():
-            return (
-                self._quantise(self._acts(acts, site).transpose(1, 2), self._codebooks(codebooks))[1]
-                .cpu()
-                .numpy()
-            )
+            return self._quantise(self._acts(acts, site).transpose(1, 2), self._codebooks(codebooks))[1].cpu().numpy()
 
 
 class Encodec(ConvCodec):
@@ -149,9 +145,7 @@ class Hubert(LayeredEncoder):
     def __init__(self, cfg: dict):
         super().__init__(cfg)
         with one_line(f"models.{self.name}: cannot load the feature extractor of {cfg['path']}"):
-            self._extract = Wav2Vec2FeatureExtractor.from_pretrained(
-                cfg["path"], revision=cfg.get("revision")
-            )
+            self._extract = Wav2Vec2FeatureExtractor.from_pretrained(cfg["path"], revision=self.revision)
         self.sample_rate = self._extract.sampling_rate
         config = self.config
         self._set_sites(
@@ -188,7 +182,7 @@ class Whisper(LayeredEncoder):
     def __init__(self, cfg: dict):
         super().__init__(cfg)
         with one_line(f"models.{self.name}: cannot load the feature extractor of {cfg['path']}"):
-            self._extract = WhisperFeatureExtractor.from_pretrained(cfg["path"], revision=cfg.get("revision"))
+            self._extract = WhisperFeatureExtractor.from_pretrained(cfg["path"], revision=self.revision)
         encoder, config = self.net.encoder, self.config
         self.sample_rate = self._extract.sampling_rate
         hop = self._extract.hop_length * encoder.conv1.stride[0] * encoder.conv2.stride[0]
@@ -202,9 +196,7 @@ class Whisper(LayeredEncoder):
         with inference(), captured(self.net.get_submodule(place.path)) as seen:
             for start in range(0, len(wave), self._window):
                 piece = wave[start : start + self._window]
-                features = self._extract(
-                    piece, sampling_rate=self.sample_rate, return_tensors="pt"
-                ).input_features
+                features = self._extract(piece, sampling_rate=self.sample_rate, return_tensors="pt").input_features
                 self.net.encoder(features.to(self.device))
                 out.append(seen.pop()[0, : self.frames(len(piece), site)].cpu())
         return torch.cat(out).numpy()

@@ -27,9 +27,7 @@ class Mimi(Pretrained):
         super().__init__(cfg)
         config = self.config
         if config.audio_channels != 1 or not config.use_causal_conv or config.latent_stride < 2:
-            raise EqknobsError(
-                f"models.{self.name}: only mono, causal Mimi models with a downsampling are supported"
-            )
+            raise EqknobsError(f"models.{self.name}: only mono, causal Mimi models with a downsampling are supported")
         self.sample_rate = config.sampling_rate
         self.n_codebooks = config.num_quantizers
         self.min_codebooks = config.num_semantic_quantizers
@@ -72,9 +70,7 @@ class Mimi(Pretrained):
         """Latents [1, width, code frames] at code rate, the encoder continued from `acts`."""
         hidden = self._acts(acts, site)
         if hidden.shape[1] % self.stride or not hidden.shape[1]:
-            raise EqknobsError(
-                f"{self.name}: {hidden.shape[1]} frames are not whole code frames of {self.stride}"
-            )
+            raise EqknobsError(f"{self.name}: {hidden.shape[1]} frames are not whole code frames of {self.stride}")
         if site != "encoder_transformer":
             # The layers up to the site run on zeros and are overruled; masks and positions stay the model's.
             with substituted(self.net.get_submodule(self.site(site).path), hidden):

@@ -1,0 +1,400 @@
+"""Training of a small Mimi codec from a folder of speech, in transformers' own architecture and file format.
+
+Two phases, because transformers' Mimi has no training path for its quantiser:
+
+1. `train`: encoder and decoder end to end without the quantiser. Loss: multi-resolution spectrogram distance
+   (Yamamoto et al. 2020, Parallel WaveGAN, with a mel-scaled logarithmic term as in Kumar et al. 2023, DAC). Isotropic
+   noise on the latents of half the batch stands in for quantisation error and makes the latents compressible.
+2. `fit_codebooks` (residual k-means on the latents), then the decoder alone is tuned on latents quantised with 16, with
+   a random number of, and with no codebooks.
+
+Everything random is drawn from (seed, step), so the step number is the whole state of the data cursor and of the random
+number generators, and a resumed run equals an uninterrupted one.
+"""
+
+import json
+import os
+import shutil
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import soundfile as sf
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
+
+from eqknobs.errors import EqknobsError
+from eqknobs.io import atomic_path
+
+WINDOWS = (1024, 512, 256, 128)  # samples
+MEL_BANDS = (80, 64, 40, 20)
+LOG_FLOOR = 3e-4  # of full scale: about 50 dB below speech at -23 dBFS
+
+# ---------------------------------------------------------------- data
+
+
+class Speech:
+    """All speech below `folders` in memory as 16-bit samples; one file in fifty is held out for validation.
+
+    Raises EqknobsError when there is no audio, or a file has another rate than `rate` (Hz) or more than one channel.
+    """
+
+    def __init__(self, folders: list[str], rate: int) -> None:
+        files = sorted(p for f in folders for p in Path(f).rglob("*") if p.suffix.lower() in (".wav", ".flac"))
+        if len(files) < 2:
+            raise EqknobsError(f"codec training: fewer than two .wav or .flac files below {', '.join(folders)}")
+        self.clips: list[np.ndarray] = []
+        for path in files:
+            try:
+                audio, found = sf.read(path, dtype="int16")
+            except sf.LibsndfileError as error:
+                raise EqknobsError(f"{path}: not readable as audio; remove it or make it anew") from error
+            if found != rate or audio.ndim != 1:
+                raise EqknobsError(f"{path}: {found} Hz, {audio.ndim}-d; convert it to {rate} Hz mono")
+            self.clips.append(audio)
+        every = min(50, len(files))
+        self.validation = self.clips[every - 1 :: every]
+        self.training = [c for i, c in enumerate(self.clips) if i % every != every - 1]
+        lengths = np.array([len(c) for c in self.training], dtype=np.float64)
+        self.share = lengths / lengths.sum()
+        self.minutes = sum(map(len, self.clips)) / rate / 60
+
+    def batch(self, rng: np.random.Generator, size: int, samples: int, augment: float) -> Tensor:
+        """Draws [size, 1, samples] float32 crops; each clip's draw is proportional to its length.
+
+        `augment` is the share of crops played slower or faster by up to 20 % (which moves pitch and formants too).
+        """
+        crops = []
+        for index in rng.choice(len(self.training), size, p=self.share):
+            speed = rng.uniform(0.83, 1.2) if rng.random() < augment else 1.0
+            crop = cut(self.training[index], rng.random(), round(samples * speed))
+            crop = crop * 10 ** (rng.uniform(-6, 6) / 20)
+            crops.append(F.interpolate(crop[None, None], samples, mode="linear")[0] if speed != 1.0 else crop[None])
+        return torch.stack(crops)
+
+
+def cut(clip: np.ndarray, where: float, samples: int) -> Tensor:
+    """Returns `samples` float32 samples of a 16-bit clip starting at the share `where` of its range, zero-padded."""
+    start = int(where * max(0, len(clip) - samples + 1))
+    crop = torch.from_numpy(clip[start : start + samples].astype(np.float32) / 32768)
+    return F.pad(crop, (0, samples - len(crop)))
+
+
+# ---------------------------------------------------------------- model and loss
+
+
+def new_model(config: dict[str, Any], seed: int) -> MimiModel:
+    """Builds a MimiModel with unit-gain normal weights: variance 1 / fan-in for every convolution and linear layer.
+
+    With PyTorch's default initialisation of the same layers the loss stands still for thousands of steps.
+    """
+    torch.manual_seed(seed)
+    model = MimiModel(MimiConfig(**config))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.ConvTranspose1d):
+                taps = module.kernel_size[0] / module.stride[0]
+                module.weight.normal_(0, (module.in_channels / module.groups * taps) ** -0.5)
+            elif isinstance(module, nn.Conv1d | nn.Linear):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+            if getattr(module, "bias", None) is not None and isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                module.bias.zero_()
+    return model
+
+
+def hop(model: MimiModel) -> int:
+    """Samples per code frame: the encoder's stride with its downsampling."""
+    return round(model.config.sampling_rate / model.config.frame_rate)
+
+
+def _channels_last(model: MimiModel) -> None:
+    """Runs the convolutions as 2-d ones in channels-last order: the same numbers, a quarter faster on a CPU."""
+
+    def layout(x: Tensor) -> Tensor:
+        return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+    def conv(self: nn.Conv1d, x: Tensor) -> Tensor:
+        stride, dilation = (1, self.stride[0]), (1, self.dilation[0])
+        return F.conv2d(layout(x), self.weight.unsqueeze(2), self.bias, stride, 0, dilation, self.groups).squeeze(2)
+
+    def transposed(self: nn.ConvTranspose1d, x: Tensor) -> Tensor:
+        weight = self.weight.unsqueeze(2)
+        return F.conv_transpose2d(layout(x), weight, self.bias, (1, self.stride[0]), groups=self.groups).squeeze(2)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            module.forward = types.MethodType(conv, module)
+        elif isinstance(module, nn.ConvTranspose1d):
+            module.forward = types.MethodType(transposed, module)
+
+
+class SpectralLoss(nn.Module):
+    """Mean over window lengths of the relative L1 distance of magnitudes plus the L1 distance of log-mel magnitudes."""
+
+    def __init__(self, rate: int) -> None:
+        super().__init__()
+        import librosa
+
+        for window, bands in zip(WINDOWS, MEL_BANDS, strict=True):
+            taper = torch.hann_window(window)
+            self.register_buffer(f"taper{window}", taper / taper.square().sum().sqrt())
+            mel = librosa.filters.mel(sr=rate, n_fft=window, n_mels=bands, norm=None)
+            mel = mel / np.maximum(mel.sum(1, keepdims=True), 1e-9)  # a band's mean magnitude
+            self.register_buffer(f"mel{window}", torch.from_numpy(mel.astype(np.float32)))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """Returns the scalar loss of `output` against `target`, both [batch, 1, samples]."""
+        both = torch.cat([output, target]).squeeze(1)
+        losses = []
+        for window in WINDOWS:
+            taper, mel = getattr(self, f"taper{window}"), getattr(self, f"mel{window}")
+            spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
+            magnitude = (spectrum.real.square() + spectrum.imag.square() + 1e-10).sqrt()
+            a, b = magnitude.chunk(2)
+            log_a, log_b = (mel @ magnitude + LOG_FLOOR).log().chunk(2)
+            losses.append((a - b).abs().mean() / b.mean() + (log_a - log_b).abs().mean())
+        return torch.stack(losses).mean()
+
+
+def encode(model: MimiModel, audio: Tensor) -> Tensor:
+    """Returns the continuous latents [batch, width, frames] at the code rate of audio [batch, 1, samples]."""
+    return model.encoder(audio).latents
+
+
+def decode(model: MimiModel, latents: Tensor) -> Tensor:
+    """Returns audio [batch, 1, samples] from latents [batch, width, frames] at the code rate."""
+    return model.decoder(latents).audio_values
+
+
+def quantise(model: MimiModel, latents: Tensor, codebooks: int) -> Tensor:
+    """Returns the latents [batch, width, frames] as the first `codebooks` codebooks represent them."""
+    codes = model.quantizer.encode(latents, codebooks)
+    return model.quantizer.decode(codes.transpose(0, 1))
+
+
+# ---------------------------------------------------------------- codebooks
+
+
+@torch.no_grad()
+def fit_codebooks(model: MimiModel, latents: Tensor, semantic_dims: int, iterations: int, seed: int) -> list[float]:
+    """Fits projections and codebooks in place on latents [frames, width]; returns the error left after each codebook.
+
+    Mimi's semantic and acoustic quantisers both see the latents and their outputs are added, so the two must share the
+    space out: the semantic one takes the first `semantic_dims` principal directions (uncentred, because the projections
+    have no bias), the acoustic one the directions after them. Errors are mean squares relative to the latents' own.
+    """
+    from sklearn.cluster import KMeans
+
+    quantizer = model.quantizer
+    frames, entries = len(latents), model.config.codebook_size
+    if frames < entries:
+        raise EqknobsError(f"codebooks: {frames} latent frames for {entries} entries; give more speech")
+    _, directions = torch.linalg.eigh(latents.double().T @ latents.double())
+    directions = directions.flip(1).T.float()  # [width, width], strongest first
+    width = model.config.vector_quantization_hidden_dimension
+    stages = [
+        (quantizer.semantic_residual_vector_quantizer, directions[:semantic_dims]),
+        (quantizer.acoustic_residual_vector_quantizer, directions[semantic_dims : semantic_dims + width]),
+    ]
+    remaining = latents.clone()
+    errors = []
+    for residual_quantizer, basis in stages:
+        projection = F.pad(basis, (0, 0, 0, width - len(basis)))
+        residual_quantizer.input_proj.weight.copy_(projection[:, :, None])
+        residual_quantizer.output_proj.weight.copy_(projection.T[:, :, None])
+        residual = latents @ projection.T
+        for number, layer in enumerate(residual_quantizer.layers):
+            fit = KMeans(entries, init="random", n_init=1, max_iter=iterations, random_state=seed + number)
+            fit.fit(residual[:, : len(basis)].numpy())
+            centres = torch.from_numpy(fit.cluster_centers_)
+            layer.codebook.embed_sum.copy_(F.pad(centres, (0, width - len(basis))))
+            layer.codebook.cluster_usage.fill_(1)
+            layer.codebook._embed = None  # transformers caches the quotient of the two buffers
+            chosen = layer.codebook.embed[layer.codebook.quantize(residual)]
+            residual = residual - chosen
+            remaining = remaining - chosen @ projection
+            errors.append((remaining.square().mean() / latents.square().mean()).item())
+    return errors
+
+
+@torch.no_grad()
+def latent_frames(model: MimiModel, clips: list[np.ndarray], limit: int) -> Tensor:
+    """Returns up to `limit` latent frames [frames, width] of whole clips taken evenly from the list."""
+    size = hop(model)
+    found, count = [], 0
+    order = np.random.default_rng(0).permutation(len(clips))
+    for index in order:
+        samples = -(-len(clips[index]) // size) * size
+        found.append(encode(model, cut(clips[index], 0, samples)[None, None])[0].T)
+        count += len(found[-1])
+        if count >= limit:
+            break
+    return torch.cat(found)[:limit]
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_after: int | None = None) -> None:
+    """Trains a codec and writes it to the folder `out`, resuming from the file `checkpoint` where it exists.
+
+    `cfg` holds seed, data (folders of 16 kHz mono speech), description, model (MimiConfig's arguments), batch, seconds,
+    augment, noise, steps, learning_rate, warmup, finetune_steps, finetune_learning_rate, semantic_dims, kmeans_frames,
+    kmeans_iterations, log_every, export_every. `stop_after` ends the run early at that step (after a checkpoint).
+    Raises EqknobsError on bad audio, a checkpoint of another configuration, or a loss that is not finite.
+    """
+    out, checkpoint = Path(out), Path(checkpoint)
+    seed, steps = cfg["seed"], cfg["steps"]
+    model = new_model(cfg["model"], seed)
+    speech = Speech(cfg["data"], model.config.sampling_rate)
+    samples = max(1, round(cfg["seconds"] * model.config.frame_rate)) * hop(model)
+    _channels_last(model)
+    loss_of = SpectralLoss(model.config.sampling_rate)
+    optimizer = _adam(model)
+    done, log, errors = 0, [], []
+    identity = json.dumps(cfg["model"] | {"seed": seed}, sort_keys=True)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["identity"] != identity:
+            raise EqknobsError(f"{checkpoint}: belongs to another model or seed; delete it or name another checkpoint")
+        done, log, errors = state["step"], state["log"], state["errors"]
+        model.load_state_dict(state["model"])
+        optimizer = _adam(model.decoder if errors else model)
+        optimizer.load_state_dict(state["optimizer"])
+    total = steps + cfg["finetune_steps"]
+    running = []
+    for step in range(done, total):
+        if step >= steps and not errors:
+            errors = fit_codebooks(
+                model,
+                latent_frames(model, speech.training, cfg["kmeans_frames"]),
+                cfg["semantic_dims"],
+                cfg["kmeans_iterations"],
+                seed,
+            )
+            optimizer = _adam(model.decoder)
+            print(f"all {len(errors)} codebooks leave {errors[-1]:.3f} of the latents' power", flush=True)
+        rate = learning_rate(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rng = np.random.default_rng([seed, step])
+        audio = speech.batch(rng, cfg["batch"], samples, cfg["augment"])
+        if step < steps:
+            latents = _noisy(encode(model, audio), rng, cfg["noise"])
+        else:
+            with torch.no_grad():
+                latents = _partly_quantised(model, encode(model, audio), rng)
+        loss = loss_of(decode(model, latents), audio)
+        if not torch.isfinite(loss):
+            raise EqknobsError(f"codec training: the loss is not finite at step {step}; lower the learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        running.append(loss.item())
+        done = step + 1
+        last = done in (steps, total) or done == stop_after
+        if done % cfg["log_every"] == 0 or last:
+            validation = validate(model, speech.validation, samples, loss_of, quantised=bool(errors))
+            phase = "codec" if step < steps else "decoder"
+            log.append(
+                {"step": done, "phase": phase, "learning_rate": rate, "train": float(np.mean(running))} | validation
+            )
+            running = []
+            print(
+                " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items()), flush=True
+            )
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "log": log}
+            with atomic_path(checkpoint) as temporary:
+                torch.save(state | {"errors": errors, "identity": identity}, temporary)
+        if done % cfg["export_every"] == 0 or done == total:
+            export(model, out, cfg, speech, done, log, errors)
+        if done == stop_after:
+            return
+
+
+def _adam(module: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(module.parameters(), betas=(0.8, 0.99))
+
+
+def learning_rate(cfg: dict[str, Any], step: int) -> float:
+    """Linear warm-up then cosine decay to 2 % of the peak, anew in each of the two phases."""
+    if step < cfg["steps"]:
+        peak, share = cfg["learning_rate"], step / cfg["steps"]
+    else:
+        peak, share = cfg["finetune_learning_rate"], (step - cfg["steps"]) / cfg["finetune_steps"]
+    start = step if step < cfg["steps"] else step - cfg["steps"]
+    return peak * min(1.0, (start + 1) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * share))))
+
+
+def _noisy(latents: Tensor, rng: np.random.Generator, most: float) -> Tensor:
+    """Adds noise to the second half of the batch [batch, width, frames], up to `most` times the latents' RMS."""
+    level = torch.from_numpy(rng.uniform(0, most, (len(latents), 1, 1)).astype(np.float32))
+    level[: len(latents) // 2] = 0
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+    return latents + level * latents.square().mean().sqrt() * noise
+
+
+def _partly_quantised(model: MimiModel, latents: Tensor, rng: np.random.Generator) -> Tensor:
+    """Leaves a third of the batch as it is, quantises a third with all codebooks and a third with 4 or more of them."""
+    third = -(-len(latents) // 3)
+    plain, full, some = latents[:third], latents[third : 2 * third], latents[2 * third :]
+    most = model.config.num_quantizers
+    parts = [plain, quantise(model, full, most)] if len(full) else [plain]
+    if len(some):
+        parts.append(quantise(model, some, int(rng.integers(min(4, most), most + 1))))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def validate(
+    model: MimiModel, clips: list[np.ndarray], samples: int, loss_of: SpectralLoss, quantised: bool
+) -> dict[str, float]:
+    """Returns the loss on the middle of up to 16 held-out clips: `unquantised`, and `quantised` with all codebooks."""
+    audio = torch.stack([cut(c, 0.5, samples)[None] for c in clips[:16]])
+    latents = encode(model, audio)
+    result = {"unquantised": loss_of(decode(model, latents), audio).item(), "quantised": float("nan")}
+    if quantised:
+        full = quantise(model, latents, model.config.num_quantizers)
+        result["quantised"] = loss_of(decode(model, full), audio).item()
+    return result
+
+
+def export(
+    model: MimiModel,
+    out: Path,
+    cfg: dict[str, Any],
+    speech: Speech,
+    step: int,
+    log: list[dict[str, Any]],
+    errors: list[float],
+) -> None:
+    """Writes a folder that MimiModel.from_pretrained and AutoFeatureExtractor load, with training.json and log.csv.
+
+    Weights are stored in half precision. Files of `out` that this function does not write stay as they are.
+    """
+    rate = model.config.sampling_rate
+    facts = {
+        "config": {k: v for k, v in cfg.items() if k != "data"},
+        "clips": len(speech.clips),
+        "minutes": round(speech.minutes, 2),
+        "steps_done": step,
+        "residual_power_after_codebooks": [round(e, 5) for e in errors],
+    }
+    plain = MimiModel(model.config)
+    plain.load_state_dict(model.state_dict())
+    with atomic_path(out.with_name(f"{out.name}.new")) as temporary:
+        plain.half().save_pretrained(temporary)
+        EncodecFeatureExtractor(sampling_rate=rate, return_attention_mask=True).save_pretrained(temporary)
+        (temporary / "training.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        pd.DataFrame(log).to_csv(temporary / "log.csv", index=False, float_format="%.6g", lineterminator="\n")
+    out.mkdir(parents=True, exist_ok=True)
+    finished = out.with_name(f"{out.name}.new")
+    for path in sorted(finished.iterdir()):
+        path.chmod(0o644)
+        os.replace(path, out / path.name)
+    shutil.rmtree(finished)

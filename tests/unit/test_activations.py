@@ -1,0 +1,354 @@
+"""Activation caches: exact contents, resume after kill -9, full disks and NaN."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile as sf
+import torch
+from transformers import EncodecConfig, EncodecModel, MimiConfig, MimiModel
+
+from eqknobs import activations
+from eqknobs.activations import ActivationCache, cache_activations
+from eqknobs.audio import read_audio
+from eqknobs.errors import EqknobsError
+from eqknobs.io import file_sha256
+from eqknobs.models import load_model
+
+RATE = 16000
+SITE = "encoder_transformer"
+SPLITS = ["train", "train", "val", "train", "test", "train"]
+SECONDS = [1.0, 0.503, 0.8, 1.3, 0.77, 0.61]
+
+
+def model_config(folder, kind="mimi"):
+    return {"name": "small", "kind": kind, "path": str(folder), "revision": None, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small random Mimi, six clips (one at 24 kHz, one with space and umlaut) and their manifest."""
+    root = tmp_path_factory.mktemp("activations")
+    torch.manual_seed(0)
+    config = MimiConfig(
+        sampling_rate=RATE,
+        hidden_size=32,
+        num_filters=4,
+        upsampling_ratios=[8, 5, 4, 4],
+        codebook_size=16,
+        codebook_dim=16,
+        vector_quantization_hidden_dimension=16,
+        num_quantizers=4,
+        upsample_groups=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        sliding_window=10,
+        layer_scale_initial_scale=0.5,
+        initializer_range=0.3,
+    )
+    MimiModel(config).save_pretrained(root / "mimi")
+    rows = []
+    for i, (split, seconds) in enumerate(zip(SPLITS, SECONDS)):
+        path = root / ("clip ü 1.flac" if i == 1 else f"clip{i}.flac")
+        rate = 24000 if i == 2 else RATE
+        wav = 0.1 * np.random.default_rng(i).standard_normal(int(seconds * rate))
+        sf.write(path, wav, rate)
+        rows.append({"id": f"00{i}", "path": str(path), "speaker": f"0{i // 2}", "split": split, "text": "a b"})
+    pd.DataFrame(rows).to_csv(root / "manifest.csv", index=False)
+    cache_activations(root / "manifest.csv", root / "whole.h5", model_config(root / "mimi"), SITE, {"x": 1})
+    return root
+
+
+def run(world, out, site=SITE, manifest="manifest.csv", model="mimi", cfg=None):
+    cache_activations(world / manifest, out, model_config(world / model), site, cfg or {"x": 1})
+
+
+def work_files(folder):
+    return sorted(folder.glob("*.part-*"))
+
+
+def test_contents(world):
+    model = load_model(model_config(world / "mimi"))
+    with ActivationCache(world / "whole.h5") as cache:
+        table = cache.utterances
+        assert list(table.columns) == ["id", "speaker", "split", "start", "frames", "samples"]
+        assert list(table["id"]) == [f"00{i}" for i in range(6)] and list(table["speaker"][:3]) == [
+            "00",
+            "00",
+            "01",
+        ]
+        assert list(table["split"]) == SPLITS
+        manifest = pd.read_csv(world / "manifest.csv")
+        for row, path in zip(table.itertuples(), manifest["path"]):
+            wav = read_audio(path, RATE)
+            assert row.samples == len(wav) and row.frames == 2 * -(-len(wav) // 1280)
+            acts = cache.acts[row.start : row.start + row.frames]
+            assert np.array_equal(acts, model.encode(wav, SITE))
+            times = cache.frame_times[row.start : row.start + row.frames]
+            assert np.allclose(times, (np.arange(row.frames) + 0.5) * 640 / RATE)
+        assert cache.acts.shape == (table["frames"].sum(), 32) and cache.acts.dtype == np.float32
+        assert np.array_equal(cache.utt_of_row, np.repeat(np.arange(6), table["frames"]))
+        assert cache.utt_of_row.dtype == np.int32
+
+        parts = {split: cache.rows(split) for split in ("train", "val", "test")}
+        assert sorted(np.concatenate(list(parts.values()))) == list(range(len(cache.acts)))
+        assert all(SPLITS[cache.utt_of_row[row]] == split for split, rows in parts.items() for row in rows)
+        assert parts["train"].dtype == np.int64
+
+        train = np.asarray(cache.acts[parts["train"]], np.float64)
+        assert cache.mean.dtype == cache.std.dtype == np.float64
+        assert np.allclose(cache.mean, train.mean(0), rtol=1e-12) and np.allclose(cache.std, train.std(0), rtol=1e-9)
+        everything = np.asarray(cache.acts, np.float64)
+        assert not np.allclose(cache.mean, everything.mean(0), rtol=1e-6)  # train frames only
+
+        attrs = cache.attrs
+        assert (attrs["model"], attrs["site"], attrs["module_path"]) == (
+            "small",
+            SITE,
+            "encoder.encoder_transformer",
+        )
+        assert (attrs["frame_rate"], attrs["hop"], attrs["sample_rate"]) == (25.0, 640, RATE)
+        assert attrs["train_frames"] == len(train) and attrs["revision"] == model.revision
+        assert attrs["manifest_sha256"] == file_sha256(world / "manifest.csv")
+        assert json.loads(attrs["versions"])["torch"] == version("torch")
+        with pytest.raises(ValueError, match="read-only"):
+            cache.acts[0] = 0
+    with h5py.File(world / "whole.h5") as file:
+        assert file["activations"].chunks is None and file["activations"].compression is None
+        assert np.array_equal(file["activations"][:], ActivationCache(world / "whole.h5").acts)
+    assert work_files(world) == []
+
+
+def test_another_site_and_another_kind(world, tmp_path):
+    run(world, tmp_path / "layer.h5", "encoder_layer.0")
+    with ActivationCache(tmp_path / "layer.h5") as layer, ActivationCache(world / "whole.h5") as whole:
+        assert layer.attrs["module_path"] == "encoder.encoder_transformer.layers.0"
+        assert layer.acts.shape == whole.acts.shape and not np.allclose(layer.acts, whole.acts, atol=1e-2)
+    config = EncodecConfig(
+        sampling_rate=RATE,
+        hidden_size=24,
+        num_filters=4,
+        codebook_size=64,
+        codebook_dim=24,
+        target_bandwidths=[1.2],
+    )
+    EncodecModel(config).save_pretrained(world / "encodec")
+    cache_activations(
+        world / "manifest.csv", tmp_path / "encodec.h5", model_config(world / "encodec", "encodec"), "encoder"
+    )
+    with ActivationCache(tmp_path / "encodec.h5") as cache:
+        assert cache.acts.shape[1] == 24 and cache.attrs["hop"] == 320
+        assert list(cache.utterances["frames"]) == [-(-n // 320) for n in cache.utterances["samples"]]
+
+
+def test_two_runs_give_the_same_bytes(world, tmp_path):
+    time.sleep(1.1)  # a time stamp in the file would differ now
+    run(world, tmp_path / "again.h5")
+    assert (tmp_path / "again.h5").read_bytes() == (world / "whole.h5").read_bytes()
+
+
+def test_constant_dimension_has_a_std_above_zero(world, tmp_path, monkeypatch):
+    from eqknobs.models.mimi import Mimi
+
+    encode = Mimi.encode
+
+    def flat(self, wav, site):
+        acts = encode(self, wav, site)
+        acts[:, 3] = 0.5
+        return acts
+
+    monkeypatch.setattr(Mimi, "encode", flat)
+    run(world, tmp_path / "flat.h5")
+    with ActivationCache(tmp_path / "flat.h5") as cache:
+        assert cache.mean[3] == 0.5 and 0 < cache.std[3] < 1e-3 and (cache.std > 0).all()
+
+
+# Interruption
+
+SLOW = """
+import json, sys, time
+from eqknobs.activations import cache_activations
+from eqknobs.models.mimi import Mimi
+encode = Mimi.encode
+def slow(self, wav, site):
+    acts = encode(self, wav, site)
+    with open("encoded", "a") as file:
+        file.write(".")
+    time.sleep(0.4)
+    return acts
+Mimi.encode = slow
+cache_activations("manifest.csv", sys.argv[1], json.loads(sys.argv[2]), "encoder_transformer", {"x": 1})
+"""
+
+
+def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
+    out = tmp_path / "cache.h5"
+    command = [sys.executable, "-c", SLOW, str(out), json.dumps(model_config(world / "mimi"))]
+    process = subprocess.Popen(command, cwd=world, stderr=subprocess.DEVNULL)
+    marks = world / "encoded"
+    while process.poll() is None and not (marks.exists() and marks.stat().st_size >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists() and len(work_files(tmp_path)) == 1  # nothing half-written is taken for whole
+    with h5py.File(work_files(tmp_path)[0]) as file:
+        done = int(file["done"][0])
+    assert 2 <= done < 6
+    with pytest.raises(EqknobsError, match=r"only \d of 6 utterances"):
+        ActivationCache(work_files(tmp_path)[0])
+
+    from eqknobs.models.mimi import Mimi
+
+    encode, again = Mimi.encode, []
+    monkeypatch.setattr(Mimi, "encode", lambda *args: again.append(1) or encode(*args))
+    run(world, out)
+    assert len(again) == 6 - done  # finished utterances were not encoded again
+    assert out.read_bytes() == (world / "whole.h5").read_bytes()
+    assert work_files(tmp_path) == []
+
+
+class Stop(Exception):
+    """An interruption inside the process, cheaper than a kill."""
+
+
+def interrupted(world, out, monkeypatch, after, cfg=None):
+    from eqknobs.models.mimi import Mimi
+
+    encode, calls = Mimi.encode, []
+
+    def stop(self, wav, site):
+        if len(calls) == after:
+            raise Stop
+        calls.append(1)
+        return encode(self, wav, site)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Mimi, "encode", stop)
+        run(world, out, cfg=cfg)
+    return work_files(out.parent)[0]
+
+
+def test_torn_last_write_is_done_again(world, tmp_path, monkeypatch):
+    """A kill between the frames and the counter leaves frames that are written anew."""
+    work = interrupted(world, tmp_path / "cache.h5", monkeypatch, 2)
+    with h5py.File(work, "r") as file:
+        offset, start = file["activations"].id.get_offset(), int(file["utterances/start"][2])
+    with open(work, "r+b") as file:
+        file.seek(offset + start * 32 * 4)
+        file.write(b"\xff" * 300)
+    run(world, tmp_path / "cache.h5")
+    assert (tmp_path / "cache.h5").read_bytes() == (world / "whole.h5").read_bytes()
+
+
+def test_work_file_of_other_settings_or_broken_is_not_used(world, tmp_path, monkeypatch):
+    out = tmp_path / "cache.h5"
+    work = interrupted(world, out, monkeypatch, 2)
+    other = interrupted(world, out, monkeypatch, 2, cfg={"x": 2})
+    assert work != other and work_files(tmp_path) == [other]
+    work = interrupted(world, out, monkeypatch, 2)
+    work.write_bytes(work.read_bytes()[:500])
+    run(world, out)
+    assert out.read_bytes() == (world / "whole.h5").read_bytes() and work_files(tmp_path) == []
+
+
+# Bad input
+
+
+def test_full_disk_is_seen_before_the_work(world, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
+    with pytest.raises(EqknobsError, match="not enough disk"):
+        run(world, tmp_path / "cache.h5")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_on_resume(world, tmp_path, monkeypatch):
+    interrupted(world, tmp_path / "cache.h5", monkeypatch, 2)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(EqknobsError, match="not enough disk"):
+        patch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=100))
+        run(world, tmp_path / "cache.h5")
+    assert not (tmp_path / "cache.h5").exists() and len(work_files(tmp_path)) == 1
+
+
+def test_disk_that_fills_up_meanwhile(world, tmp_path, monkeypatch):
+    out, pwrite, calls = tmp_path / "cache.h5", os.pwrite, []
+
+    def full(descriptor, data, offset):
+        calls.append(1)
+        if len(calls) == 5:  # the frames of the third utterance: half of them fit
+            return pwrite(descriptor, data[: len(data) // 2], offset)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(descriptor, data, offset)
+
+    with monkeypatch.context() as patch, pytest.raises(EqknobsError, match="disk full while writing"):
+        patch.setattr(os, "pwrite", full)
+        run(world, out)
+    assert not out.exists()
+    with h5py.File(work_files(tmp_path)[0]) as file:
+        assert int(file["done"][0]) == 2
+    run(world, out)
+    assert out.read_bytes() == (world / "whole.h5").read_bytes()
+
+
+def test_disk_full_while_laying_out(world, tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(activations, "_contiguous", full)
+    with pytest.raises(EqknobsError, match="disk full while writing"):
+        run(world, tmp_path / "cache.h5")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_activations_name_the_utterance(world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(world / "mimi", tmp_path / "mimi"))
+    tensors = load_file(broken / "model.safetensors")
+    key = next(k for k in sorted(tensors) if "encoder_transformer" in k)
+    tensors[key][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EqknobsError, match=r"utterance 000 \(.*clip0\.flac\).*NaN or infinite"):
+        cache_activations(world / "manifest.csv", tmp_path / "cache.h5", model_config(broken), SITE, {})
+    assert not (tmp_path / "cache.h5").exists()
+
+
+def test_bad_manifests_sites_and_audio(world, tmp_path):
+    out = tmp_path / "cache.h5"
+    for site in ("encoder_layer.2", "decoder_transformer"):
+        with pytest.raises(EqknobsError, match="has no site"):
+            run(world, out, site)
+    manifest = pd.read_csv(world / "manifest.csv", dtype=str)
+    manifest.assign(split="test").to_csv(tmp_path / "no_train.csv", index=False)
+    with pytest.raises(EqknobsError, match="no utterance in split train"):
+        run(world, out, manifest=tmp_path / "no_train.csv")
+    cut = tmp_path / "cut.flac"
+    cut.write_bytes((world / "clip0.flac").read_bytes()[:5000])
+    manifest.loc[2, "path"] = str(cut)
+    manifest.to_csv(tmp_path / "cut.csv", index=False)
+    with pytest.raises(EqknobsError, match=r"cut\.flac"):
+        run(world, out, manifest=tmp_path / "cut.csv")
+    assert not out.exists() and work_files(tmp_path) == []
+
+
+def test_reading_what_is_no_cache(tmp_path):
+    (tmp_path / "text.h5").write_text("not HDF5")
+    h5py.File(tmp_path / "empty.h5", "w").close()
+    for name in ("text.h5", "empty.h5", "missing.h5"):
+        with pytest.raises(EqknobsError, match="is not an activation cache"):
+            ActivationCache(tmp_path / name)

@@ -1,0 +1,247 @@
+"""Codec training: it learns, resumes exactly, quantises, and writes folders that transformers loads."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile as sf
+import torch
+from transformers import AutoFeatureExtractor, MimiModel
+
+from eqknobs import codec_training as ct
+from eqknobs.errors import EqknobsError
+from eqknobs.io import read_json
+
+MODEL = {
+    "sampling_rate": 16000,
+    "hidden_size": 32,
+    "num_filters": 4,
+    "upsampling_ratios": [4, 4, 5, 8],
+    "codebook_size": 16,
+    "codebook_dim": 16,
+    "num_quantizers": 6,
+    "vector_quantization_hidden_dimension": 16,
+    "upsample_groups": 32,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "sliding_window": 24,
+    "layer_scale_initial_scale": 0.1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory) -> Path:
+    """Twelve two-second clips of gliding harmonic tones in sub-folders, flac and wav."""
+    folder = tmp_path_factory.mktemp("tones") / "with space"
+    rng = np.random.default_rng(0)
+    time = np.arange(32000) / 16000
+    for i in range(12):
+        phase = 2 * np.pi * (rng.uniform(80, 300) * time + rng.uniform(-20, 20) * time**2)
+        audio = sum(np.sin(k * phase) / k for k in range(1, 6)) * 0.1
+        path = folder / f"voice{i % 3}" / f"{i}.{'flac' if i % 2 else 'wav'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sf.write(path, audio, 16000, subtype="PCM_16")
+    return folder
+
+
+def config(tones: Path, **changes) -> dict:
+    base = {
+        "seed": 3,
+        "data": [str(tones)],
+        "description": "tones",
+        "model": MODEL,
+        "batch": 4,
+        "seconds": 0.5,
+        "augment": 0.5,
+        "noise": 0.2,
+        "steps": 12,
+        "learning_rate": 3e-3,
+        "warmup": 3,
+        "finetune_steps": 8,
+        "finetune_learning_rate": 1e-3,
+        "semantic_dims": 2,
+        "kmeans_frames": 200,
+        "kmeans_iterations": 5,
+        "log_every": 4,
+        "export_every": 1000,
+    }
+    return base | changes
+
+
+@pytest.fixture(scope="module")
+def whole(tones, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    ct.train(config(tones), folder / "codec", folder / "checkpoint.pt")
+    return folder / "codec"
+
+
+def test_training_lowers_the_loss_on_held_out_clips(whole):
+    log = pd.read_csv(whole / "log.csv")
+    first, last = log[log.phase == "codec"].iloc[[0, -1]].unquantised
+    assert last < 0.7 * first
+    assert log[log.phase == "codec"].quantised.isna().all()
+    tuned = log[log.phase == "decoder"].quantised
+    assert len(tuned) == 2
+    assert tuned.notna().all()
+
+
+@pytest.mark.parametrize("stop", [7, 12, 15])  # inside, between and after the two phases
+def test_an_interrupted_run_ends_with_the_same_weights(tones, whole, tmp_path, stop):
+    for end in (stop, None):
+        ct.train(config(tones), tmp_path / "codec", tmp_path / "c.pt", stop_after=end)
+    expected, found = (MimiModel.from_pretrained(f).state_dict() for f in (whole, tmp_path / "codec"))
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert found["decoder.decoder_seanet.layers.0.conv.weight"].abs().sum() > 0
+
+
+def test_another_seed_gives_other_weights(tones, whole, tmp_path):
+    ct.train(config(tones, seed=4), tmp_path / "codec", tmp_path / "c.pt")
+    weights = [
+        MimiModel.from_pretrained(f).decoder.decoder_seanet.layers[0].conv.weight for f in (whole, tmp_path / "codec")
+    ]
+    assert not torch.equal(*weights)
+
+
+def test_the_second_phase_leaves_the_encoder_alone(tones, tmp_path):
+    ct.train(config(tones), tmp_path / "codec", tmp_path / "c.pt", stop_after=12)
+    before = torch.load(tmp_path / "c.pt", weights_only=True)["model"]
+    ct.train(config(tones), tmp_path / "codec", tmp_path / "c.pt")
+    after = torch.load(tmp_path / "c.pt", weights_only=True)["model"]
+    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"decoder", "quantizer"}
+
+
+def test_the_exported_folder_loads_in_half_precision_and_round_trips(whole):
+    assert {p.name for p in whole.iterdir()} == {
+        "config.json",
+        "log.csv",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "training.json",
+    }
+    assert MimiModel.from_pretrained(whole).dtype == torch.float16
+    model = MimiModel.from_pretrained(whole, dtype=torch.float32).eval()
+    extractor = AutoFeatureExtractor.from_pretrained(whole)
+    assert extractor.sampling_rate == model.config.sampling_rate == 16000
+    assert ct.hop(model) == 1280
+    audio = 0.1 * np.sin(np.arange(1280 * 10) / 20)
+    inputs = extractor(raw_audio=audio, sampling_rate=16000, return_tensors="pt")
+    with torch.no_grad():
+        codes = model.encode(**inputs).audio_codes
+        result = model(**inputs).audio_values
+        own = ct.decode(model, ct.quantise(model, ct.encode(model, inputs["input_values"]), 6))
+    assert codes.shape == (1, 6, 10)
+    assert len(codes.unique()) > 4
+    assert result.shape == (1, 1, 12800)
+    torch.testing.assert_close(own, result)
+    facts = read_json(whole / "training.json")
+    assert facts["steps_done"] == 20
+    assert facts["clips"] == 12
+
+
+def test_channels_last_convolutions_give_the_same_numbers(whole):
+    plain, fast = (MimiModel.from_pretrained(whole, dtype=torch.float32).eval() for _ in range(2))
+    ct._channels_last(fast)
+    audio = torch.randn(2, 1, 6400, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ct.encode(plain, audio), ct.encode(fast, audio), rtol=1e-4, atol=1e-4)
+        latents = ct.encode(plain, audio)
+        torch.testing.assert_close(ct.decode(plain, latents), ct.decode(fast, latents), rtol=1e-4, atol=1e-4)
+
+
+def test_each_codebook_lowers_the_residual():
+    model = ct.new_model(MODEL, 0)
+    spread = torch.linspace(2, 0.1, 32)
+    latents = torch.randn(600, 32, generator=torch.Generator().manual_seed(1)) * spread + 0.5
+    errors = ct.fit_codebooks(model, latents, semantic_dims=2, iterations=8, seed=0)
+    assert len(errors) == 6
+    assert all(a > b for a, b in zip([1.0, *errors], errors, strict=False))
+    quantised = ct.quantise(model, latents.T[None], 6)[0].T
+    measured = ((latents - quantised).square().mean() / latents.square().mean()).item()
+    assert measured == pytest.approx(errors[-1], rel=1e-3)
+
+
+def test_unit_gain_initialisation_keeps_the_signal_alive_where_the_default_does_not():
+    audio = torch.randn(2, 1, 12800, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.no_grad():
+        level = ct.decode(m := ct.new_model(MODEL, 0), ct.encode(m, audio)).std().item()
+    assert 0.01 < level < 30
+
+
+def test_the_loss_is_zero_for_equal_and_grows_with_error():
+    loss_of = ct.SpectralLoss(16000)
+    audio = torch.randn(2, 1, 8000, generator=torch.Generator().manual_seed(0)) * 0.1
+    small, large = (loss_of(audio + level * torch.roll(audio, 400, -1), audio).item() for level in (0.1, 0.5))
+    assert loss_of(audio, audio).item() == 0
+    assert 0 < small < large
+
+
+def test_the_learning_rate_warms_up_and_decays_in_both_phases(tones):
+    cfg = config(tones, steps=100, finetune_steps=50, warmup=10)
+    rates = [ct.learning_rate(cfg, s) for s in range(150)]
+    assert max(rates[:100]) == pytest.approx(3e-3, rel=0.05)
+    assert rates[0] < 0.2 * max(rates)
+    assert rates[99] < 0.1 * max(rates)
+    assert max(rates[100:]) == pytest.approx(1e-3, rel=0.15)
+
+
+def test_speed_change_moves_the_frequency(tmp_path):
+    for name in "ab":
+        sf.write(tmp_path / f"{name}.wav", 0.3 * np.sin(2 * np.pi * 1000 * np.arange(64000) / 16000), 16000)
+    speech = ct.Speech([str(tmp_path)], 16000)
+    peaks = []
+    for augment in (0.0, 1.0):
+        batch = speech.batch(np.random.default_rng(0), 6, 16000, augment)
+        assert batch.shape == (6, 1, 16000)
+        peaks.append(torch.fft.rfft(batch[:, 0]).abs().argmax(1).double())
+    assert (peaks[0] == 1000).all()
+    assert peaks[1].min() < 950
+    assert 1050 < peaks[1].max() <= 1201
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "message"), [(8000, 1, "8000 Hz"), (16000, 2, "2-d")], ids=["8 kHz", "stereo"]
+)
+def test_other_audio_is_refused_by_name(tmp_path, rate, channels, message):
+    for name in "ab":
+        sf.write(tmp_path / f"{name}.wav", np.zeros((4000, channels)).squeeze(), rate)
+    with pytest.raises(EqknobsError, match=rf"a\.wav: .*{message}"):
+        ct.Speech([str(tmp_path)], 16000)
+
+
+def test_text_named_wav_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(EqknobsError, match="fewer than two"):
+        ct.Speech([str(tmp_path)], 16000)
+    for name in "ab":
+        (tmp_path / f"{name}.wav").write_text("not audio")
+    with pytest.raises(EqknobsError, match=r"a\.wav: not readable"):
+        ct.Speech([str(tmp_path)], 16000)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tones, tmp_path):
+    ct.train(config(tones), tmp_path / "codec", tmp_path / "c.pt", stop_after=1)
+    with pytest.raises(EqknobsError, match="another model or seed"):
+        ct.train(config(tones, seed=9), tmp_path / "codec", tmp_path / "c.pt")
+    assert not (tmp_path / "codec").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tones, tmp_path):
+    with pytest.raises(EqknobsError, match="not finite"):
+        ct.train(config(tones, learning_rate=1e30, warmup=1), tmp_path / "codec", tmp_path / "c.pt")
+
+
+def test_too_few_frames_for_the_codebooks_are_refused():
+    with pytest.raises(EqknobsError, match="10 latent frames for 16 entries"):
+        ct.fit_codebooks(ct.new_model(MODEL, 0), torch.randn(10, 32), 2, 3, 0)

@@ -1,0 +1,142 @@
+"""The workflow against its contract: files, parameters, job counts and the targets of each shipped configuration."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, merge, snakemake
+
+from eqknobs.config import EqknobsError, stage_config, validate
+from eqknobs.provenance import code_inputs
+
+DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
+CHAIN = [name for name in CONFIGS if not name.startswith("train-")]
+
+
+def jobs(name: str, *targets: str) -> list[tuple[str, str]]:
+    """(rule, output) of every job that a dry run of a shipped configuration plans from nothing."""
+    arguments = ["-n", "--forceall", "--configfile", f"config/{name}"]
+    text = snakemake(ROOT, *targets, *arguments).stdout
+    return re.findall(r"^\s*(?:local)?rule (\w+):.*?output: (.*?)$", text, re.S | re.M)
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
+    config = merge(DEFAULT, yaml.safe_load((ROOT / "config" / name).read_text()))
+    planned = jobs(name)
+    assert planned
+    run = config["run"]["name"]
+    found = set()
+    for _, outputs in planned:
+        for output in outputs.split(", "):
+            assert output.startswith(f"results/{run}/"), output
+            found |= set(
+                re.findall(r"[A-Za-z0-9_-]+\.(?:encoder_transformer|encoder_layer\.\d+|encoder|layer\.\d+)", output)
+            )
+    assert found == set(config["run"]["targets"])
+
+
+def test_runs_have_names_of_their_own() -> None:
+    names = [merge(DEFAULT, yaml.safe_load((ROOT / "config" / name).read_text()))["run"]["name"] for name in CHAIN]
+    assert len(set(names)) == len(names)
+
+
+def test_the_demo_has_at_most_60_jobs() -> None:
+    assert 15 <= len(jobs("config.yaml")) <= 60
+
+
+def test_every_documented_file_is_planned_and_every_planned_file_documented() -> None:
+    documented = re.findall(r"^\| `([a-z]+/[^`]+)` \| ([a-z_, ]+) \|", (ROOT / "docs/layout.md").read_text(), re.M)
+    patterns = {re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(path)) + "$"): path for path, _ in documented}
+    planned = {o.removeprefix("results/demo/") for _, outputs in jobs("config.yaml") for o in outputs.split(", ")}
+    for output in planned:
+        if not output.endswith(("sae.safetensors", "log.csv")):  # documented beside their config.json
+            assert any(p.match(output) for p in patterns), f"{output} is not in docs/layout.md"
+    for pattern, path in patterns.items():
+        assert any(pattern.match(output) for output in planned), f"docs/layout.md names {path}, which nothing makes"
+
+
+def test_rules_have_log_benchmark_conda_and_one_parameter() -> None:
+    for file in (ROOT / "rules").glob("*.smk"):
+        for rule in re.split(r"^rule ", file.read_text(), flags=re.M)[1:]:
+            name = rule.split(":")[0]
+            for part in ("log:", "benchmark:", "conda:", "script:", "message:"):
+                assert f"    {part}" in rule, (name, part)
+            assert re.search(r"params:\n        cfg=cfg\(", rule), name
+            assert not re.search(r"params:\n.*\n        \w+=", rule), name
+            script = re.search(r'code\("(\w+\.py)"\)', rule).group(1)
+            assert f"workflow/scripts/{script}" in rule, name
+
+
+def test_no_script_reads_the_configuration() -> None:
+    for script in (ROOT / "workflow/scripts").glob("*.py"):
+        assert "snakemake.config" not in script.read_text()
+        assert not any(path.endswith("eqknobs/config.py") for path in code_inputs(script))
+
+
+def test_stage_slices_are_plain_sorted_json() -> None:
+    wildcards = {"target": "tiny-mimi.encoder_transformer", "sae": "topk", "seed": "0", "property": "rms"}
+    for script in (ROOT / "workflow/scripts").glob("*.py"):
+        if script.stem != "codec_training":
+            value = stage_config(DEFAULT, script.stem, **wildcards)
+            assert json.dumps(value) == json.dumps(value, sort_keys=True)
+
+
+def test_code_inputs_follow_imports_and_find_the_pages_template() -> None:
+    names = {Path(path).name for path in code_inputs(ROOT / "workflow/scripts/report.py")}
+    assert {"report.py", "report.html.j2", "io.py", "errors.py"} <= names
+    assert "sae.py" not in {Path(p).name for p in code_inputs(ROOT / "workflow/scripts/manifest.py")}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["steering"].update(alfas=[1]), "unknown key 'alfas'"),
+        (lambda c: c.update(stering={}), "unknown key 'stering'"),
+        (lambda c: c["saes"]["topk"].update(lr="1e-3"), "write 0.001 without quotes"),
+        (lambda c: c["saes"]["topk"].update(k="many"), "'many' is not of type integer"),
+        (lambda c: c["saes"]["topk"].update(l1=0.1), "unknown key 'l1'"),
+        (lambda c: c["saes"]["topk"].update(variant="gated"), "is not one of"),
+        (lambda c: c["run"].update(targets=["mimi.encoder_transformer"]), "not under models"),
+        (lambda c: c["run"].update(targets=["tiny-mimi"]), "does not match"),
+        (lambda c: c["run"].update(name="../elsewhere"), "does not match"),
+        (lambda c: c["importance"].update(sae="none"), "not under saes"),
+        (lambda c: c["data"]["splits"].update(train=0.9), "must add up to 1"),
+        (lambda c: c["data"].update(source="librispeech"), "data.subset"),
+        (lambda c: c["steering"].update(high_bin=20), "above the last bin"),
+        (lambda c: c["probes"].update(properties=["rms"]), "must hold 'centroid'"),
+        (lambda c: c.pop("judges"), "'judges' is a required property"),
+    ],
+)
+def test_a_bad_configuration_is_refused_in_one_line(change, said: str) -> None:
+    config = json.loads(json.dumps(DEFAULT))
+    change(config)
+    with pytest.raises(EqknobsError) as caught:
+        validate(config)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and str(caught.value).startswith("config: ")
+
+
+def test_the_workflow_refuses_a_bad_configuration_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("saes: {topk: {lr: 1e-3}}\nrun: {name: never}\n")
+    done = snakemake(ROOT, "--cores", "1", "--configfile", str(tmp_path / "bad.yaml"), check=False)
+    assert done.returncode != 0
+    assert "write 0.001 without quotes" in done.stderr and "Traceback" not in done.stderr
+    assert not (ROOT / "results/never").exists()
+
+
+def test_readme_shows_the_current_rule_graph() -> None:
+    graph = snakemake(ROOT, "--rulegraph", "mermaid-js").stdout.strip()
+    assert graph in (ROOT / "README.md").read_text(), "run: python tools/readme_graph.py"
+
+
+def test_conda_environments_follow_the_lock() -> None:
+    import sys
+
+    sys.path.insert(0, str(ROOT / "tools"))
+    from make_env import files
+
+    for path, text in files().items():
+        assert path.read_text() == text, "run: python tools/make_env.py"

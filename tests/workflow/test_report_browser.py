@@ -1,0 +1,201 @@
+"""The report in Chromium, from disk, with the network off: the knob turns, the sound goes on, nothing is fetched."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with chromedriver installed")
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --autoplay-policy=no-user-gesture-required "
+    "--host-resolver-rules=MAP|*|~NOTFOUND"
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The report of EQKNOBS_RESULTS where that is set, else of random scores and tones."""
+    given = os.environ.get("EQKNOBS_RESULTS")
+    if given:
+        return Path(given).resolve() / "report" / "index.html"
+    from results_fixture import TARGET, make_results, tables_cfg
+
+    from eqknobs.report import write_report
+    from eqknobs.tables import write_tables
+
+    root = tmp_path_factory.mktemp("browser")
+    config = make_results(root)
+    run = root / "results" / "run"
+    write_tables(run, [TARGET], tables_cfg(config), config["models"])
+    write_report(run, [TARGET], config, run / "report")
+    return run / "report" / "index.html"
+
+
+@pytest.fixture
+def browser(page):
+    """Chromium as a phone of 390 px on the page; afterwards no console error and no request may have been made."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tempfile.mkdtemp(prefix="chromium-")
+    for flag in [*FLAGS.split(), f"--user-data-dir={profile}"]:
+        options.add_argument(flag.replace("|", " "))
+    options.add_experimental_option(
+        "mobileEmulation", {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 2}}
+    )
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.execute_cdp_cmd("Network.enable", {})
+        driver.execute_cdp_cmd(
+            "Network.emulateNetworkConditions",
+            {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
+        )
+        driver.get(page.as_uri())
+        yield driver
+        assert [line for line in driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
+        asked = []
+        for entry in driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                asked.append(message["params"]["request"]["url"])
+        assert page.as_uri() in asked  # the log works
+        assert [url for url in asked if not url.startswith(("file://", "blob:", "data:", "chrome:", "about:"))] == []
+    finally:
+        driver.quit()
+        shutil.rmtree(profile, ignore_errors=True)
+
+
+def until(driver, script: str, what: str, seconds: float = 15.0):
+    """Wait until a script's value is true; returns it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = driver.execute_script(script)
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what}: not within {seconds} s")
+
+
+def state(driver) -> dict:
+    return driver.execute_script(
+        "const a = document.querySelector('.player audio');"
+        "return {src: a.src, time: a.currentTime, paused: a.paused, duration: a.duration, error: a.error}"
+    )
+
+
+def turn(driver, stop: int) -> None:
+    driver.execute_script(
+        "const s = document.querySelector('.player .alpha-slider'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input', {bubbles: true}))",
+        stop,
+    )
+
+
+def test_turning_the_knob_switches_the_sound_in_place(browser):
+    until(browser, "return document.querySelector('.player audio').readyState >= 1", "sound loads")
+    browser.execute_script(
+        "document.querySelector('.player .play').scrollIntoView({block: 'center', behavior: 'instant'})"
+    )
+    browser.execute_script("document.querySelector('.player audio').loop = true")  # however slow this machine is
+    browser.find_element("css selector", ".player .play").click()
+    until(browser, "return document.querySelector('.player audio').currentTime > 0.2", "it plays")
+    before = state(browser)
+    assert not before["paused"] and before["error"] is None and before["duration"] > 0.5
+
+    browser.execute_script("document.querySelector('.player audio').pause()")
+    at = browser.execute_script("return document.querySelector('.player audio').currentTime = 0.6")
+    picture = browser.execute_script("return document.querySelector('.player .picture img').src")
+    shown = browser.execute_script("return document.querySelector('.player .alpha').textContent")
+    here, last = browser.execute_script(
+        "const s = document.querySelector('.player .alpha-slider'); return [Number(s.value), Number(s.max)]"
+    )
+    others = [stop for stop in range(last + 1) if stop != here]
+    turn(browser, others[-1])
+    until(browser, "return document.querySelector('.player audio').readyState >= 1", "the other sound loads")
+    until(browser, "return document.querySelector('.player audio').currentTime > 0.5", "the position is kept")
+    after = state(browser)
+    assert after["src"] != before["src"] and after["src"].startswith("blob:")
+    assert after["time"] == pytest.approx(at, abs=0.05) and after["paused"]
+    assert browser.execute_script("return document.querySelector('.player .picture img').src") != picture
+    assert browser.execute_script("return document.querySelector('.player .alpha').textContent") != shown
+
+    # While it plays, it goes on playing from where it is.
+    browser.find_element("css selector", ".player .play").click()
+    turn(browser, others[0])
+    until(browser, "return document.querySelector('.player audio').currentTime > 0.7", "it goes on playing")
+    assert state(browser)["src"] not in (before["src"], after["src"])
+
+
+def test_original_and_codec_are_one_press_away(browser):
+    seen = set()
+    for source in ("original", "codec", "steered"):
+        button = browser.find_element("css selector", f".player .ab [data-source={source}]")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
+        button.click()
+        assert button.get_attribute("aria-pressed") == "true"
+        seen.add(state(browser)["src"])
+    assert len(seen) == 3
+
+
+def test_every_sound_of_the_page_decodes(browser):
+    broken = browser.execute_async_script(
+        """
+        const done = arguments[arguments.length - 1];
+        const media = JSON.parse(document.getElementById("media").textContent);
+        const context = new OfflineAudioContext(1, 1, 16000);
+        const bytes = (url) => Uint8Array.from(atob(url.split(",")[1]), (c) => c.charCodeAt(0)).buffer;
+        const sounds = Object.entries(media).filter(([key, url]) => url.startsWith("data:audio"));
+        Promise.all(sounds.map(([key, url]) => context.decodeAudioData(bytes(url)).then(
+            (b) => b.duration > 0.2 ? null : key, () => key))).then((r) => done([sounds.length, r.filter(Boolean)]));
+        """
+    )
+    assert broken[0] > 20 and broken[1] == []
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_page_does_not_scroll_sideways_on_a_phone(browser, opened):
+    if opened:
+        browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    width, inner, wide = browser.execute_script(
+        "const w = document.documentElement.clientWidth;"
+        "return [document.documentElement.scrollWidth, window.innerWidth, [...document.body.querySelectorAll('*')]"
+        ".filter((e) => e.getBoundingClientRect().right > w + 1 && !e.closest('.scroll, nav, pre, svg'))"
+        ".map((e) => e.tagName + '.' + e.className)]"
+    )
+    assert (width, inner, wide) == (390, 390, [])
+
+
+def test_arms_without_a_strength_and_other_properties_can_be_chosen(browser):
+    browser.execute_script(
+        "const s = document.querySelector('.player .arm'); s.selectedIndex = s.options.length - 1;"
+        "s.dispatchEvent(new Event('change'))"
+    )
+    assert browser.find_element("css selector", ".player .alpha-slider").get_property("disabled")
+    before = state(browser)["src"]
+    browser.execute_script(
+        "const s = document.querySelector('.player .property'); s.selectedIndex = s.options.length - 1;"
+        "s.dispatchEvent(new Event('change'))"
+    )
+    assert state(browser)["src"] != before
+
+
+def test_dark_and_light_differ(browser):
+    colors = []
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        colors.append(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert colors[0] != colors[1]

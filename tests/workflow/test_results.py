@@ -1,0 +1,79 @@
+"""A finished run, held against its own raw scores and, for three renders, against its own sound.
+
+EQKNOBS_RESULTS names the folder (default results/demo); skipped where it is absent.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "unit"))
+from recompute import check_summary, check_table, read, round_trip_wer  # noqa: E402
+
+RUN = Path(os.environ.get("EQKNOBS_RESULTS", ROOT / "results" / "demo"))
+if not (RUN / "tables" / "summary.json").is_file():
+    pytest.skip(f"no finished run in {RUN}", allow_module_level=True)
+SUMMARY = json.loads((RUN / "tables" / "summary.json").read_text())
+CONFIGS = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "config").glob("*.yaml"))]
+DEFAULT = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+
+
+def merged(key: str) -> dict:
+    """A section of the configuration that made the run: the default, overlaid by the file that names the run."""
+    own = next((c for c in CONFIGS if c.get("run", {}).get("name") == RUN.name), {})
+    return {**DEFAULT[key], **own.get(key, {})}
+
+
+CFG = {
+    **merged("tables"),
+    "seed": SUMMARY["seed"],
+    "bootstrap": SUMMARY["bootstrap"],
+    "steering_codebooks": merged("steering")["codebooks"],
+}
+TARGETS = list(SUMMARY["targets"])
+
+
+def model_of(target: str) -> dict:
+    model = dict(merged("models")[target.split(".")[0]])
+    return {**model, "path": str(ROOT / model["path"])}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_number_of_the_summary_is_recomputed_from_clips(target):
+    assert check_summary(RUN, target, CFG, model_of(target)) > 100
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance"])
+def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
+    if stage in ("codec", "steering", "importance") and not SUMMARY["targets"][target]["words"]:
+        pytest.skip("the model cannot decode")
+    measurable = True
+    if SUMMARY["targets"][target]["words"]:
+        measurable = round_trip_wer(RUN, target, CFG, model_of(target))[0] <= CFG["unmeasurable_wer"]
+    assert check_table(RUN, target, stage, CFG, model_of(target), measurable) > 20
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])
+def test_three_renders_heard_again_give_the_same_words(target):
+    from eqknobs.audio import read_audio
+    from eqknobs.judges import Transcriber, word_errors
+
+    judge = Transcriber({**merged("judges"), "device": "cpu"})
+    originals = read(RUN / "scores" / "originals.csv").set_index("id")
+    for stage in ("codec", "steering", "importance"):
+        folder = RUN / "renders" / target / stage
+        index = read(folder / "index.csv")
+        row = index[index["judged"].astype(bool)].iloc[-1]  # the last: an edit, not the untouched clip
+        words = read(RUN / "scores" / f"{target}.{stage}.words.csv").fillna({"transcript": ""})
+        score = words[(words["id"] == row["id"]) & (words["condition"] == row["condition"])].iloc[0]
+        heard = judge.transcribe(read_audio(folder / row["file"], 16000))
+        assert heard == score["transcript"], f"{stage} {row['condition']} {row['id']}"
+        reference = originals.loc[row["id"], "transcript"]
+        errors = word_errors(reference if isinstance(reference, str) else "", heard)
+        assert errors == (score["errors"], score["words"])

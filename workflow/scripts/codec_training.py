@@ -1,0 +1,16 @@
+"""Train a codec from folders of speech."""
+
+from pathlib import Path
+from typing import Any
+
+from eqknobs.codec_training import train
+from eqknobs.script import run
+
+
+def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+    out = Path(outputs.weights).parent
+    train(cfg, out, out.with_name("checkpoint.pt"))
+
+
+if __name__ == "__main__":
+    run(main, snakemake)  # noqa: F821
