@@ -9,17 +9,17 @@ rule codec_training:
         weights=TRAINED,
         config=f"{RUN}/model/config.json",
         log=f"{RUN}/model/log.csv",
-    params:
-        cfg=cfg("codec_training"),
     log:
         f"{RUN}/logs/codec_training.log",
     benchmark:
         f"{RUN}/benchmarks/codec_training.tsv"
+    conda:
+        ENV
     threads: config["hardware"]["threads"]
     resources:
         gpu=gpu,
-    conda:
-        ENV
+    params:
+        cfg=cfg("codec_training"),
     message:
         "Train a codec"
     script:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from eqknobs.importance import render_importance
-
 from eqknobs.script import run
 
 

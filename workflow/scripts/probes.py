@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from eqknobs.probes import fit_probes
-
 from eqknobs.script import run
 
 

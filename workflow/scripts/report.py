@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from eqknobs.report import write_report
-
 from eqknobs.script import run
 
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from eqknobs.steering import render_steering
-
 from eqknobs.script import run
+from eqknobs.steering import render_steering
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
