@@ -1,6 +1,7 @@
 rule activations:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
+        model=model_files,
         script=code("activations.py"),
     output:
         f"{RUN}/activations/{{target}}.h5",

@@ -6,7 +6,7 @@ from snakemake.resources import Resource
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from eqknobs.config import decodes, stage_config, validate
+from eqknobs.config import decodes, parse_target, stage_config, validate
 from eqknobs.errors import EqknobsError
 from eqknobs.provenance import code_inputs
 
@@ -50,3 +50,15 @@ def code(script):
 def gpu(wildcards):
     """1 where the job may use a GPU: CPU-only configurations run side by side."""
     return 0 if config["hardware"]["device"] == "cpu" else 1
+
+
+def model_files(wildcards):
+    """Configuration and weights of a model in a local folder: other weights, other activations."""
+    folder = Path(config["models"][parse_target(wildcards.target)[0]]["path"])
+    return [*map(str, sorted(folder.glob("*.safetensors"))), f"{folder}/config.json"] if folder.is_dir() else []
+
+
+def label_files(wildcards):
+    """The labels CSV, where one is configured."""
+    path = config["data"]["labels"]
+    return [path] if path and Path(path).is_file() else []

@@ -1,5 +1,6 @@
 rule manifest:
     input:
+        labels=label_files,
         script=code("manifest.py"),
     output:
         manifest=f"{RUN}/manifest/manifest.csv",

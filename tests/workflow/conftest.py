@@ -1,5 +1,6 @@
 """A finished small run in a folder of its own, shared by the tests of the workflow."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -75,7 +76,7 @@ def copy_workflow(folder: Path) -> Path:
 
 def write_config(folder: Path, change: Callable[[dict], object] | None = None) -> None:
     """Write the small configuration as the folder's default, after `change` edited it."""
-    config = merge(yaml.safe_load((ROOT / "config/config.yaml").read_text()), SMALL)
+    config = merge(yaml.safe_load((ROOT / "config/config.yaml").read_text()), copy.deepcopy(SMALL))
     if change:
         change(config)
     (folder / "config/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
