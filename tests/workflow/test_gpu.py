@@ -1,5 +1,6 @@
 """One GPU, one job on it: also with many cores, and also when the user says nothing of resources."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def overlaps(folder: Path, device: str, *arguments: str) -> bool:
     (folder / "Snakefile").write_text(SNAKEFILE)
     snakemake(folder, "--cores", "4", *arguments)
     intervals = sorted(tuple(map(float, (folder / f"interval{i}").read_text().split())) for i in range(3))
-    return any(a[1] > b[0] for a, b in zip(intervals, intervals[1:]))
+    return any(a[1] > b[0] for a, b in pairwise(intervals))
 
 
 @pytest.mark.parametrize("arguments", [(), ("--resources", "mem_mb=4000"), ("--resources", "gpu=1")])
