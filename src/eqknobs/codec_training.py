@@ -379,11 +379,12 @@ def export(
     """
     rate = model.config.sampling_rate
     facts = {
-        "config": {k: v for k, v in cfg.items() if k != "data"},
+        "config": {k: v for k, v in cfg.items() if k not in ("data", "voices_heard", "voices_unheard")},
         "clips": len(speech.clips),
         "minutes": round(speech.minutes, 2),
         "steps_done": step,
         "residual_power_after_codebooks": [round(e, 5) for e in errors],
+        **{key: cfg[key] for key in ("voices_heard", "voices_unheard") if key in cfg},
     }
     plain = MimiModel(model.config)
     plain.load_state_dict(model.state_dict())
