@@ -20,7 +20,7 @@ TARGETS = config["run"]["targets"]
 CODEC_TARGETS = [target for target in TARGETS if decodes(config, target)]
 PROPERTIES = config["probes"]["properties"]
 SAES = sorted(config["saes"])
-SEEDS = config["sae_seeds"]
+SEEDS = sorted(config["sae_seeds"])
 SOUND_STAGES = ["codec", "steering", "importance"]
 ENV = "../envs/eqknobs.yaml"
 
@@ -55,7 +55,20 @@ def gpu(wildcards):
 def model_files(wildcards):
     """Configuration and weights of a model in a local folder: other weights, other activations."""
     folder = Path(config["models"][parse_target(wildcards.target)[0]]["path"])
-    return [*map(str, sorted(folder.glob("*.safetensors"))), f"{folder}/config.json"] if folder.is_dir() else []
+    return (
+        [*map(str, sorted(folder.glob("*.safetensors"))), f"{folder}/config.json"]
+        if folder.is_dir()
+        else []
+    )
+
+
+def training_records(wildcards):
+    """Which voices a bundled model heard in its own training."""
+    records = [
+        Path(config["models"][parse_target(t)[0]]["path"]) / "training.json"
+        for t in TARGETS
+    ]
+    return sorted({str(record) for record in records if record.is_file()})
 
 
 def label_files(wildcards):

@@ -25,6 +25,8 @@ rule judgements:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
         index=f"{RUN}/renders/{{target}}/{{stage}}/index.csv",
+        # The index may stay the same when the sound behind it changes; its signal scores do not.
+        signal=f"{RUN}/scores/{{target}}.{{stage}}.signal.csv",
         originals=f"{RUN}/scores/originals.csv",
         script=code("judgements.py"),
     output:

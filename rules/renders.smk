@@ -1,4 +1,7 @@
-STEERED = ["centroid", *sorted(config["steering"]["other_alpha"])]
+STEERED = [
+    "centroid",
+    *sorted(set(config["steering"]["other_alpha"]) & set(PROPERTIES)),
+]
 
 
 rule codec_renders:

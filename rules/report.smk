@@ -24,6 +24,7 @@ rule tables:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
         scores=SCORES,
+        training=training_records,
         script=code("tables.py"),
     output:
         tables=expand(f"{RUN}/tables/{{table}}.csv", table=TABLES),

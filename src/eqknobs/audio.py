@@ -43,11 +43,14 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
 def write_flac(path: str | Path, wav: np.ndarray, rate: int) -> None:
     """Write [samples] in −1…1 as 16-bit mono FLAC, atomically; louder samples are clipped.
 
-    Raises EqknobsError on NaN or infinite samples.
+    Raises EqknobsError on NaN or infinite samples, and where the file cannot be written.
     """
     wav = np.asarray(wav, dtype=np.float64)
     if not np.isfinite(wav).all():
         raise EqknobsError(f"{path}: the sound to write holds NaN or infinite samples; weaken the edit")
     pcm = np.clip(np.rint(wav * 32768), -32768, 32767).astype(np.int16)
     with atomic_path(path) as temporary:
-        sf.write(temporary, pcm, rate, format="FLAC", subtype="PCM_16")
+        try:
+            sf.write(temporary, pcm, rate, format="FLAC", subtype="PCM_16")
+        except (sf.SoundFileError, AssertionError) as error:  # libsndfile hides the system's reason
+            raise EqknobsError(f"{path}: cannot be written; is the disk full? ({error})") from error

@@ -30,10 +30,10 @@ def render_codec(
 ) -> None:
     """Render and measure round trips of test clips; see `render_conditions` for the files.
 
-    cfg: `model`, `site`, `codebooks` (list), `clips`, `report_clips`. Raises EqknobsError if the model cannot
+    cfg: `model`, `site`, `codebooks` (list), `clips`. Raises EqknobsError if the model cannot
     decode or has fewer codebooks.
     """
     clips = pick_clips(read_csv(manifest_csv), "test", cfg["clips"])
     with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
         conditions = codec_conditions(cfg["codebooks"])
-        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, cfg["report_clips"])
+        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv)

@@ -70,11 +70,6 @@ def validate(config: dict[str, Any]) -> None:
             raise EqknobsError(f"config: {key} names the SAE {missing[0]!r}, which is not under saes")
     if not {"centroid"} <= set(config["probes"]["properties"]):
         raise EqknobsError("config: probes.properties: must hold 'centroid', which steering and importance need")
-    missing = sorted(set(config["steering"]["other_alpha"]) - set(config["probes"]["properties"]))
-    if missing:
-        raise EqknobsError(
-            f"config: steering.other_alpha.{missing[0]}: not under probes.properties; add it there or remove it here"
-        )
     last = config["probes"]["bins"] - 1
     for key in ("low_bin", "high_bin"):
         if config["steering"][key] > last:
@@ -140,7 +135,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
         "sae_scores": lambda: {"seed": seed},
         "probes": lambda: {**probes, "property": wildcards["property"], "seed": seed, "device": device},
         "originals": lambda: {"judges": config["judges"], "device": device},
-        "codec_renders": lambda: {**model(), **config["codec"], "report_clips": config["report"]["clips"]},
+        "codec_renders": lambda: {**model(), **config["codec"]},
         "steering_calibration": lambda: {
             **model(),
             **{key: steering[key] for key in STEERING_CALIBRATION},
@@ -149,6 +144,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
         "steering_renders": lambda: {
             **model(),
             **{key: steering[key] for key in STEERING_RENDER},
+            "other_alpha": {k: v for k, v in steering["other_alpha"].items() if k in probes["properties"]},
             "report_clips": config["report"]["clips"],
             "seed": seed,
         },
@@ -158,6 +154,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
             **config["tables"],
             "seed": seed,
             "targets": config["run"]["targets"],
+            "properties": probes["properties"],
             "models": {parse_target(t)[0]: config["models"][parse_target(t)[0]] for t in config["run"]["targets"]},
             "steering_codebooks": steering["codebooks"],
         },

@@ -107,7 +107,7 @@ def _codec(summary: dict[str, Any]) -> list[dict[str, str]]:
     if not words["measurable"]:
         text += f": above {words['threshold']}, so what an edit costs in words is {UNMEASURABLE}"
     detail = f"against the recogniser's own transcript of the untouched clip; {_of(words)}"
-    return [_headline("codec", "measured" if words["measurable"] else "negative", f"{text}.", detail)]
+    return [_headline("codec", "measured", f"{text}.", detail)]
 
 
 def _saes(summary: dict[str, Any]) -> list[dict[str, str]]:
@@ -118,19 +118,19 @@ def _saes(summary: dict[str, Any]) -> list[dict[str, str]]:
         text = f"SAE {row['sae']} {'is not sparse' if dense else 'is sparse'}: {row['l0']:.1f} of {row['d_sae']} "
         text += f"features fire in a frame ({share:.1%}). It leaves {_number(row['fvu'])} of the variance unexplained."
         detail = f"FVU {_range(row['fvu_low'], row['fvu_high'])}; {_of(row)}; called sparse up to {DENSE_SHARE:.0%}"
-        lines.append(_headline("sae", "negative" if dense else "positive", text, detail))
+        lines.append(_headline("sae", "measured", text, detail))
     return lines
 
 
 def _probes(summary: dict[str, Any]) -> list[dict[str, str]]:
     lines = []
     for record in summary["comparisons"]:
-        if record["family"] != "probe, quantile, minus raw":
+        if record["family"] not in ("probe, quantile, minus raw", "probe, quantile, minus random_topk"):
             continue
         null = next(r for r in summary["probes"] if (r["space"], r["property"]) == (record["a"], record["property"]))
         verdict, words = _said(record)
         name = PROPERTIES.get(record["property"], record["property"])
-        text = f"{name}: the probe on {label(record['a'])} {words} the one on raw latents."
+        text = f"{name}: the probe on {label(record['a'])} {words} the one on {label(record['b'])}."
         nulls = f"majority {_number(null['majority'])}, shuffled labels {_number(null['shuffled'])}"
         lines.append(_headline("probe", verdict, text, f"{_numbers(record)}; {nulls}; quantile bins"))
     return lines
@@ -143,7 +143,13 @@ def _steering(summary: dict[str, Any], shift: float) -> list[dict[str, str]]:
     text = f"{len(reached)} of {len(arms)} arms can lower the spectral centroid to {shift:g} × the codec's round trip."
     if missed:
         text += f" Not reached, so not ranked: {_listed(label(arm) for arm in missed)}."
-    lines = [_headline("steering", "measured" if reached else "negative", text, "strength chosen on val")]
+    centroids = [row["centroid_hz"] for row in arms if row["calibrated"] == "reached"]
+    detail = "strength chosen on val"
+    if centroids:
+        detail += f"; on test the centroids of these arms span {min(centroids):.0f} to {max(centroids):.0f} Hz"
+    if "random" in reached:
+        detail += "; the random direction reaches it too"
+    lines = [_headline("steering", "measured", text, detail)]
     if "raw_probe" not in reached:
         text = "The raw-latent probe direction misses the shift: there is nothing to compare the SAEs with."
         lines.append(_headline("steering", "undecided", text))
@@ -168,9 +174,14 @@ def _importance(summary: dict[str, Any]) -> list[dict[str, str]]:
     text += f"{found['moderate']} moderate and {found['critical']} critical."
     lines = [_headline("importance", "measured", text, "thresholds .3 and .7 of the maximum, as in version 1")]
     for record in summary["comparisons"]:
-        if record.get("mode") == "mean" and record["b"] == "random" and record["measure"] != "latent_error":
+        if (
+            record.get("mode") == "mean"
+            and record["b"] in ("random", "raw_probe")
+            and record["measure"] != "latent_error"
+        ):
             verdict, words = _said(record)
-            text = f"Removing them {words} removing as many at random, in {MEASURE_NAMES[record['measure']]}."
+            rival = "at random" if record["b"] == "random" else "by the raw-probe map"
+            text = f"Removing them {words} removing as many {rival}, in {MEASURE_NAMES[record['measure']]}."
             lines.append(_headline("importance", verdict, text, _numbers(record)))
     return lines
 

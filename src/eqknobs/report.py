@@ -21,7 +21,7 @@ import soundfile as sf
 import yaml
 from PIL import Image
 
-from eqknobs.config import decodes
+from eqknobs.config import decodes, parse_target
 from eqknobs.errors import EqknobsError
 from eqknobs.headlines import ARMS, MAPS, PROPERTIES, SPACES, label
 from eqknobs.io import atomic_path, read_csv, read_json
@@ -304,7 +304,7 @@ def _steering_figures(table: pd.DataFrame, saes: list[str], shift: float) -> lis
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel("word error rate" if measure == "wer" else "speaker similarity")
 
-        note = f"Arms that reached the same centroid; 95 % intervals, {matched['clips'].max()} clips."
+        note = f"Arms calibrated on val to one centroid; 95 % intervals, {matched['clips'].max()} clips."
         height = 0.8 + 0.22 * len(part)
         figures.append(_figure(f"{title}, matched shift", forest, note, height=height))
     return figures
@@ -694,6 +694,8 @@ def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir
                 "players": players,
             }
         )
+    used = {parse_target(target)[0] for target in targets}
+    models = {name: model for name, model in cfg["models"].items() if name in used}
     manifest = read_csv(run_dir / "manifest" / "manifest.csv")
     corpus = manifest.groupby("split").agg(clips=("id", "size"), speakers=("speaker", "nunique"), s=("seconds", "sum"))
     environment = jinja2.Environment(
@@ -702,14 +704,13 @@ def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir
     page = environment.get_template("report.html.j2").render(
         run=cfg["run"]["name"],
         cfg=cfg,
+        models=models,
         config_text=yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True, width=100),
         sections=sections,
         corpus=corpus.reset_index().to_dict("records"),
         rejected=len(read_csv(run_dir / "manifest" / "rejected.csv")),
         bundled_speech=str(cfg["data"].get("path") or "").startswith("resources/"),
-        bundled_models=[
-            name for name, model in cfg["models"].items() if str(model.get("path")).startswith("resources/")
-        ],
+        bundled_models=[name for name, model in models.items() if str(model.get("path")).startswith("resources/")],
         published=PUBLISHED,
         published_source=PUBLISHED_SOURCE,
         spaces=SPACES,

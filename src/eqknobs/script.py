@@ -35,6 +35,8 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
     Everything printed goes to the terminal and to the rule's log; an EqknobsError becomes one line and exit status 1.
     """
     os.environ["OMP_NUM_THREADS"] = str(snakemake.threads)  # read by CTranslate2 when the judge starts
+    if not snakemake.resources.get("gpu", 0):  # a job without the GPU resource must not touch the card
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(snakemake.threads)
         sys.modules["torch"].use_deterministic_algorithms(True, warn_only=True)

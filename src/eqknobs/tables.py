@@ -192,16 +192,10 @@ def _share(rows: pd.DataFrame) -> float:
     return float(_divide(rows["correct"].sum(), rows["frames"].sum()))
 
 
-def properties(run_dir: Path, target: str) -> list[str]:
-    """The acoustic properties that were probed, from the names of the raw score files."""
-    found = sorted((run_dir / "scores").glob(f"{target}.probes.*.csv"))
-    return [path.name[len(f"{target}.probes.") : -len(".csv")] for path in found]
-
-
 def probes_table(run_dir: Path, target: str, cfg: dict[str, Any]) -> pd.DataFrame:
     """One row a (space, property, binning, split)."""
     table = []
-    for name in properties(run_dir, target):
+    for name in sorted(cfg["properties"]):
         scores = _read(run_dir / "scores" / f"{target}.probes.{name}.csv")
         ridge = _read(run_dir / "scores" / f"{target}.ridge.{name}.csv")
         majority = scores[scores["labels"] == "majority"]
@@ -284,7 +278,7 @@ def importance_table(run_dir: Path, target: str, cfg: dict[str, Any], measurable
 def _compare_probes(run_dir: Path, target: str, cfg: dict[str, Any]) -> list[dict[str, Any]]:
     """Accuracy of each SAE's probe on test against the raw latents' and against random projection + TopK."""
     records = []
-    for name in properties(run_dir, target):
+    for name in sorted(cfg["properties"]):
         scores = _read(run_dir / "scores" / f"{target}.probes.{name}.csv")
         scores = scores[(scores["labels"] == "true") & (scores["split"] == "test")]
         for (binning, space), rows in scores.groupby(["binning", "space"]):
@@ -368,7 +362,7 @@ def with_holm(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _verdict(record: dict[str, Any]) -> str:
     """ "better", "worse" or "undecided" (the interval holds 0) for a against b."""
-    if record["low"] <= 0 <= record["high"]:
+    if not (record["low"] > 0 or record["high"] < 0):  # NaN shows nothing either
         return "undecided"
     higher = MEASURES[record["measure"]][2] == "higher"
     return "better" if (record["low"] > 0) == higher else "worse"

@@ -119,7 +119,14 @@ def _sae_scores(rng: np.random.Generator, clips: pd.DataFrame, run: Path) -> Non
         )
     write_csv(run / "scores" / f"{TARGET}.sae.csv", pd.concat(rows))
     match = {"seeds": [0, 1], "features": [180, 182], "frames": 900, "cosine": 0.61, "iou": 0.4}
-    match |= {"cosine_null": 0.3, "cosine_p": 0.01, "iou_null": 0.2, "iou_p": 0.01}
+    match |= {
+        "cosine_untrained": 0.25,
+        "iou_untrained": 0.3,
+        "cosine_null": 0.3,
+        "cosine_p": 0.01,
+        "iou_null": 0.2,
+        "iou_p": 0.01,
+    }
     write_json(run / "saes" / TARGET / "saes.json", {"saes": details, "cross_seed": dict.fromkeys(SAES, match)})
 
 
@@ -260,6 +267,7 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
         "data": {"source": "folder", "path": "resources/corpus"},
         "models": {"tiny-mimi": {"kind": "mimi", "path": str(root / "model"), "revision": None}},
         "saes": {sae: {"variant": sae, "d_sae": FEATURES} for sae in SAES},
+        "probes": {"properties": ["centroid", "pitch", "rms"]},
         "steering": {"codebooks": 16, "shift": 0.75, "alphas": list(ALPHAS)},
         "judges": {"asr": "tiny.en", "beam": 1},
         "tables": {"bootstrap": 200, "unmeasurable_wer": 0.5},
@@ -269,4 +277,9 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
 
 def tables_cfg(config: dict[str, Any]) -> dict[str, Any]:
     """The slice of the configuration that `write_tables` takes."""
-    return {**config["tables"], "seed": config["run"]["seed"], "steering_codebooks": config["steering"]["codebooks"]}
+    return {
+        **config["tables"],
+        "seed": config["run"]["seed"],
+        "steering_codebooks": config["steering"]["codebooks"],
+        "properties": config["probes"]["properties"],
+    }

@@ -138,7 +138,7 @@ def test_nothing_reached_still_makes_tables(tmp_path):
     facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
     assert read(run / "tables" / "steering.csv")["rank"].isna().all()
     first = next(h for h in facts["headlines"] if h["topic"] == "steering")
-    assert first["verdict"] == "negative" and first["text"].startswith("0 of 12 arms")
+    assert first["verdict"] == "measured" and first["text"].startswith("0 of 12 arms")
 
 
 def test_sweep_rows_hold_signal_measures_and_no_words(results):

@@ -34,6 +34,7 @@ CFG = {
     "seed": SUMMARY["seed"],
     "bootstrap": SUMMARY["bootstrap"],
     "steering_codebooks": merged("steering")["codebooks"],
+    "properties": merged("probes")["properties"],
 }
 TARGETS = list(SUMMARY["targets"])
 
