@@ -181,7 +181,8 @@ def _importance(summary: dict[str, Any]) -> list[dict[str, str]]:
         ):
             verdict, words = _said(record)
             rival = "at random" if record["b"] == "random" else "by the raw-probe map"
-            text = f"Removing them {words} removing as many {rival}, in {MEASURE_NAMES[record['measure']]}."
+            text = f"Removing the {record['removed_dims']} dimensions the map ranks lowest {words} removing as many "
+            text += f"{rival}, in {MEASURE_NAMES[record['measure']]}."
             lines.append(_headline("importance", verdict, text, _numbers(record)))
     return lines
 

@@ -1,5 +1,6 @@
 """Atomic, byte-stable files."""
 
+import errno
 import hashlib
 import json
 import os
@@ -36,8 +37,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
+    except EqknobsError:
+        raise
+    except Exception as error:  # safetensors, torch and soundfile have errors of their own for a full disk
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full or shutil.disk_usage(path.parent).free < 1 << 16:
             raise EqknobsError(f"disk full while writing {path}: free some space and run again") from error
         raise
     finally:

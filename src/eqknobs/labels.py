@@ -24,6 +24,7 @@ from tqdm import tqdm
 from eqknobs.audio import read_audio
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv
+from eqknobs.models import gpu_lock
 
 if TYPE_CHECKING:
     import torch
@@ -216,6 +217,7 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
     """
     paths = read_csv(manifest_csv).set_index("id")["path"]
     with (
+        gpu_lock(),  # CREPE runs on the card where there is one
         h5py.File(cache_h5, "r") as source,
         atomic_path(out_h5) as temporary,
         h5py.File(temporary, "w") as out,

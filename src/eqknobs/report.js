@@ -35,7 +35,8 @@
     const stops = () => group().arms[arm.selectedIndex].stops;
     const current = () => (source === "steered" ? stops()[Number(slider.value)] : data.references[source]);
     const starred = (stop) => stop.calibrated === "reached" || stop.calibrated === "unreached";
-    const strength = (stop) => (stop.alpha === null ? "none" : `${Number(stop.alpha.toFixed(2))}${starred(stop) ? " ★" : ""}`);
+    const unit = () => group().arms[arm.selectedIndex].unit;
+    const strength = (stop) => (stop.alpha === null ? "none" : `${Number(stop.alpha.toFixed(2))}${unit()}${starred(stop) ? " ★" : ""}`);
 
     function fill(select, items) {
       select.replaceChildren(...items.map((item) => new Option(item.label)));

@@ -463,7 +463,8 @@ def _players(
             arms = []
             for arm, stops in part.groupby("arm", sort=False):
                 stops = stops.sort_values("alpha", na_position="first").to_dict("records")
-                arms.append({"arm": arm, "label": label(arm), "stops": [stop(row) for row in stops]})
+                unit = " kHz" if arm == "dsp_lowpass" else ""  # its α is the cutoff
+                arms.append({"arm": arm, "label": label(arm), "unit": unit, "stops": [stop(row) for row in stops]})
             arms.sort(key=lambda arm: (len(arm["stops"]) < 2, list(ARMS).index(arm["arm"].partition(":")[0])))
             groups.append({"property": name, "label": PROPERTIES.get(name, name), "arms": arms})
         references = {

@@ -319,17 +319,16 @@ def _compare_steering(run_dir: Path, target: str, cfg: dict[str, Any], measurabl
     return records
 
 
-def _compare_importance(
-    run_dir: Path, target: str, cfg: dict[str, Any], measurable: bool, expendable: int
-) -> list[dict[str, Any]]:
-    """The dimensions that the composition map calls expendable, against every rival set of the same size."""
+def _compare_importance(run_dir: Path, target: str, cfg: dict[str, Any], measurable: bool) -> list[dict[str, Any]]:
+    """What the composition map removes first against every rival set of the same size, at the sizes listened to: the
+    map's own count of expendable dimensions (where it has any) and the shares `word_removed`."""
     rows = read_scores(run_dir, target, "importance")
-    rows = rows[rows["removed_dims"] == expendable]
+    chosen = rows["map"] == "composition"
+    heard = rows.loc[chosen & rows["speaker_similarity"].notna(), "removed_dims"].unique()
+    rivals = rows[rows["removed_dims"].isin(heard) & ~rows["map"].isin(["composition", "keep_critical", "none"])]
     records = []
-    for (mode, rival), clips in rows[~rows["map"].isin(["composition", "keep_critical", "none"])].groupby(
-        ["mode", "map"]
-    ):
-        claimed = rows[(rows["map"] == "composition") & (rows["mode"] == mode)]
+    for (count, mode, rival), clips in rivals.groupby(["removed_dims", "mode", "map"]):
+        claimed = rows[chosen & (rows["mode"] == mode) & (rows["removed_dims"] == count)]
         for measure in (
             "mel_distance",
             "latent_error",
@@ -347,7 +346,8 @@ def _compare_importance(
                     "b": rival,
                     "measure": measure,
                 }
-                records.append({"family": f"importance, {measure}, {mode}", "mode": mode, **what, **found})
+                family = f"importance, {measure}, {mode}, {count} removed"
+                records.append({"family": family, "mode": mode, "removed_dims": int(count), **what, **found})
     return records
 
 
@@ -436,7 +436,7 @@ def write_tables(run_dir: Path, targets: list[str], cfg: dict[str, Any], models:
             facts["importance"] = {**importance["counts"], "width": sum(importance["counts"].values())}
             shift = read_json(run_dir / "steering" / target / "calibration.json")["target_hz_ratio"]
             comparisons += _compare_steering(run_dir, target, cfg, measurable)
-            comparisons += _compare_importance(run_dir, target, cfg, measurable, importance["counts"]["expendable"])
+            comparisons += _compare_importance(run_dir, target, cfg, measurable)
         facts["comparisons"] = with_holm(comparisons)
         facts["headlines"] = headlines(facts, shift)
         summary["targets"][target] = facts

@@ -199,7 +199,7 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any], expendable: int) -> list[pd.DataFrame]:
+def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any]) -> list[pd.DataFrame]:
     """The raw rows of both sides of a comparison."""
     stage = record["family"].split(",")[0]
     if stage == "probe":
@@ -212,7 +212,7 @@ def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any],
         rows = rows[(rows["property"] == "centroid") & rows["calibrated"].isin(["reached", "fixed"])]
         return [rows[rows["arm"] == record[s]] for s in "ab"]
     rows = raw_scores(run, target, "importance", model)
-    rows = rows[(rows["removed_dims"] == expendable) & (rows["mode"] == record["mode"])]
+    rows = rows[(rows["removed_dims"] == record["removed_dims"]) & (rows["mode"] == record["mode"])]
     return [rows[rows["map"] == record[s]] for s in "ab"]
 
 
@@ -220,7 +220,7 @@ def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, 
     """Recompute every number of the summary of one target; returns how many were compared."""
     facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][target]
     assert set(facts) == {"words", "sae", "probes", "steering", "importance", "comparisons", "headlines"}
-    cells, expendable = 0, 0
+    cells = 0
     if facts["words"]:
         wer, rows = round_trip_wer(run, target, cfg, model)
         value, low, high = estimate(rows, "wer", cfg)
@@ -243,7 +243,7 @@ def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, 
         wanted = {"expendable": (values < 0.3).sum(), "critical": (values >= 0.7).sum(), "width": len(values)}
         wanted["moderate"] = len(values) - wanted["expendable"] - wanted["critical"]
         assert wanted == facts["importance"]
-        cells, expendable = cells + 4, wanted["expendable"]
+        cells += 4
     for part, name in (("sae", "sae"), ("probes", "probes"), ("steering", "steering")):
         table = read(run / "tables" / f"{name}.csv")
         for row in facts[part]:
@@ -258,7 +258,7 @@ def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, 
     for record in facts["comparisons"]:
         families.setdefault(record["family"], []).append(record)
         measure = record["measure"]
-        wanted = compared(*sides(record, run, target, model, expendable), measure, cfg)
+        wanted = compared(*sides(record, run, target, model), measure, cfg)
         for key, number in wanted.items():
             same(record[key], number, f"{record['family']} {record['a']} {key}")
             cells += 1

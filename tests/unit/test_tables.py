@@ -215,7 +215,14 @@ def test_sentences_follow_the_sign_of_the_interval(shift, spread, verdict, words
 
 
 def test_what_fails_holms_correction_is_not_claimed():
-    record = {"family": "importance, wer, mean", "mode": "mean", "a": "composition", "b": "random", "measure": "wer"}
+    record = {
+        "family": "importance, wer, mean",
+        "mode": "mean",
+        "removed_dims": 3,
+        "a": "composition",
+        "b": "random",
+        "measure": "wer",
+    }
     record |= {
         "value_a": 0.1,
         "value_b": 0.2,
