@@ -1,9 +1,11 @@
-"""Copy a finished run's tables and report figures to docs/results: `python tools/collect_results.py bundled-full`.
+"""Copy a finished run's tables and report figures to docs/results, and write its README.md from the run's summary:
+`python tools/collect_results.py bundled-full`.
 
-The figures are the page's own drawings, with its light colours written in. With Chromium at hand the top of the page
-is pictured too (README.md shows it).
+The figures are the page's own drawings, with its light colours written in. With Chromium at hand the page's head and
+its players are pictured too (README.md shows them), with the text between them left out.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +15,32 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking"
+
+INTRODUCTION = """# Results of the bundled models
+
+Written by `tools/collect_results.py {run}` from a finished run of `config/{run}.yaml`; do not edit. The sentences are the
+report's own, made from the numbers in [tables/](tables) ([what the columns mean](../tables.md)).
+
+What they prove: the chain runs on a real trained codec, and its controls and nulls behave. What they do not prove: anything
+about kyutai's Mimi or about natural speech. The speech is synthetic, some voices are derived from one another, and the codec
+is small and was trained on part of the voices. With so few test speakers, intervals (95 %, speakers resampled, then
+utterances) are likely too narrow for voices in general. A triangle down is a result against the method's claim.
+"""
+MARKS = {"positive": "▲ supports", "negative": "▼ against", "undecided": "◆ not shown", "measured": "● measured"}
+
+
+def findings(summary: dict) -> str:
+    """The headlines of every target as Markdown lists, by topic."""
+    lines = []
+    for target, facts in summary["targets"].items():
+        lines.append(f"\n## {target}\n")
+        topic = None
+        for headline in facts["headlines"]:
+            if headline["topic"] != topic:
+                topic = headline["topic"]
+                lines.append(f"\n### {topic}\n")
+            lines.append(f"- {MARKS[headline['verdict']]}: {headline['text']} ({headline['detail']})")
+    return "\n".join(lines) + "\n"
 
 
 def main(run: str) -> None:
@@ -28,10 +56,16 @@ def main(run: str) -> None:
         drawing = drawing.replace("<svg ", f'<svg style="background:{colours["--card"]}" ', 1)
         name = re.sub(r"[^a-z0-9]+", "-", match[1].lower()).strip("-")[:60]
         (out / "figures" / f"{number:02d}-{name}.svg").write_text(drawing)
+    pictures = [f"![{p.stem[3:].replace('-', ' ')}](figures/{p.name})" for p in sorted((out / "figures").iterdir())]
+    summary = json.loads((out / "tables/summary.json").read_text())
+    text = INTRODUCTION.format(run=run) + findings(summary) + "\n## Figures\n\n" + "\n".join(pictures) + "\n"
+    (out / "README.md").write_text(text)
     if shutil.which("chromium"):
         with tempfile.TemporaryDirectory() as profile:
-            size = ["--window-size=1180,1500", f"--user-data-dir={profile}", f"--screenshot={out / 'report.png'}"]
-            subprocess.run(["chromium", *CHROMIUM.split(), *size, (source / "report/index.html").as_uri()], check=True)
+            shortened = Path(profile) / "page.html"
+            shortened.write_text(page.replace("</head>", "<style>#findings, #proof {display: none}</style></head>", 1))
+            size = ["--window-size=1180,1130", f"--user-data-dir={profile}", f"--screenshot={out / 'report.png'}"]
+            subprocess.run(["chromium", *CHROMIUM.split(), *size, shortened.as_uri()], check=True)
 
 
 if __name__ == "__main__":

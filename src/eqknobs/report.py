@@ -331,7 +331,7 @@ def _importance_figures(importance: dict[str, Any], table: pd.DataFrame) -> list
         x = np.arange(len(values))
         for low, high, hue, name in bands:
             part = (values >= low) & (values < high)
-            axes.bar(x[part], values[part], width=1, color=HUES[hue], label=f"{name}: {part.sum()}")
+            axes.fill_between(x, np.where(part, values, 0), step="mid", color=HUES[hue], label=f"{name}: {part.sum()}")
         axes.axhline(0.3, color=INK, lw=0.8, ls=":")
         axes.axhline(0.7, color=INK, lw=0.8, ls=":")
         axes.set(xlabel="latent dimension, by rank", ylabel="importance / maximum")
