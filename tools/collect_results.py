@@ -18,13 +18,14 @@ CHROMIUM = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-fir
 
 INTRODUCTION = """# Results of the bundled models
 
-Written by `tools/collect_results.py {run}` from a finished run of `config/{run}.yaml`; do not edit. The sentences are the
-report's own, made from the numbers in [tables/](tables) ([what the columns mean](../tables.md)).
+Written by `tools/collect_results.py {run}` from a finished run of `config/{run}.yaml`; do not edit. The sentences are
+the report's own, made from the numbers in [tables/](tables) ([what the columns mean](../tables.md)).
 
-What they prove: the chain runs on a real trained codec, and its controls and nulls behave. What they do not prove: anything
-about kyutai's Mimi or about natural speech. The speech is synthetic, some voices are derived from one another, and the codec
-is small and was trained on part of the voices. With so few test speakers, intervals (95 %, speakers resampled, then
-utterances) are likely too narrow for voices in general. A triangle down is a result against the method's claim.
+What they prove: the chain runs on a real trained codec, and its controls and nulls behave. What they do not prove:
+anything about kyutai's Mimi or about natural speech. The speech is synthetic, some voices are derived from one another,
+and the codec is small and was trained on part of the voices. With so few test speakers, intervals (95 %, speakers
+resampled, then utterances) are likely too narrow for voices in general. A triangle down is a result against the
+method's claim.
 """
 MARKS = {"positive": "▲ supports", "negative": "▼ against", "undecided": "◆ not shown", "measured": "● measured"}
 
