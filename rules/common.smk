@@ -21,6 +21,7 @@ CODEC_TARGETS = [target for target in TARGETS if decodes(config, target)]
 PROPERTIES = config["probes"]["properties"]
 SAES = sorted(config["saes"])
 SEEDS = sorted(config["sae_seeds"])
+GRIDS = [name for name in SAES if "grid" in config["saes"][name]]
 SOUND_STAGES = ["codec", "steering", "importance"]
 ENV = "../envs/eqknobs.yaml"
 

@@ -8,6 +8,9 @@ rule codec_renders:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
+        saes=expand(
+            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
+        ),
         script=code("codec_renders.py"),
     output:
         index=f"{RUN}/renders/{{target}}/codec/index.csv",

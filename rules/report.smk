@@ -56,6 +56,9 @@ rule report:
             sae=SAES,
             seed=SEEDS,
         ),
+        fronts=expand(
+            f"{RUN}/saes/{{target}}/{{sae}}/grid/front.csv", target=TARGETS, sae=GRIDS
+        ),
         sounds=expand(
             f"{RUN}/renders/{{target}}/{{stage}}/index.csv",
             target=CODEC_TARGETS,

@@ -23,6 +23,29 @@ rule sae:
         "../workflow/scripts/sae.py"
 
 
+rule sae_grid:
+    input:
+        cache=f"{RUN}/activations/{{target}}.h5",
+        script=code("sae_grid.py"),
+    output:
+        front=f"{RUN}/saes/{{target}}/{{sae}}/grid/front.csv",
+    log:
+        f"{RUN}/logs/sae_grid.{{target}}.{{sae}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/sae_grid.{{target}}.{{sae}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("sae_grid"),
+    message:
+        "Train the grid of SAE {wildcards.sae} on {wildcards.target}, all on one pass"
+    script:
+        "../workflow/scripts/sae_grid.py"
+
+
 rule sae_scores:
     input:
         cache=f"{RUN}/activations/{{target}}.h5",

@@ -6,17 +6,24 @@ from typing import Any
 from eqknobs.activations import ActivationCache
 from eqknobs.io import read_csv
 from eqknobs.renders import Condition, open_codec, pick_clips, render_conditions
+from eqknobs.sae import SAE
 
 
-def codec_conditions(codebooks: list[int]) -> list[Condition]:
-    """The untouched clip, the round trip around the quantiser, and one through each number of codebooks."""
-    about = {"keep": True, "pitch": True}
+def codec_conditions(codebooks: list[int], saes: dict[str, SAE]) -> list[Condition]:
+    """The untouched clip, the round trip around the quantiser, one through each number of codebooks, and with every
+    SAE's reconstruction in place of the latents, through the largest number: what an SAE loses, in sound."""
+
+    def condition(key: str, path: str, count: int | None = None, sae: str | None = None, **more: Any) -> Condition:
+        columns = {"path": path, "codebooks": count, "sae": sae}
+        return Condition(key, columns, codebooks=count, keep=True, pitch=True, **more)
+
     return [
-        Condition("original", {"path": "original", "codebooks": None}, codec=False, **about),
-        Condition("unquantized", {"path": "unquantized", "codebooks": None}, **about),
+        condition("original", "original", codec=False),
+        condition("unquantized", "unquantized"),
+        *(condition(f"quantized-{count}", "quantized", count) for count in codebooks),
         *(
-            Condition(f"quantized-{count}", {"path": "quantized", "codebooks": count}, codebooks=count, **about)
-            for count in codebooks
+            condition(f"sae-{name}", "sae", max(codebooks), name, edit=sae, tokens=True)
+            for name, sae in sorted(saes.items())
         ),
     ]
 
@@ -24,16 +31,18 @@ def codec_conditions(codebooks: list[int]) -> list[Condition]:
 def render_codec(
     manifest_csv: str | Path,
     cache_h5: str | Path,
+    sae_dirs: dict[str, Path],
     out_dir: str | Path,
     signal_csv: str | Path,
     cfg: dict[str, Any],
 ) -> None:
     """Render and measure round trips of test clips; see `render_conditions` for the files.
 
-    cfg: `model`, `site`, `codebooks` (list), `clips`. Raises EqknobsError if the model cannot
-    decode or has fewer codebooks.
+    sae_dirs: SAE name -> folder. cfg: `model`, `site`, `codebooks` (list), `clips`. Raises EqknobsError if the model
+    cannot decode or has fewer codebooks.
     """
     clips = pick_clips(read_csv(manifest_csv), "test", cfg["clips"])
     with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
-        conditions = codec_conditions(cfg["codebooks"])
+        saes = {name: SAE.load(folder) for name, folder in sae_dirs.items()}
+        conditions = codec_conditions(cfg["codebooks"], saes)
         render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv)

@@ -5,8 +5,9 @@ Two phases, because transformers' Mimi has no training path for its quantiser:
 1. `train`: encoder and decoder end to end without the quantiser. Loss: multi-resolution spectrogram distance
    (Yamamoto et al. 2020, Parallel WaveGAN, with a mel-scaled logarithmic term as in Kumar et al. 2023, DAC). Isotropic
    noise on the latents of half the batch stands in for quantisation error and makes the latents compressible.
-2. `fit_codebooks` (residual k-means on the latents), then the decoder alone is tuned on latents quantised with 16, with
-   a random number of, and with no codebooks.
+2. `fit_codebooks` (residual k-means on the latents), then everything is trained through the quantiser, a third of the
+   batch with all codebooks, a third with a random number of them and a third without: the straight-through gradient and
+   the commitment term of van den Oord et al. 2017, codebooks as exponential moving averages (their appendix A.1).
 
 Everything random is drawn from (seed, step), so the step number is the whole state of the data cursor and of the random
 number generators, and a resumed run equals an uninterrupted one.
@@ -38,15 +39,21 @@ LOG_FLOOR = 3e-4  # of full scale: about 50 dB below speech at -23 dBFS
 
 
 class Speech:
-    """All speech below `folders` in memory as 16-bit samples; one file in fifty is held out for validation.
+    """All speech below some folders in memory as 16-bit samples; one file in fifty is held out for validation.
 
-    Raises EqknobsError when there is no audio, or a file has another rate than `rate` (Hz) or more than one channel.
+    `shares` maps each folder to its share of the training crops. A file below two of the folders belongs to the inner
+    one. Raises EqknobsError when a folder has no audio of its own, or a file has another rate than `rate` (Hz) or more
+    than one channel.
     """
 
-    def __init__(self, folders: list[str], rate: int) -> None:
-        files = sorted(p for f in folders for p in Path(f).rglob("*") if p.suffix.lower() in (".wav", ".flac"))
-        if len(files) < 2:
-            raise EqknobsError(f"codec training: fewer than two .wav or .flac files below {', '.join(folders)}")
+    def __init__(self, shares: dict[str, float], rate: int) -> None:
+        owner: dict[Path, str] = {}
+        for folder in sorted(shares, key=len):  # an inner folder's path is the longer one
+            owner |= {p: folder for p in Path(folder).rglob("*") if p.suffix.lower() in (".wav", ".flac")}
+        for folder in shares:
+            if list(owner.values()).count(folder) < 2:
+                raise EqknobsError(f"codec training: fewer than two .wav or .flac files below {folder}")
+        files = sorted(owner)
         self.clips: list[np.ndarray] = []
         for path in files:
             try:
@@ -58,13 +65,18 @@ class Speech:
             self.clips.append(audio)
         every = min(50, len(files))
         self.validation = self.clips[every - 1 :: every]
-        self.training = [c for i, c in enumerate(self.clips) if i % every != every - 1]
-        lengths = np.array([len(c) for c in self.training], dtype=np.float64)
-        self.share = lengths / lengths.sum()
+        kept = [i for i in range(len(self.clips)) if i % every != every - 1]
+        self.training = [self.clips[i] for i in kept]
+        owners = np.array([owner[files[i]] for i in kept])
+        self.share = np.array([len(c) for c in self.training], dtype=np.float64)
+        for folder, share in shares.items():
+            mine = owners == folder
+            self.share[mine] *= share / self.share[mine].sum() if mine.any() else 0.0
+        self.share /= self.share.sum()
         self.minutes = sum(map(len, self.clips)) / rate / 60
 
     def batch(self, rng: np.random.Generator, size: int, samples: int, augment: float) -> Tensor:
-        """Draws [size, 1, samples] float32 crops; each clip's draw is proportional to its length.
+        """Draws [size, 1, samples] float32 crops; within a folder a clip's chance is proportional to its length.
 
         `augment` is the share of crops played slower or faster by up to 20 % (which moves pitch and formants too).
         """
@@ -176,6 +188,48 @@ def quantise(model: MimiModel, latents: Tensor, codebooks: int) -> Tensor:
     return model.quantizer.decode(codes.transpose(0, 1))
 
 
+def quantise_straight_through(
+    model: MimiModel, latents: Tensor, codebooks: int, decay: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantises as `quantise` does, with the gradient passed straight through each quantiser's projected latents.
+
+    latents is [batch, width, frames]; returns the quantised latents of the same shape and the commitment term, the mean
+    square of what the codebooks leave relative to the projected latents' own (scalar). With `decay` the codebooks move
+    towards what they were chosen for, as exponential moving averages of that decay a step.
+    """
+    quantizer = model.quantizer
+    semantic, acoustic = quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer
+    depth = min(codebooks, quantizer.num_semantic_quantizers)
+    out, left, power = torch.zeros_like(latents), latents.new_zeros(()), latents.new_zeros(())
+    for part, used in ((semantic, depth), (acoustic, codebooks - depth)):
+        if not used:
+            continue
+        projected = part.input_proj(latents)
+        rows = projected.detach().transpose(1, 2).flatten(0, 1)
+        residual = rows
+        for layer in part.layers[:used]:
+            book = layer.codebook
+            chosen = book.quantize(residual)
+            found = book.embed[chosen]
+            if decay is not None:
+                move_codebook(book, residual, chosen, decay)
+            residual = residual - found
+        quantised = (rows - residual).unflatten(0, (len(latents), -1)).transpose(1, 2)
+        out = out + part.output_proj(projected + (quantised - projected).detach())
+        left = left + (projected - quantised).square().mean()
+        power = power + projected.detach().square().mean()
+    return out, left / power
+
+
+@torch.no_grad()
+def move_codebook(book: nn.Module, rows: Tensor, chosen: Tensor, decay: float) -> None:
+    """Moves a codebook's entries towards the rows [n, dims] that chose them (indices [n]): one step of the average."""
+    one_hot = F.one_hot(chosen, book.codebook_size).to(rows.dtype)
+    book.cluster_usage.mul_(decay).add_(one_hot.sum(0), alpha=1 - decay)
+    book.embed_sum.mul_(decay).add_(one_hot.T @ rows, alpha=1 - decay)
+    book._embed = None  # transformers caches the quotient of the two buffers
+
+
 # ---------------------------------------------------------------- codebooks
 
 
@@ -242,10 +296,11 @@ def latent_frames(model: MimiModel, clips: list[np.ndarray], limit: int) -> Tens
 def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_after: int | None = None) -> None:
     """Trains a codec and writes it to the folder `out`, resuming from the file `checkpoint` where it exists.
 
-    `cfg` holds seed, data (folders of 16 kHz mono speech), description, model (MimiConfig's arguments), batch, seconds,
-    augment, noise, steps, learning_rate, warmup, finetune_steps, finetune_learning_rate, semantic_dims, kmeans_frames,
-    kmeans_iterations, log_every, export_every. `stop_after` ends the run early at that step (after a checkpoint).
-    Raises EqknobsError on bad audio, a checkpoint of another configuration, or a loss that is not finite.
+    `cfg` holds seed, data (folders of 16 kHz mono speech: shares), description, model (MimiConfig's arguments),
+    batch, seconds, augment, noise, steps, learning_rate, warmup, finetune_steps, finetune_learning_rate, commitment,
+    codebook_decay, semantic_dims, kmeans_frames, kmeans_iterations, log_every, export_every. `stop_after` ends the run
+    early at that step (after a checkpoint). Raises EqknobsError on bad audio, a checkpoint of another configuration, or
+    a loss that is not finite.
     """
     out, checkpoint = Path(out), Path(checkpoint)
     seed, steps = cfg["seed"], cfg["steps"]
@@ -263,7 +318,6 @@ def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_aft
             raise EqknobsError(f"{checkpoint}: belongs to another model or seed; delete it or name another checkpoint")
         done, log, errors = state["step"], state["log"], state["errors"]
         model.load_state_dict(state["model"])
-        optimizer = _adam(model.decoder if errors else model)
         optimizer.load_state_dict(state["optimizer"])
     total = steps + cfg["finetune_steps"]
     running = []
@@ -276,23 +330,23 @@ def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_aft
                 cfg["kmeans_iterations"],
                 seed,
             )
-            optimizer = _adam(model.decoder)
+            optimizer = _adam(model)
             print(f"all {len(errors)} codebooks leave {errors[-1]:.3f} of the latents' power", flush=True)
         rate = learning_rate(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         rng = np.random.default_rng([seed, step])
         audio = speech.batch(rng, cfg["batch"], samples, cfg["augment"])
+        latents, commitment = encode(model, audio), torch.zeros(())
         if step < steps:
-            latents = _noisy(encode(model, audio), rng, cfg["noise"])
+            latents = _noisy(latents, rng, cfg["noise"])
         else:
-            with torch.no_grad():
-                latents = _partly_quantised(model, encode(model, audio), rng)
+            latents, commitment = _partly_quantised(model, latents, rng, cfg["codebook_decay"])
         loss = loss_of(decode(model, latents), audio)
         if not torch.isfinite(loss):
             raise EqknobsError(f"codec training: the loss is not finite at step {step}; lower the learning rate")
         optimizer.zero_grad()
-        loss.backward()
+        (loss + cfg["commitment"] * commitment).backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         running.append(loss.item())
@@ -300,7 +354,7 @@ def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_aft
         last = done in (steps, total) or done == stop_after
         if done % cfg["log_every"] == 0 or last:
             validation = validate(model, speech.validation, samples, loss_of, quantised=bool(errors))
-            phase = "codec" if step < steps else "decoder"
+            phase = "codec" if step < steps else "quantiser"
             log.append(
                 {"step": done, "phase": phase, "learning_rate": rate, "train": float(np.mean(running))} | validation
             )
@@ -339,15 +393,23 @@ def _noisy(latents: Tensor, rng: np.random.Generator, most: float) -> Tensor:
     return latents + level * latents.square().mean().sqrt() * noise
 
 
-def _partly_quantised(model: MimiModel, latents: Tensor, rng: np.random.Generator) -> Tensor:
-    """Leaves a third of the batch as it is, quantises a third with all codebooks and a third with 4 or more of them."""
+def _partly_quantised(
+    model: MimiModel, latents: Tensor, rng: np.random.Generator, decay: float
+) -> tuple[Tensor, Tensor]:
+    """Leaves a third of the batch as it is, quantises a third with all codebooks and a third with 4 or more of them.
+
+    Returns the latents and the sum of the commitment terms.
+    """
     third = -(-len(latents) // 3)
     plain, full, some = latents[:third], latents[third : 2 * third], latents[2 * third :]
     most = model.config.num_quantizers
-    parts = [plain, quantise(model, full, most)] if len(full) else [plain]
-    if len(some):
-        parts.append(quantise(model, some, int(rng.integers(min(4, most), most + 1))))
-    return torch.cat(parts)
+    parts, commitment = [plain], latents.new_zeros(())
+    for part, codebooks in ((full, most), (some, int(rng.integers(min(4, most), most + 1)))):
+        if len(part):
+            quantised, term = quantise_straight_through(model, part, codebooks, decay)
+            parts.append(quantised)
+            commitment = commitment + term
+    return torch.cat(parts), commitment
 
 
 @torch.no_grad()
@@ -388,6 +450,10 @@ def export(
     }
     plain = MimiModel(model.config)
     plain.load_state_dict(model.state_dict())
+    for module in plain.modules():
+        if hasattr(module, "embed_sum"):  # a running sum and count: half precision holds their quotient better
+            module.embed_sum.copy_(module.embed)
+            module.cluster_usage.fill_(1)
     with atomic_path(out.with_name(f"{out.name}.new")) as temporary:
         plain.half().save_pretrained(temporary)
         EncodecFeatureExtractor(sampling_rate=rate, return_attention_mask=True).save_pretrained(temporary)

@@ -128,10 +128,11 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
         "activations": model,
         "labels": lambda: config["labels"],
         "sae": lambda: {
-            "sae": config["saes"][wildcards["sae"]],
+            "sae": {k: v for k, v in config["saes"][wildcards["sae"]].items() if k != "grid"},
             "seed": int(wildcards["seed"]),
             "device": device,
         },
+        "sae_grid": lambda: {"sae": config["saes"][wildcards["sae"]], "seed": seed, "device": device},
         "sae_scores": lambda: {"seed": seed},
         "probes": lambda: {**probes, "property": wildcards["property"], "seed": seed, "device": device},
         "originals": lambda: {"judges": config["judges"], "device": device},

@@ -38,6 +38,7 @@ class Condition:
     codec: bool = True  # False: the clip itself, never encoded
     keep: bool = False  # FLAC of every clip, to be judged; else of the first clips only, for the report
     pitch: bool = False  # measure the error of f0, which costs more than decoding does
+    tokens: bool = False  # count the codes that change against the unedited activations'
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def render_conditions(
     first `report_clips`), `out_dir/index.csv` (id, condition, file, judged, the conditions' columns) and
     `signal_csv`: id, speaker, split, condition, the conditions' columns, seconds, `signal_metrics`, and the error
     in latent space as its two sums over frames and dimensions, latent_sq_error = Σ(edited − cached)²,
-    latent_sq_total = Σ(cached − train mean)². The folder appears only when it is whole.
+    latent_sq_total = Σ(cached − train mean)²; tokens_flipped of tokens for conditions that ask for it. The folder
+    appears only when it is whole.
     """
     keys = [condition.key for condition in conditions]
     if len(set(keys)) != len(keys):
@@ -164,6 +166,10 @@ def render_conditions(
                 if listen:
                     file = f"{condition.key}/{clip.id}.flac"
                     index.append({**about, "file": file, "judged": condition.keep})
+                flips = {}
+                if condition.tokens:
+                    before, after = (model.tokens(a, site, condition.codebooks) for a in (clip.acts, acts))
+                    flips = {"tokens_flipped": int((before != after).sum()), "tokens": before.size}
                 signal.append(
                     {
                         **about,
@@ -173,6 +179,7 @@ def render_conditions(
                         **known[same],
                         "latent_sq_error": float(np.square(acts - clip.acts, dtype=np.float64).sum()),
                         "latent_sq_total": total,
+                        **flips,
                     }
                 )
         columns = list(dict.fromkeys(name for condition in conditions for name in condition.columns))

@@ -215,8 +215,22 @@ def _sae_figures(run_dir: Path, target: str, saes: list[str], table: pd.DataFram
         axes.set(xlabel="log₁₀ of the share of frames on which a feature fires", ylabel="features")
         _legend(axes)
 
+    fronts = {sae: run_dir / "saes" / target / sae / "grid" / "front.csv" for sae in saes}
+    fronts = {sae: read_csv(path).sort_values("val_l0") for sae, path in fronts.items() if path.exists()}
+
+    def front(axes: plt.Axes) -> None:
+        for sae in saes:
+            color = _hue(f"sae:{sae}", saes)
+            if sae in fronts:
+                axes.plot(fronts[sae]["val_l0"], fronts[sae]["val_fvu"], "o-", ms=3.5, lw=1.2, color=color)
+            chosen = logs[sae, first].iloc[-1]
+            axes.plot(chosen["val_l0"], chosen["val_fvu"], "*", ms=11, color=color, label=sae)
+        axes.set(xlabel="features on in a frame (L0), val", ylabel="FVU, val", xscale="log", ylim=(0, None))
+        _legend(axes)
+
     lines = "Solid: val; dotted: training; pale: second seed."
     return [
+        _figure("L0 against FVU", front, "Stars: the SAEs of this run; lines: the grids they were chosen from."),
         _figure("Learning curves: FVU", fvu, lines),
         _figure("Learning curves: L0", l0, lines),
         _figure("Firing density on val", density, "Dead features are left out. Pale: second seed."),
@@ -582,12 +596,16 @@ def _tables(tables: dict[str, pd.DataFrame], target: str) -> dict[str, Any]:
         "codec": _rows(
             part["codec"],
             {
-                "path": lambda r: r["path"] + ("" if pd.isna(r["codebooks"]) else f", {r['codebooks']:g} codebooks"),
+                "path": lambda r: (
+                    (r["path"] if pd.isna(r["sae"]) else f"SAE {r['sae']}")
+                    + ("" if pd.isna(r["codebooks"]) else f", {r['codebooks']:g} codebooks")
+                ),
                 "voices": "voices",
                 **worded,
                 "centroid r, clips": ("centroid_correlation_clip", 3),
                 "centroid r, frames": ("centroid_correlation_frame", 3),
                 "mel (dB)": ("mel_distance", 2),
+                "tokens changed": ("token_flip_rate", 3),
                 "clips / speakers": _clips,
             },
         ),
@@ -600,6 +618,7 @@ def _tables(tables: dict[str, pd.DataFrame], target: str) -> dict[str, Any]:
                 "split": "split",
                 "L0": ("l0", 1),
                 "FVU": ("fvu", 3),
+                "cosine": ("cosine", 3),
                 "dead share": ("dead_share", 3),
                 "clips / speakers": _clips,
             },

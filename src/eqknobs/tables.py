@@ -24,6 +24,7 @@ MEASURES = {
     "wer_text": ("errors_text", "words_text", "lower"),
     "speaker_similarity": ("speaker_similarity", None, "higher"),
     "mel_distance": ("mel_distance", None, "lower"),
+    "token_flip_rate": ("tokens_flipped", "tokens", "lower"),
     "latent_error": ("latent_sq_error", "latent_sq_total", "lower"),
     "centroid_hz": ("centroid_hz", None, None),
     "centroid_correlation_frame": ("centroid_correlation_frame", None, "higher"),
@@ -32,6 +33,7 @@ MEASURES = {
     "accuracy": ("correct", "frames", "higher"),
     "within_one_bin": ("within_one", "frames", "higher"),
     "fvu": ("sq_error", "sq_total", "lower"),
+    "cosine": ("cosine_sum", "frames", "higher"),
     "l0": ("l0_sum", "frames", None),
 }
 WORDS = ("wer", "wer_text")
@@ -39,8 +41,8 @@ COLUMNS = {
     "codec": "target voices path codebooks split clips wer wer_text centroid_correlation_clip "
     "centroid_correlation_frame mel_distance speaker_similarity speakers wer_low wer_high wer_text_low wer_text_high "
     "centroid_correlation_frame_low centroid_correlation_frame_high mel_distance_low mel_distance_high "
-    "speaker_similarity_low speaker_similarity_high",
-    "sae": "target sae variant seed d_in d_sae split l0 fvu dead_share clips speakers fvu_low fvu_high",
+    "speaker_similarity_low speaker_similarity_high sae token_flip_rate",
+    "sae": "target sae variant seed d_in d_sae split l0 fvu dead_share clips speakers fvu_low fvu_high cosine",
     "probes": "target space property binning split frames utterances speakers accuracy accuracy_low accuracy_high "
     "balanced_accuracy within_one_bin ridge_r2 majority shuffled within_one_bin_low within_one_bin_high",
     "steering": "target property arm alpha alpha_raw calibrated split clips centroid_hz wer wer_low wer_high wer_text "
@@ -158,11 +160,12 @@ def codec_table(run_dir: Path, target: str, cfg: dict[str, Any], model: dict[str
     rows, known = read_scores(run_dir, target, "codec"), voices(model)
     rows["voices"] = [known.get(speaker, "unknown") for speaker in rows["speaker"]]
     table = []
-    for key, clips in _groups(rows, ["voices", "path", "codebooks", "split"]):
+    for key, clips in _groups(rows, ["voices", "path", "codebooks", "split", "sae"]):
         row = {"target": target, **key, **_counts(clips)}
         for measure in (*WORDS, "centroid_correlation_frame", "mel_distance", "speaker_similarity"):
             row |= _estimate(clips, measure, cfg)
         pair = clips[["centroid_hz", "centroid_original_hz"]].dropna()
+        row |= _estimate(clips, "token_flip_rate", cfg, interval=False)
         varies = len(pair) > 2 and (pair.std() > 0).all()
         row["centroid_correlation_clip"] = float(pair.corr().iloc[0, 1]) if varies else math.nan
         table.append(row)
@@ -177,7 +180,9 @@ def sae_table(run_dir: Path, target: str, cfg: dict[str, Any]) -> pd.DataFrame:
         _read(run_dir / "scores" / f"{target}.sae.csv"), ["sae", "variant", "seed", "d_in", "d_sae", "split"]
     ):
         row = {"target": target, **key, **_counts(clips)}
-        row |= _estimate(clips, "l0", cfg, interval=False) | _estimate(clips, "fvu", cfg)
+        row |= _estimate(clips, "fvu", cfg)
+        for measure in ("l0", "cosine"):
+            row |= _estimate(clips, measure, cfg, interval=False)
         if key["split"] == "val":
             row["dead_share"] = details[key["sae"]][str(key["seed"])]["dead_share"]
         table.append(row)

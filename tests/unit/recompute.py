@@ -15,6 +15,8 @@ RATIOS = {
     "wer_text": ("errors_text", "words_text"),
     "latent_error": ("latent_sq_error", "latent_sq_total"),
     "fvu": ("sq_error", "sq_total"),
+    "cosine": ("cosine_sum", "frames"),
+    "token_flip_rate": ("tokens_flipped", "tokens"),
     "l0": ("l0_sum", "frames"),
     "accuracy": ("correct", "frames"),
     "within_one_bin": ("within_one", "frames"),
@@ -22,7 +24,7 @@ RATIOS = {
 MEANS = ("speaker_similarity", "mel_distance", "centroid_hz", "centroid_correlation_frame", "f0_error_cents")
 MEANS += ("loudness_change_db",)
 KEYS = {
-    "codec": ["path", "codebooks", "voices", "split"],
+    "codec": ["path", "codebooks", "voices", "split", "sae"],
     "steering": ["property", "arm", "alpha", "alpha_raw", "calibrated", "split"],
     "importance": ["map", "mode", "removed", "removed_dims", "seed", "split"],
     "sae": ["sae", "seed", "split"],

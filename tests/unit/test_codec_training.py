@@ -58,7 +58,7 @@ def tones(tmp_path_factory) -> Path:
 def config(tones: Path, **changes) -> dict:
     base = {
         "seed": 3,
-        "data": [str(tones)],
+        "data": {str(tones): 1.0},
         "description": "tones",
         "model": MODEL,
         "batch": 4,
@@ -70,6 +70,8 @@ def config(tones: Path, **changes) -> dict:
         "warmup": 3,
         "finetune_steps": 8,
         "finetune_learning_rate": 1e-3,
+        "commitment": 0.25,
+        "codebook_decay": 0.9,
         "semantic_dims": 2,
         "kmeans_frames": 200,
         "kmeans_iterations": 5,
@@ -92,7 +94,7 @@ def test_training_lowers_the_loss_on_held_out_clips(whole):
     first, last = log[log.phase == "codec"].iloc[[0, -1]].unquantised
     assert last < 0.7 * first
     assert log[log.phase == "codec"].quantised.isna().all()
-    tuned = log[log.phase == "decoder"].quantised
+    tuned = log[log.phase == "quantiser"].quantised
     assert len(tuned) == 2
     assert tuned.notna().all()
 
@@ -114,13 +116,66 @@ def test_another_seed_gives_other_weights(tones, whole, tmp_path):
     assert not torch.equal(*weights)
 
 
-def test_the_second_phase_leaves_the_encoder_alone(tones, tmp_path):
-    ct.train(config(tones), tmp_path / "codec", tmp_path / "c.pt", stop_after=12)
+def test_the_second_phase_trains_encoder_decoder_projections_and_codebooks(tones, tmp_path):
+    ct.train(config(tones), tmp_path / "codec", tmp_path / "c.pt", stop_after=13)
     before = torch.load(tmp_path / "c.pt", weights_only=True)["model"]
     ct.train(config(tones), tmp_path / "codec", tmp_path / "c.pt")
     after = torch.load(tmp_path / "c.pt", weights_only=True)["model"]
-    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
-    assert changed == {"decoder", "quantizer"}
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert {k.split(".")[0] for k in changed} == {"encoder", "decoder", "quantizer"}
+    for part in ("semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer"):
+        for name in ("input_proj.weight", "output_proj.weight", "layers.0.codebook.embed_sum"):
+            assert f"quantizer.{part}.{name}" in changed
+
+
+def test_straight_through_quantises_as_the_model_does_and_passes_the_gradient(whole):
+    model = MimiModel.from_pretrained(whole, dtype=torch.float32)
+    latents = torch.randn(2, 32, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for codebooks in (1, 3, 6):
+        quantised, commitment = ct.quantise_straight_through(model, latents, codebooks)
+        torch.testing.assert_close(quantised, ct.quantise(model, latents, codebooks))
+    gradient = torch.autograd.grad(quantised.sum(), latents, retain_graph=True)[0]
+    through = sum(
+        part.output_proj(part.input_proj(latents)).sum()
+        for part in (
+            model.quantizer.semantic_residual_vector_quantizer,
+            model.quantizer.acoustic_residual_vector_quantizer,
+        )
+    )
+    torch.testing.assert_close(gradient, torch.autograd.grad(through, latents)[0])
+    assert torch.autograd.grad(commitment, latents)[0].abs().sum() > 0
+    assert 0 < commitment.item() < 1.5
+
+
+def test_a_codebook_moves_to_the_mean_of_what_chose_it(whole):
+    book = (
+        MimiModel.from_pretrained(whole, dtype=torch.float32)
+        .quantizer.acoustic_residual_vector_quantizer.layers[0]
+        .codebook
+    )
+    rows = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    chosen = torch.arange(40) % 4
+    untouched = book.embed[5].clone()
+    for _ in range(200):
+        ct.move_codebook(book, rows, chosen, 0.9)
+    for entry in range(4):
+        torch.testing.assert_close(book.embed[entry], rows[chosen == entry].mean(0))
+    assert book.cluster_usage[5] < 1e-6
+    assert (book.embed[5].abs() <= untouched.abs() + 1e-6).all()  # an entry nobody chose does not blow up
+
+
+def test_shares_decide_how_often_a_folder_is_drawn(tones):
+    inner = str(tones / "voice0")
+    speech = ct.Speech({str(tones): 0.25, inner: 0.75}, 16000)
+    assert speech.share.sum() == pytest.approx(1)
+    counts = {}
+    for clip, share in zip(speech.training, speech.share, strict=True):
+        counts[clip.tobytes()] = share
+    assert len(counts) == len(speech.training), "a file below two folders is read once"
+    mine = {sf.read(p, dtype="int16")[0].tobytes() for p in Path(inner).iterdir()}
+    assert sum(s for c, s in counts.items() if c in mine) == pytest.approx(0.75)
+    with pytest.raises(EqknobsError, match="nowhere"):
+        ct.Speech({str(tones): 0.5, "nowhere": 0.5}, 16000)
 
 
 def test_the_exported_folder_loads_in_half_precision_and_round_trips(whole):
@@ -200,7 +255,7 @@ def test_the_learning_rate_warms_up_and_decays_in_both_phases(tones):
 def test_speed_change_moves_the_frequency(tmp_path):
     for name in "ab":
         sf.write(tmp_path / f"{name}.wav", 0.3 * np.sin(2 * np.pi * 1000 * np.arange(64000) / 16000), 16000)
-    speech = ct.Speech([str(tmp_path)], 16000)
+    speech = ct.Speech({str(tmp_path): 1.0}, 16000)
     peaks = []
     for augment in (0.0, 1.0):
         batch = speech.batch(np.random.default_rng(0), 6, 16000, augment)
@@ -218,16 +273,16 @@ def test_other_audio_is_refused_by_name(tmp_path, rate, channels, message):
     for name in "ab":
         sf.write(tmp_path / f"{name}.wav", np.zeros((4000, channels)).squeeze(), rate)
     with pytest.raises(EqknobsError, match=rf"a\.wav: .*{message}"):
-        ct.Speech([str(tmp_path)], 16000)
+        ct.Speech({str(tmp_path): 1.0}, 16000)
 
 
 def test_text_named_wav_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(EqknobsError, match="fewer than two"):
-        ct.Speech([str(tmp_path)], 16000)
+        ct.Speech({str(tmp_path): 1.0}, 16000)
     for name in "ab":
         (tmp_path / f"{name}.wav").write_text("not audio")
     with pytest.raises(EqknobsError, match=r"a\.wav: not readable"):
-        ct.Speech([str(tmp_path)], 16000)
+        ct.Speech({str(tmp_path): 1.0}, 16000)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tones, tmp_path):

@@ -12,7 +12,7 @@ import eqknobs.spaces as spaces_module
 from eqknobs.activations import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.probes import bin_edges, fit_probes, load_probe, to_classes
-from eqknobs.sae import SAE, SAEConfig
+from eqknobs.sae import SAE, make_config, new_sae
 from eqknobs.spaces import make_spaces, top_k
 
 D, FRAMES, LAG = 16, 70, 1
@@ -48,7 +48,7 @@ class World:
                 ("dense", {"variant": "rms_l1", "l1": 0.0, "l1_on": "h"}),
                 ("sparse", {"variant": "topk", "k": 3}),
             ):
-                SAE(SAEConfig(d_in=D, d_sae=48, **variant), cache.mean, cache.std).save(folder / name)
+                new_sae(make_config({"d_in": D, "d_sae": 48} | variant), cache.mean, cache.std).save(folder / name)
                 self.saes[name] = folder / name
 
     def fit(self, name: str, tag: str, logmel: np.ndarray | None = None, epochs: int = 25, **changes) -> "Fitted":

@@ -11,7 +11,8 @@ from eqknobs.audio import read_audio
 from eqknobs.codec import render_codec
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv
-from eqknobs.renders import Condition, open_codec, pick_clips, render_conditions
+from eqknobs.renders import Condition, load_clip, open_codec, pick_clips, render_conditions
+from eqknobs.sae import SAE
 
 METRICS = "centroid_hz centroid_original_hz centroid_correlation_frame loudness_db loudness_change_db".split()
 METRICS += ["f0_error_cents", "mel_distance", "latent_sq_error", "latent_sq_total"]
@@ -155,13 +156,23 @@ def test_changed_audio_is_refused(world, tmp_path):
 
 def test_codec_stage(world, tmp_path):
     cfg = {**world.cfg, "codebooks": [4, 1], "clips": 3, "report_clips": 1}
-    render_codec(world.manifest, world.cache, tmp_path / "codec", tmp_path / "signal.csv", cfg)
+    render_codec(world.manifest, world.cache, world.saes, tmp_path / "codec", tmp_path / "signal.csv", cfg)
     signal, index = read_csv(tmp_path / "signal.csv"), read_csv(tmp_path / "codec/index.csv")
     paths = signal[["path", "codebooks"]].drop_duplicates().fillna(0).values.tolist()
-    assert paths == [["original", 0], ["unquantized", 0], ["quantized", 4], ["quantized", 1]]
-    assert len(signal) == len(index) == 4 * 3 and index["judged"].all()
+    assert paths == [["original", 0], ["unquantized", 0], ["quantized", 4], ["quantized", 1], ["sae", 4]]
+    assert len(signal) == len(index) == 6 * 3 and index["judged"].all()
     distance = signal.groupby("condition")["mel_distance"].mean()
     assert distance["original"] == 0 and (distance.drop("original") > 0).all()
     assert distance["unquantized"] != distance["quantized-4"] != distance["quantized-1"]
     error = signal.groupby("condition")["latent_sq_error"].max()
-    assert (error == 0).all()  # quantising comes after the site
+    assert (error[["original", "unquantized", "quantized-4"]] == 0).all()  # quantising comes after the site
+    spliced = signal[signal["path"] == "sae"]
+    assert sorted(spliced["sae"].unique()) == ["rms_l1", "topk"] and (spliced["latent_sq_error"] > 0).all()
+    with world.open() as cache, open_codec(world.cfg, cache) as model:
+        row = pick_clips(read_csv(world.manifest), "test", 1).iloc[0]
+        acts = load_clip(model, cache, row).acts
+        sae = SAE.load(world.saes["topk"])
+        before, after = (model.tokens(a, SITE, 4) for a in (acts, sae(acts)))
+    scored = spliced[(spliced["id"] == row["id"]) & (spliced["sae"] == "topk")].iloc[0]
+    assert scored["tokens"] == before.size and scored["tokens_flipped"] == (before != after).sum() > 0
+    assert signal.loc[signal["path"] != "sae", "tokens"].isna().all()

@@ -90,7 +90,7 @@ def test_every_headline_and_every_table_stands_on_the_page(written):
     assert text.count("Published by others") == len(PUBLISHED)
     for words in ("What these numbers prove", "The speech is synthetic", "target not reached", "Configuration"):
         assert words in text or words in page
-    assert page.count("<svg ") == 3 + 3 + 5 + 5  # dictionaries, probes, steering, importance
+    assert page.count("<svg ") == 4 + 3 + 5 + 5  # dictionaries, probes, steering, importance
     assert "bootstrap: 200" in text and "torch" in text
     for name in re.findall(r"#0a0[bc]..", page):
         raise AssertionError(f"stand-in colour {name} left in a drawing")

@@ -11,7 +11,7 @@ from tiny_world import CLASSES, RATE, make_world
 from eqknobs.activations import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, read_json
-from eqknobs.sae import SAE, SAEConfig
+from eqknobs.sae import SAE, make_config, new_sae
 from eqknobs.steering import (
     Direction,
     bandpass,
@@ -167,7 +167,9 @@ def test_clamp_sets_only_the_chosen_features(acts):
 
 
 def identity_sae(d):
-    sae = SAE(SAEConfig("topk", d, d, k=d), np.zeros(d), np.ones(d)).requires_grad_(False)
+    sae = new_sae(
+        make_config({"variant": "topk", "d_in": d, "d_sae": d, "k": d}), np.zeros(d), np.ones(d)
+    ).requires_grad_(False)
     sae.W_enc.copy_(torch.eye(d))
     sae.W_dec.copy_(torch.eye(d))
     return sae

@@ -15,7 +15,7 @@ from eqknobs.io import read_csv, write_csv
 from eqknobs.labels import centroid_and_rms
 from eqknobs.models import load_model
 from eqknobs.probes import bin_edges
-from eqknobs.sae import SAE, SAEConfig
+from eqknobs.sae import make_config, new_sae
 
 RATE, WIDTH, FEATURES, CLASSES = 16000, 32, 48, 4
 SITE = "encoder_transformer"
@@ -111,7 +111,11 @@ def make_world(root: Path) -> World:
         saes = {}
         for name, extra in (("topk", {"k": 8}), ("rms_l1", {"l1": 0.1, "l1_on": "h"})):
             saes[name] = root / "saes" / name
-            SAE(SAEConfig(name, WIDTH, FEATURES, seed=3, **extra), cache.mean, cache.std).save(saes[name])
+            new_sae(
+                make_config({"variant": name, "d_in": WIDTH, "d_sae": FEATURES, "seed": 3} | extra),
+                cache.mean,
+                cache.std,
+            ).save(saes[name])
     probes = {}
     for name, values in (("centroid", centroid), ("pitch", pitch)):
         arrays = {"lag:raw": np.array(0)}

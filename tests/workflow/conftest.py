@@ -20,7 +20,7 @@ SMALL = {
     "data": {"max_utterances": 48, "max_minutes": 4},
     "saes": {
         "rms_l1": {"d_sae": 320, "epochs": 2, "batch_size": 256},
-        "topk": {"d_sae": 320, "k": 16, "aux_k": 32, "epochs": 2, "batch_size": 256},
+        "topk": {"d_sae": 320, "k": 16, "aux_k": 32, "epochs": 2, "batch_size": 256, "grid": {"k": [8, 16]}},
     },
     "probes": {"bins": 8, "epochs": 3, "lags": [0, 1]},
     "codec": {"clips": 2, "codebooks": [16]},
@@ -77,6 +77,7 @@ def copy_workflow(folder: Path) -> Path:
 def write_config(folder: Path, change: Callable[[dict], object] | None = None) -> None:
     """Write the small configuration as the folder's default, after `change` edited it."""
     config = merge(yaml.safe_load((ROOT / "config/config.yaml").read_text()), copy.deepcopy(SMALL))
+    config["saes"] = {name: config["saes"][name] for name in SMALL["saes"]}
     if change:
         change(config)
     (folder / "config/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -21,10 +21,11 @@ STEERING = STEERING_RENDERS | {("steering_calibration", "")}
 IMPORTANCE = {("importance_renders", ""), ("judgements", "importance")}
 JUDGEMENTS = {("originals", ""), *(("judgements", stage) for stage in ("codec", "steering", "importance"))}
 PROBES = {("probes", property) for property in PROPERTIES}
-SCORED_SAES = {("sae_scores", "")}
+SCORED_SAES = {("sae_scores", "")} | CODEC  # the codec stage splices every SAE's reconstruction in
+GRID = {("sae_grid", "topk")}
 ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
 FROM_CACHE = (
-    {("activations", ""), ("labels", "")} | ALL_SAES | SCORED_SAES | PROBES | CODEC | STEERING | IMPORTANCE | TABLES
+    {("activations", ""), ("labels", "")} | ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES
 )
 EVERYTHING = {("manifest", "")} | FROM_CACHE | JUDGEMENTS
 
@@ -39,6 +40,7 @@ def planned(folder: Path) -> set[tuple[str, str]]:
         path, rule = cells[0].removeprefix("results/small/"), cells[2]
         wildcards = {
             "sae": r"saes/[^/]+/(\w+)/seed(\d+)/",
+            "sae_grid": r"saes/[^/]+/(\w+)/grid/",
             "probes": r"(?:\.|/)(centroid|pitch|rms)\.(?:npz|csv)$",
             "judgements": r"\.(codec|steering|importance)\.words\.csv$",
         }.get(rule)
@@ -90,22 +92,26 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "a touched script": (lambda folder: (folder / "workflow/scripts/sae.py").touch(), set()),
     "a comment in a library module, taken back": (
         lambda folder: (
-            edit_file("src/eqknobs/sae.py", "# x\n")(folder),
-            _restore(folder, "src/eqknobs/sae.py"),
+            edit_file("src/eqknobs/sae/topk.py", "# x\n")(folder),
+            _restore(folder, "src/eqknobs/sae/topk.py"),
         ),
         set(),
     ),
     "SAE width": (
         edit_config(lambda c: c["saes"]["topk"].update(d_sae=384)),
-        {("sae", "topk 0"), ("sae", "topk 1")} | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+        {("sae", "topk 0"), ("sae", "topk 1")} | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+    ),
+    "a point of an SAE grid": (
+        edit_config(lambda c: c["saes"]["topk"]["grid"].update(k=[8, 24])),
+        GRID | {("report", "")},
     ),
     "second SAE seed": (
         edit_config(lambda c: c.update(sae_seeds=[0, 2])),
-        {("sae", "topk 2"), ("sae", "rms_l1 2")} | SCORED_SAES | TABLES,
+        {("sae", "topk 2"), ("sae", "rms_l1 2"), ("sae_scores", "")} | TABLES,
     ),
     "two SAEs trained differently": (
         edit_config(swap_sae_sizes),
-        ALL_SAES | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "probe bins": (
         edit_config(lambda c: c["probes"].update(bins=9)),

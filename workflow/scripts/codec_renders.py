@@ -8,7 +8,8 @@ from eqknobs.script import run
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    render_codec(inputs.manifest, inputs.cache, Path(outputs.index).parent, outputs.signal, cfg)
+    saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
+    render_codec(inputs.manifest, inputs.cache, saes, Path(outputs.index).parent, outputs.signal, cfg)
 
 
 if __name__ == "__main__":
