@@ -8,6 +8,9 @@ Two phases, because transformers' Mimi has no training path for its quantiser:
 2. `fit_codebooks` (residual k-means on the latents), then everything is trained through the quantiser, a third of the
    batch with all codebooks, a third with a random number of them and a third without: the straight-through gradient and
    the commitment term of van den Oord et al. 2017, codebooks as exponential moving averages (their appendix A.1).
+   Optionally (`adversarial`) against a discriminator: its hinge loss and the distance of its features are added.
+
+`start` begins with the weights of an earlier export; with `steps` 0 its codebooks are kept and phase 2 follows at once.
 
 Everything random is drawn from (seed, step), so the step number is the whole state of the data cursor and of the random
 number generators, and a resumed run equals an uninterrupted one.
@@ -30,6 +33,7 @@ from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
+from eqknobs.models import pick_device
 
 WINDOWS = (1024, 512, 256, 128)  # samples
 MEL_BANDS = (80, 64, 40, 20)
@@ -172,13 +176,71 @@ class SpectralLoss(nn.Module):
         return torch.stack(losses).mean()
 
 
+class Discriminator(nn.Module):
+    """Tells speech from its reconstruction: convolutions over complex STFTs of three window lengths.
+
+    The multi-scale STFT discriminator of EnCodec (Défossez et al. 2022, section 3.4) with fewer channels and dilations.
+    """
+
+    windows = (1024, 512, 256)  # samples
+
+    def __init__(self, channels: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        norm = nn.utils.parametrizations.weight_norm
+        self.stacks = nn.ModuleList()
+        for window in self.windows:
+            self.register_buffer(f"taper{window}", torch.hann_window(window) / (window * 0.375) ** 0.5)
+            layers = [norm(nn.Conv2d(2, channels, (9, 3), (2, 1), (4, 1)))]
+            for dilation in (1, 2):
+                shape = {"kernel_size": (9, 3), "stride": (2, 1), "padding": (4, dilation), "dilation": (1, dilation)}
+                layers.append(norm(nn.Conv2d(channels, channels, **shape)))
+            layers.append(norm(nn.Conv2d(channels, 1, 3, 1, 1)))
+            self.stacks.append(nn.ModuleList(layers))
+
+    def forward(self, audio: Tensor) -> list[list[Tensor]]:
+        """Returns for each window the feature maps of audio [batch, 1, samples]; the last one holds the logits."""
+        found = []
+        for window, layers in zip(self.windows, self.stacks, strict=True):
+            taper = getattr(self, f"taper{window}")
+            spectrum = torch.stft(audio.squeeze(1), window, window // 4, window=taper, return_complex=True)
+            x = torch.view_as_real(spectrum).movedim(-1, 1)
+            # Compressed to the power 0.3, or the loudest partials would be all that it sees.
+            x = x * (x.square().sum(1, keepdim=True) + 1e-6) ** -0.35
+            maps = []
+            for number, layer in enumerate(layers):
+                x = layer(x if not number else F.leaky_relu(x, 0.2))
+                maps.append(x)
+            found.append(maps)
+        return found
+
+
+def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tensor:
+    """The hinge loss that the discriminator minimises (scalar)."""
+    pairs = [(r[-1], f[-1]) for r, f in zip(real, fake, strict=True)]
+    return torch.stack([F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in pairs]).mean()
+
+
+def generator_losses(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """What the codec minimises: the hinge term, and the relative L1 distance of the features (two scalars)."""
+    hinge = torch.stack([F.relu(1 - f[-1]).mean() for f in fake]).mean()
+    pairs = [(r.detach(), f) for a, b in zip(real, fake, strict=True) for r, f in zip(a[:-1], b[:-1], strict=True)]
+    return hinge, torch.stack([(r - f).abs().mean() / r.abs().mean() for r, f in pairs]).mean()
+
+
 def encode(model: MimiModel, audio: Tensor) -> Tensor:
     """Returns the continuous latents [batch, width, frames] at the code rate of audio [batch, 1, samples]."""
+    if "downsample" in model._modules:  # transformers before 5.21
+        hidden = model.encoder_transformer(model.encoder(audio).transpose(1, 2))[0]
+        return model.downsample(hidden.transpose(1, 2))
     return model.encoder(audio).latents
 
 
 def decode(model: MimiModel, latents: Tensor) -> Tensor:
     """Returns audio [batch, 1, samples] from latents [batch, width, frames] at the code rate."""
+    if "upsample" in model._modules:  # transformers before 5.21
+        hidden = model.decoder_transformer(model.upsample(latents).transpose(1, 2))[0]
+        return model.decoder(hidden.transpose(1, 2))
     return model.decoder(latents).audio_values
 
 
@@ -243,7 +305,8 @@ def fit_codebooks(model: MimiModel, latents: Tensor, semantic_dims: int, iterati
     """
     from sklearn.cluster import KMeans
 
-    quantizer = model.quantizer
+    latents, device = latents.cpu(), model.device
+    quantizer = model.quantizer.cpu()  # scikit-learn's k-means runs there
     frames, entries = len(latents), model.config.codebook_size
     if frames < entries:
         raise EqknobsError(f"codebooks: {frames} latent frames for {entries} entries; give more speech")
@@ -272,6 +335,7 @@ def fit_codebooks(model: MimiModel, latents: Tensor, semantic_dims: int, iterati
             residual = residual - chosen
             remaining = remaining - chosen @ projection
             errors.append((remaining.square().mean() / latents.square().mean()).item())
+    quantizer.to(device)
     return errors
 
 
@@ -283,7 +347,8 @@ def latent_frames(model: MimiModel, clips: list[np.ndarray], limit: int) -> Tens
     order = np.random.default_rng(0).permutation(len(clips))
     for index in order:
         samples = -(-len(clips[index]) // size) * size
-        found.append(encode(model, cut(clips[index], 0, samples)[None, None])[0].T)
+        clip = cut(clips[index], 0, samples)[None, None]
+        found.append(encode(model, clip.to(model.device))[0].T.cpu())
         count += len(found[-1])
         if count >= limit:
             break
@@ -298,27 +363,43 @@ def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_aft
 
     `cfg` holds seed, data (folders of 16 kHz mono speech: shares), description, model (MimiConfig's arguments),
     batch, seconds, augment, noise, steps, learning_rate, warmup, finetune_steps, finetune_learning_rate, commitment,
-    codebook_decay, semantic_dims, kmeans_frames, kmeans_iterations, log_every, export_every. `stop_after` ends the run
-    early at that step (after a checkpoint). Raises EqknobsError on bad audio, a checkpoint of another configuration, or
-    a loss that is not finite.
+    codebook_decay, semantic_dims, kmeans_frames, kmeans_iterations, log_every, export_every; and, if wanted, device, start (a
+    folder that this function wrote) and adversarial (channels, crops, learning_rate, hinge, features: the
+    discriminator's width, how many crops of a batch it sees, its rate and the weights of the codec's two losses).
+    `stop_after` ends the run early at that step (after a checkpoint). Raises EqknobsError on bad audio, a checkpoint or
+    a start of another configuration, or a loss that is not finite.
     """
     out, checkpoint = Path(out), Path(checkpoint)
     seed, steps = cfg["seed"], cfg["steps"]
-    model = new_model(cfg["model"], seed)
+    device = pick_device(cfg.get("device", "auto"))
+    model = new_model(cfg["model"], seed).to(device)
     speech = Speech(cfg["data"], model.config.sampling_rate)
     samples = max(1, round(cfg["seconds"] * model.config.frame_rate)) * hop(model)
     _channels_last(model)
-    loss_of = SpectralLoss(model.config.sampling_rate)
+    loss_of = SpectralLoss(model.config.sampling_rate).to(device)
     optimizer = _adam(model)
     done, log, errors = 0, [], []
+    before: dict[str, Any] = {}
+    if "start" in cfg:
+        before = begin_with(model, Path(cfg["start"]))
+        errors = [] if steps else before["residual_power_after_codebooks"]
+    elif not steps:
+        raise EqknobsError("codec_training.steps: 0 needs a start, whose codebooks are trained on")
+    adversarial = cfg.get("adversarial")
+    if adversarial:
+        judge = Discriminator(adversarial["channels"], seed).to(device)
+        judge_optimizer = _adam(judge)
     identity = json.dumps(cfg["model"] | {"seed": seed}, sort_keys=True)
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         if state["identity"] != identity:
             raise EqknobsError(f"{checkpoint}: belongs to another model or seed; delete it or name another checkpoint")
         done, log, errors = state["step"], state["log"], state["errors"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if adversarial and "judge" in state:
+            judge.load_state_dict(state["judge"])
+            judge_optimizer.load_state_dict(state["judge_optimizer"])
     total = steps + cfg["finetune_steps"]
     running = []
     for step in range(done, total):
@@ -336,17 +417,29 @@ def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_aft
         for group in optimizer.param_groups:
             group["lr"] = rate
         rng = np.random.default_rng([seed, step])
-        audio = speech.batch(rng, cfg["batch"], samples, cfg["augment"])
-        latents, commitment = encode(model, audio), torch.zeros(())
+        audio = speech.batch(rng, cfg["batch"], samples, cfg["augment"]).to(device)
+        latents, commitment = encode(model, audio), torch.zeros((), device=device)
         if step < steps:
             latents = _noisy(latents, rng, cfg["noise"])
         else:
             latents, commitment = _partly_quantised(model, latents, rng, cfg["codebook_decay"])
-        loss = loss_of(decode(model, latents), audio)
+        output = decode(model, latents)
+        loss = loss_of(output, audio)
         if not torch.isfinite(loss):
             raise EqknobsError(f"codec training: the loss is not finite at step {step}; lower the learning rate")
+        total_loss = loss + cfg["commitment"] * commitment
+        if adversarial and step >= steps:
+            seen = torch.from_numpy(rng.permutation(len(audio))[: adversarial["crops"]]).to(device)
+            judge_optimizer.param_groups[0]["lr"] = rate / cfg["finetune_learning_rate"] * adversarial["learning_rate"]
+            judge_optimizer.zero_grad()
+            discriminator_loss(judge(audio[seen]), judge(output[seen].detach())).backward()
+            judge_optimizer.step()
+            judge.requires_grad_(False)
+            hinge, features = generator_losses(judge(audio[seen]), judge(output[seen]))
+            judge.requires_grad_(True)
+            total_loss = total_loss + adversarial["hinge"] * hinge + adversarial["features"] * features
         optimizer.zero_grad()
-        (loss + cfg["commitment"] * commitment).backward()
+        total_loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         running.append(loss.item())
@@ -363,12 +456,29 @@ def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_aft
                 " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items()), flush=True
             )
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "log": log}
+            if adversarial:
+                state |= {"judge": judge.state_dict(), "judge_optimizer": judge_optimizer.state_dict()}
             with atomic_path(checkpoint) as temporary:
                 torch.save(state | {"errors": errors, "identity": identity}, temporary)
         if done % cfg["export_every"] == 0 or done == total:
-            export(model, out, cfg, speech, done, log, errors)
+            export(model, out, cfg, speech, done, log, errors, before)
         if done == stop_after:
             return
+
+
+def begin_with(model: MimiModel, folder: Path) -> dict[str, Any]:
+    """Loads the weights of an exported codec; returns its training.json.
+
+    Raises EqknobsError if the folder holds no export of this function's, or one of another architecture.
+    """
+    try:
+        found = MimiModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        before = json.loads((folder / "training.json").read_text())
+        model.load_state_dict(found.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise EqknobsError(f"codec_training.start: {folder} is no codec of this architecture ({reason})") from error
+    return before
 
 
 def _adam(module: nn.Module) -> torch.optim.Adam:
@@ -389,8 +499,8 @@ def _noisy(latents: Tensor, rng: np.random.Generator, most: float) -> Tensor:
     """Adds noise to the second half of the batch [batch, width, frames], up to `most` times the latents' RMS."""
     level = torch.from_numpy(rng.uniform(0, most, (len(latents), 1, 1)).astype(np.float32))
     level[: len(latents) // 2] = 0
-    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-    return latents + level * latents.square().mean().sqrt() * noise
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(latents.device)
+    return latents + level.to(latents.device) * latents.square().mean().sqrt() * noise
 
 
 def _partly_quantised(
@@ -417,7 +527,7 @@ def validate(
     model: MimiModel, clips: list[np.ndarray], samples: int, loss_of: SpectralLoss, quantised: bool
 ) -> dict[str, float]:
     """Returns the loss on the middle of up to 16 held-out clips: `unquantised`, and `quantised` with all codebooks."""
-    audio = torch.stack([cut(c, 0.5, samples)[None] for c in clips[:16]])
+    audio = torch.stack([cut(c, 0.5, samples)[None] for c in clips[:16]]).to(model.device)
     latents = encode(model, audio)
     result = {"unquantised": loss_of(decode(model, latents), audio).item(), "quantised": float("nan")}
     if quantised:
@@ -434,22 +544,26 @@ def export(
     step: int,
     log: list[dict[str, Any]],
     errors: list[float],
+    before: dict[str, Any],
 ) -> None:
     """Writes a folder that MimiModel.from_pretrained and AutoFeatureExtractor load, with training.json and log.csv.
 
-    Weights are stored in half precision. Files of `out` that this function does not write stay as they are.
+    `before` is the training.json of the export that training started from. Weights are stored in half precision. Files of `out` that this function does not write stay as they are.
     """
     rate = model.config.sampling_rate
     facts = {
-        "config": {k: v for k, v in cfg.items() if k not in ("data", "voices_heard", "voices_unheard")},
+        "config": {
+            k: v for k, v in cfg.items() if k not in ("data", "device", "start", "voices_heard", "voices_unheard")
+        },
         "clips": len(speech.clips),
         "minutes": round(speech.minutes, 2),
         "steps_done": step,
         "residual_power_after_codebooks": [round(e, 5) for e in errors],
         **{key: cfg[key] for key in ("voices_heard", "voices_unheard") if key in cfg},
+        **({"before": before} if before else {}),
     }
     plain = MimiModel(model.config)
-    plain.load_state_dict(model.state_dict())
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     for module in plain.modules():
         if hasattr(module, "embed_sum"):  # a running sum and count: half precision holds their quotient better
             module.embed_sum.copy_(module.embed)

@@ -123,7 +123,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
         return {"model": model_config(config, target), "site": parse_target(target)[1]}
 
     slices = {
-        "codec_training": lambda: {**config["codec_training"], "seed": seed},
+        "codec_training": lambda: {**config["codec_training"], "seed": seed, "device": device},
         "manifest": lambda: {"data": config["data"], "seed": seed},
         "activations": model,
         "labels": lambda: config["labels"],

@@ -300,3 +300,76 @@ def test_a_loss_that_is_not_finite_ends_the_run(tones, tmp_path):
 def test_too_few_frames_for_the_codebooks_are_refused():
     with pytest.raises(EqknobsError, match="10 latent frames for 16 entries"):
         ct.fit_codebooks(ct.new_model(MODEL, 0), torch.randn(10, 32), 2, 3, 0)
+
+
+ADVERSARIAL = {"channels": 4, "crops": 3, "learning_rate": 1e-3, "hinge": 0.1, "features": 0.5}
+
+
+def test_an_export_can_be_trained_on_with_its_codebooks(tones, whole, tmp_path):
+    cfg = config(tones, start=str(whole), steps=0, finetune_learning_rate=1e-4)
+    ct.train(cfg, tmp_path / "codec", tmp_path / "c.pt")
+    log, earlier = pd.read_csv(tmp_path / "codec/log.csv"), pd.read_csv(whole / "log.csv")
+    assert set(log.phase) == {"quantiser"}
+    assert log.quantised.iloc[-1] < earlier.quantised.iloc[-1]
+    facts, before = (read_json(f / "training.json") for f in (tmp_path / "codec", whole))
+    assert facts["before"] == before
+    assert facts["residual_power_after_codebooks"] == before["residual_power_after_codebooks"]
+    assert "start" not in facts["config"]
+
+
+@pytest.mark.parametrize("start", ["nowhere", "other"])
+def test_a_start_that_does_not_fit_is_refused(tones, whole, tmp_path, start):
+    folder = whole if start == "other" else tmp_path / "nowhere"
+    cfg = config(tones, start=str(folder), model=MODEL | {"num_filters": 8})
+    with pytest.raises(EqknobsError, match="codec_training.start: .*no codec of this architecture"):
+        ct.train(cfg, tmp_path / "codec", tmp_path / "c.pt")
+    assert not (tmp_path / "codec").exists()
+
+
+def test_without_first_phase_there_must_be_a_start(tones, tmp_path):
+    with pytest.raises(EqknobsError, match="steps: 0 needs a start"):
+        ct.train(config(tones, steps=0), tmp_path / "codec", tmp_path / "c.pt")
+
+
+def test_an_interrupted_run_against_a_discriminator_ends_with_the_same_weights(tones, whole, tmp_path):
+    cfg = config(tones, adversarial=ADVERSARIAL)
+    for name, stops in (("one", (None,)), ("two", (15, None))):
+        for stop in stops:
+            ct.train(cfg, tmp_path / name, tmp_path / f"{name}.pt", stop_after=stop)
+    one, two, plain = (MimiModel.from_pretrained(f).state_dict() for f in (tmp_path / "one", tmp_path / "two", whole))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not all(torch.equal(one[k], plain[k]) for k in one)
+
+
+def test_a_discriminator_of_no_weight_changes_nothing(tones, whole, tmp_path):
+    ct.train(
+        config(tones, adversarial=ADVERSARIAL | {"hinge": 0, "features": 0}), tmp_path / "codec", tmp_path / "c.pt"
+    )
+    plain, found = (MimiModel.from_pretrained(f).state_dict() for f in (whole, tmp_path / "codec"))
+    assert all(torch.equal(plain[k], found[k]) for k in plain)
+
+
+def test_the_discriminator_learns_and_the_codec_can_follow_it(tones):
+    """Tones against noise of their level: told apart after some steps; then what it says is worth descending."""
+    speech = ct.Speech({str(tones): 1.0}, 16000)
+    judge = ct.Discriminator(4, 0)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=3e-3)
+    losses = []
+    for step in range(30):
+        rng = np.random.default_rng(step)
+        real = speech.batch(rng, 4, 8000, 0.0)
+        fake = real.std() * torch.from_numpy(rng.standard_normal(real.shape, dtype=np.float32))
+        loss = ct.discriminator_loss(judge(real), judge(fake))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(2, rel=0.1)
+    assert losses[-1] < 0.5 * losses[0]
+    fake.requires_grad_(True)
+    hinge, features = ct.generator_losses(judge(real), judge(fake))
+    gradient = torch.autograd.grad(hinge, fake, retain_graph=True)[0]
+    with torch.no_grad():
+        after, _ = ct.generator_losses(judge(real), judge(fake - 1e-3 * gradient / gradient.norm()))
+    assert after < hinge
+    assert ct.generator_losses(judge(real), judge(real))[1].item() == 0 < features.item()
