@@ -363,8 +363,8 @@ def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_aft
 
     `cfg` holds seed, data (folders of 16 kHz mono speech: shares), description, model (MimiConfig's arguments),
     batch, seconds, augment, noise, steps, learning_rate, warmup, finetune_steps, finetune_learning_rate, commitment,
-    codebook_decay, semantic_dims, kmeans_frames, kmeans_iterations, log_every, export_every; and, if wanted, device, start (a
-    folder that this function wrote) and adversarial (channels, crops, learning_rate, hinge, features: the
+    codebook_decay, semantic_dims, kmeans_frames, kmeans_iterations, log_every, export_every; and, if wanted, device,
+    start (a folder that this function wrote) and adversarial (channels, crops, learning_rate, hinge, features: the
     discriminator's width, how many crops of a batch it sees, its rate and the weights of the codec's two losses).
     `stop_after` ends the run early at that step (after a checkpoint). Raises EqknobsError on bad audio, a checkpoint or
     a start of another configuration, or a loss that is not finite.
@@ -548,7 +548,8 @@ def export(
 ) -> None:
     """Writes a folder that MimiModel.from_pretrained and AutoFeatureExtractor load, with training.json and log.csv.
 
-    `before` is the training.json of the export that training started from. Weights are stored in half precision. Files of `out` that this function does not write stay as they are.
+    `before` is the training.json of the export that training started from. Weights are stored in half precision. Files
+    of `out` that this function does not write stay as they are.
     """
     rate = model.config.sampling_rate
     facts = {

@@ -321,7 +321,7 @@ def test_an_export_can_be_trained_on_with_its_codebooks(tones, whole, tmp_path):
 def test_a_start_that_does_not_fit_is_refused(tones, whole, tmp_path, start):
     folder = whole if start == "other" else tmp_path / "nowhere"
     cfg = config(tones, start=str(folder), model=MODEL | {"num_filters": 8})
-    with pytest.raises(EqknobsError, match="codec_training.start: .*no codec of this architecture"):
+    with pytest.raises(EqknobsError, match=r"codec_training\.start: .*no codec of this architecture"):
         ct.train(cfg, tmp_path / "codec", tmp_path / "c.pt")
     assert not (tmp_path / "codec").exists()
 
