@@ -72,7 +72,7 @@ def hub_tensors(config: MoshiConfig, dep_q: int, seed: int) -> dict[str, Tensor]
     dim = config.dep_dim
     for i in range(dep_q):
         add(f"depformer_in.{i}.weight", dim, config.dim, scale=config.dim**-0.5)
-        add(f"linears.{i}.weight", CARD, dim, scale=dim**-0.5)
+        add(f"linears.{i}.weight", CARD, dim, scale=0.4 * dim**-0.5)
     for i in range(dep_q - 1):
         add(f"depformer_emb.{i}.weight", CARD + 1, dim, scale=1.0)
     add("depformer_text_emb.weight", config.text_card + 1, dim, scale=1.0)

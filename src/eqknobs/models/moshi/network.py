@@ -263,7 +263,8 @@ class MoshiNet(nn.Module):
             torch.arange(pairs, device=x.device, dtype=torch.float32) * (-math.log(self.config.max_period) / pairs)
         )
         times = torch.arange(start, start + x.shape[1], device=x.device, dtype=torch.float32)[:, None, None, None]
-        rotation = torch.polar(torch.ones((), device=x.device), frequencies * times)  # Su et al. 2021, arXiv 2104.09864
+        angles = frequencies * times
+        rotation = torch.complex(angles.cos(), angles.sin())  # Su et al. 2021, arXiv 2104.09864
         for i, layer in enumerate(self.layers[:layers]):
             x = layer(x, rotation, mask, cache, i)
         return self.out_norm(x)
