@@ -68,13 +68,20 @@ class Moshi(Pretrained):
                 f"models.{self.name}.codec: Moshi reads codes of {CARD} values at {FRAME_RATE} Hz, this codec gives "
                 f"{self.codec.config.codebook_size} at {self.sample_rate / self.hop:g} Hz; take kyutai/mimi"
             )
-        context = place.context + self.config.context / FRAME_RATE * self.config.layers
-        self.sites = {}
-        for kind in ("residual", "heads"):
-            for i, layer in enumerate(self.net.layers):
-                path = f"transformer.layers.{i}" + (".self_attn.out_proj" if kind == "heads" else "")
-                width = self.config.dim if kind == "residual" else len(layer.self_attn.heads) * self.config.head_dim
-                self.sites[f"{kind}.{i}"] = Site(f"{kind}.{i}", path, width, self.hop, FRAME_RATE, context)
+        self.context = place.context + self.config.layers * self.config.context / FRAME_RATE
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Made anew each time, as layers lose heads; a layer without any has no site `heads.<layer>`."""
+        found = []
+        for i, layer in enumerate(self.net.layers):
+            path, width = f"transformer.layers.{i}", len(layer.self_attn.heads) * self.config.head_dim
+            found.append(Site(f"residual.{i}", path, self.config.dim, self.hop, FRAME_RATE, self.context))
+            if width:
+                found.append(
+                    Site(f"heads.{i}", f"{path}.self_attn.out_proj", width, self.hop, FRAME_RATE, self.context)
+                )
+        return {site.name: site for site in found}
 
     def frames(self, samples: int, site: str) -> int:
         self.site(site)
@@ -100,8 +107,6 @@ class Moshi(Pretrained):
         hooks = []
         try:
             for name, place in places.items():
-                if not place.width:
-                    raise EqknobsError(f"model {self.name}: layer of site {name} has no head left; take another layer")
                 module = self.net.get_submodule(place.path)
                 if name.startswith("heads"):
                     hooks.append(

@@ -142,7 +142,7 @@ def load_net(
             else:
                 value = file.get_slice(source)[step * wanted[0] : (step + 1) * wanted[0]]
             module = net.get_submodule(owner)
-            if nf4 is not None and isinstance(module, nn.Linear) and nf4.covers(owner) and value.numel():
+            if nf4 is not None and isinstance(module, nn.Linear) and nf4.covers(owner):
                 put_module(net, owner, packed_linear(*pack(value.to(device), nf4, dtype), dtype))
             else:
                 setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))

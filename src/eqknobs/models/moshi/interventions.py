@@ -63,17 +63,10 @@ def remove_heads(net: MoshiNet, heads: Heads) -> None:
         count = len(attention.heads)
         keep = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=net.device)
         rows = weight_of(attention.in_proj).view(3, count, dim, -1)[:, keep].flatten(0, 2)
-        columns = (
-            weight_of(attention.out_proj)
-            .view(-1, count, dim)[
-                :,
-                :,
-            ][:, keep]
-            .flatten(1)
-        )
+        columns = weight_of(attention.out_proj).view(-1, count, dim)[:, keep].flatten(1)
         attention.heads = tuple(attention.heads[i] for i in keep.tolist())
-        attention.in_proj = with_weight(attention.in_proj, rows)
-        attention.out_proj = with_weight(attention.out_proj, columns)
+        attention.in_proj = with_weight(attention.in_proj, rows) if len(keep) else None
+        attention.out_proj = with_weight(attention.out_proj, columns) if len(keep) else None
 
 
 def linears(net: MoshiNet, patterns: Iterable[str] = TEMPORAL_LINEARS) -> list[str]:

@@ -93,14 +93,17 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal attention over `context` columns; `heads`: the original numbers of the heads that are left."""
+    """Causal attention over `context` columns; `heads`: the original numbers of the heads that are left.
+
+    Without any head there are no projections (None), and the layer skips attention.
+    """
 
     def __init__(self, config: MoshiConfig, heads: tuple[int, ...]):
         super().__init__()
         self.heads, self.head_dim = heads, config.head_dim
         width = len(heads) * config.head_dim
-        self.in_proj = nn.Linear(config.dim, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, config.dim, bias=False)
+        self.in_proj = nn.Linear(config.dim, 3 * width, bias=False) if heads else None
+        self.out_proj = nn.Linear(width, config.dim, bias=False) if heads else None
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         batch, steps, _ = x.shape

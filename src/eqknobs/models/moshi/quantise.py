@@ -103,7 +103,7 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 def with_weight(linear: nn.Module, weight: Tensor) -> nn.Module:
     """A linear of the same kind with another weight, of whatever shape; packed ones keep block and double scales."""
-    if not is_packed(linear) or not weight.numel():  # of a layer without heads nothing is left to pack
+    if not is_packed(linear):
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         return new.eval()
