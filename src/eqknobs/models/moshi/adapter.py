@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from eqknobs.models.moshi.generate import (
     system_text,
 )
 from eqknobs.models.moshi.quantise import TEMPORAL_LINEARS, Nf4
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +57,12 @@ class Moshi(Pretrained):
             raise EqknobsError(f"models.{self.name}: stream is user or agent, dtype {' or '.join(DTYPES)}")
         nf4 = cfg.get("nf4") or None
         if nf4 is not None:
-            nf4 = Nf4() if nf4 is True else Nf4(**nf4 | {"linears": tuple(nf4.get("linears", TEMPORAL_LINEARS))})
+            wanted = {} if nf4 is True else dict(nf4)
+            if unknown := wanted.keys() - {"linears", "block", "double"}:
+                raise EqknobsError(
+                    f"models.{self.name}.nf4: no option {min(unknown)}; there are linears, block, double"
+                )
+            nf4 = Nf4(**wanted | {"linears": tuple(wanted.get("linears", TEMPORAL_LINEARS))})
         self.files = find_files(self.name, str(cfg["path"]), cfg.get("revision"))
         self.revision = self.files.revision
         self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
@@ -129,7 +138,7 @@ class Moshi(Pretrained):
     def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
         return self.encode_sites(wav, [site])[site]
 
-    def tokeniser(self):
+    def tokeniser(self) -> "SentencePieceProcessor":
         """The checkpoint's sentencepiece model. Raises EqknobsError if there is none."""
         if self.files.tokenizer is None:
             raise EqknobsError(
