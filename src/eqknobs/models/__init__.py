@@ -64,16 +64,18 @@ class Model(Protocol):
 def load_model(cfg_model: dict) -> Model:
     """Load a model from a folder or from the hub.
 
-    cfg_model: `{name, kind, path, revision, device}`; kind mimi, encodec, dac, hubert or whisper; path a
-    folder with `config.json` and safetensors weights, or a hub id; revision pins a hub model (or, if given,
-    the folder's weights); device auto, cpu or cuda. Weights become float32, in evaluation mode.
+    cfg_model: `{name, kind, path, revision, device}`; kind mimi, encodec, dac, hubert, whisper or moshi (which takes
+    more keys, see `eqknobs.models.moshi.adapter`); path a folder with `config.json` and safetensors weights, or a hub
+    id; revision pins a hub model (or, if given, the folder's weights); device auto, cpu or cuda. Weights become
+    float32 (Moshi's: as asked), in evaluation mode.
 
     Raises EqknobsError: unknown kind, no such folder or hub model, folder without weights, pickled weights,
     weights that do not fit the architecture, no GPU.
     """
     from eqknobs.models import hf, mimi  # here, because they import transformers, which takes seconds
+    from eqknobs.models.moshi import adapter as moshi
 
-    adapters = {"mimi": mimi.Mimi, **hf.ADAPTERS}
+    adapters = {"mimi": mimi.Mimi, **hf.ADAPTERS, "moshi": moshi.Moshi}
     if cfg_model["kind"] not in adapters:
         raise EqknobsError(
             f"models.{cfg_model['name']}.kind: unknown kind {cfg_model['kind']!r}; choose one of {', '.join(adapters)}"

@@ -1,0 +1,177 @@
+"""Moshi and PersonaPlex behind the `Model` protocol: what the model holds in mind while it listens."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eqknobs.errors import EqknobsError
+from eqknobs.models import Site, pick_device
+from eqknobs.models.base import Pretrained, fit, inference
+from eqknobs.models.mimi import Mimi
+from eqknobs.models.moshi.checkpoint import find_files, load_net
+from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER
+from eqknobs.models.moshi.generate import (
+    GREEDY,
+    Prompt,
+    Reply,
+    Sampling,
+    generate,
+    load_voice,
+    persona_prompt,
+    system_text,
+)
+from eqknobs.models.moshi.quantise import TEMPORAL_LINEARS, Nf4
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Moshi(Pretrained):
+    """Sites `residual.<layer>`, the output of a temporal layer, and `heads.<layer>`, the input of its output
+    projection [frames, heads * head_dim].
+
+    A clip is heard: it is the user's stream, while the agent is silent and says no text (`stream: agent` turns it
+    round: the agent speaks the clip, the user's stream is PersonaPlex's sine). Frame t is the column that carries the
+    clip's frame t: its first code and, as acoustic codes come one column later, the other seven of frame t - 1.
+
+    cfg, beside the usual: codec (folder or hub id of a Mimi model, kyutai/mimi), codec_revision, dtype (float32 or
+    bfloat16), nf4 (true, or {linears, block, double}), stream (user or agent).
+    """
+
+    n_codebooks = 0
+    decodes = False
+
+    def __init__(self, cfg: dict):
+        self.name = cfg["name"]
+        self.device = pick_device(cfg.get("device") or "auto")
+        self.stream = cfg.get("stream") or "user"
+        dtype = cfg.get("dtype") or ("bfloat16" if self.device == "cuda" else "float32")
+        if self.stream not in ("user", "agent") or dtype not in DTYPES:
+            raise EqknobsError(f"models.{self.name}: stream is user or agent, dtype {' or '.join(DTYPES)}")
+        nf4 = cfg.get("nf4") or None
+        if nf4 is not None:
+            wanted = {} if nf4 is True else dict(nf4)
+            if unknown := wanted.keys() - {"linears", "block", "double"}:
+                raise EqknobsError(
+                    f"models.{self.name}.nf4: no option {min(unknown)}; there are linears, block, double"
+                )
+            nf4 = Nf4(**wanted | {"linears": tuple(wanted.get("linears", TEMPORAL_LINEARS))})
+        self.files = find_files(self.name, str(cfg["path"]), cfg.get("revision"))
+        self.revision = self.files.revision
+        self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
+        self.config = self.net.config
+        codec = {"name": f"{self.name}.codec", "path": cfg.get("codec") or "kyutai/mimi", "device": self.device}
+        self.codec = Mimi(codec | {"kind": "mimi", "revision": cfg.get("codec_revision")})
+        self.sample_rate = self.codec.sample_rate
+        place = self.codec.site("encoder_transformer")
+        self.hop = place.hop * self.codec.stride
+        if self.sample_rate != FRAME_RATE * self.hop or self.codec.config.codebook_size != CARD:
+            raise EqknobsError(
+                f"models.{self.name}.codec: Moshi reads codes of {CARD} values at {FRAME_RATE} Hz, this codec gives "
+                f"{self.codec.config.codebook_size} at {self.sample_rate / self.hop:g} Hz; take kyutai/mimi"
+            )
+        self.context = place.context + self.config.layers * self.config.context / FRAME_RATE
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Made anew each time, as layers lose heads; a layer without any has no site `heads.<layer>`."""
+        found = []
+        for i, layer in enumerate(self.net.layers):
+            path, width = f"transformer.layers.{i}", len(layer.self_attn.heads) * self.config.head_dim
+            found.append(Site(f"residual.{i}", path, self.config.dim, self.hop, FRAME_RATE, self.context))
+            if width:
+                found.append(
+                    Site(f"heads.{i}", f"{path}.self_attn.out_proj", width, self.hop, FRAME_RATE, self.context)
+                )
+        return {site.name: site for site in found}
+
+    def frames(self, samples: int, site: str) -> int:
+        self.site(site)
+        return math.ceil(samples / self.hop)
+
+    def codes(self, wav: np.ndarray) -> Tensor:
+        """Mimi's first 8 codes [8, frames] of a waveform [samples], zero-padded to whole frames."""
+        latents = self.codec.encode(wav, "encoder_transformer")
+        return torch.from_numpy(self.codec.tokens(latents, "encoder_transformer", DEP_Q)).long()
+
+    def grid(self, wav: np.ndarray) -> Tensor:
+        """Codes [1, 17, frames] of a clip that is heard (or spoken, see the class), on the model's device."""
+        heard = self.codes(wav)
+        grid = torch.full((1, STREAMS, heard.shape[1]), self.config.pad)
+        grid[0, AGENT] = heard if self.stream == "agent" else torch.tensor(SILENCE_TOKENS)[:, None]
+        grid[0, USER] = heard if self.stream == "user" else torch.tensor(SINE_TOKENS)[:, None]
+        return grid.to(self.device)
+
+    def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """Activations [frames, width] at several sites in one pass; layers above the last one do not run."""
+        places = {name: self.site(name) for name in sites}
+        seen: dict[str, Tensor] = {}
+        hooks = []
+        try:
+            for name, place in places.items():
+                module = self.net.get_submodule(place.path)
+                if name.startswith("heads"):
+                    hooks.append(
+                        module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.update({name: inputs[0]}))
+                    )
+                else:
+                    hooks.append(
+                        module.register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: output}))
+                    )
+            with inference():
+                columns = self.net.columns(self.grid(wav))
+                last = max(int(name.rpartition(".")[2]) for name in places)
+                self.net.temporal(self.net.embed(columns), layers=last + 1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # column 0 has heard nothing
+        return {name: seen[name][0, 1:].float().cpu().numpy() for name in places}
+
+    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
+        return self.encode_sites(wav, [site])[site]
+
+    def tokeniser(self) -> "SentencePieceProcessor":
+        """The checkpoint's sentencepiece model. Raises EqknobsError if there is none."""
+        if self.files.tokenizer is None:
+            raise EqknobsError(
+                f"models.{self.name}.path: {self.files.config.parent} has no tokenizer_*.model; put it there"
+            )
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_file=str(self.files.tokenizer))
+
+    def prompt(self, text: str | None = None, voice: str | Path | np.ndarray | None = None) -> Prompt:
+        """PersonaPlex's prompt; voice: a `.pt` file or a waveform [samples]. Neither: no prompt at all."""
+        if text is None and voice is None:
+            return Prompt()
+        tokens = self.tokeniser().encode(system_text(text)) if text else None
+        if isinstance(voice, np.ndarray):
+            return persona_prompt(tokens, self.config.pad, voice_codes=self.codes(voice))
+        stored = None if voice is None else load_voice(voice, self.config.dim)
+        return persona_prompt(tokens, self.config.pad, voice=stored)
+
+    def converse(self, wav: np.ndarray, prompt: Prompt | None = None, sampling: Sampling = GREEDY) -> Reply:
+        """The agent's reply to a user's waveform [samples], frame by frame as long as that."""
+        with inference():
+            return generate(self.net, self.codes(wav)[None], prompt, sampling)
+
+    def speech(self, codes: Tensor, samples: int) -> np.ndarray:
+        """Waveform [samples] of codes [8, frames], decoded in one piece."""
+        with inference():
+            latents = self.codec.net.quantizer.decode(codes[None].to(self.device))
+            return fit(self.codec.net.decoder(latents).audio_values[0, 0], samples)
+
+    def monologue(self, text: Tensor) -> str:
+        """What text tokens [frames] spell; padding and tokens that stand for no text are left out."""
+        tokeniser = self.tokeniser()
+        special = {self.config.pad, self.config.epad, self.config.text_card}
+        pieces = [tokeniser.id_to_piece(t) for t in text.tolist() if t not in special and 0 <= t < len(tokeniser)]
+        return "".join(pieces).replace("▁", " ").strip()

@@ -1,0 +1,208 @@
+"""Moshi checkpoints: finding them, reading them tensor by tensor, saving what interventions left.
+
+A folder (or hub repository) holds `config.json`, `model.safetensors` and `tokenizer_*.model`, as kyutai and NVIDIA
+publish them. `save_net` writes such a folder too; what is special about it stands in config.json under `eqknobs`.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eqknobs.errors import EqknobsError
+from eqknobs.io import atomic_path
+from eqknobs.models.base import folder_weights, weights_hash
+from eqknobs.models.moshi.config import DEP_Q, raw_config, read_config
+from eqknobs.models.moshi.network import MoshiNet
+from eqknobs.models.moshi.quantise import MARK, Nf4, bitsandbytes, pack, packed_linear, put_module
+
+_STEPPED = re.compile(r"(.+\.self_attn\.)(in|out)_projs\.(\d+)\.weight")
+
+
+@dataclass(frozen=True)
+class MoshiFiles:
+    """Where the parts of a checkpoint are; `tokenizer` is None if there is none."""
+
+    config: Path
+    weights: Path
+    tokenizer: Path | None
+    revision: str  # hub commit, or first 12 hex digits of the SHA-256 of a folder's weights
+
+
+def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
+    """Locate a checkpoint in a folder or on the hub (fetching it). `name`: the model's key in the config.
+
+    Raises EqknobsError: no such folder or hub model, files missing, gated weights (saying how to get access), a
+    folder whose weights are not those of `revision`.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        weights = folder_weights(folder, name)
+        raw = _json(folder / "config.json", f"models.{name}")
+        chosen = folder / raw.get("moshi_name", "model.safetensors")
+        if chosen not in weights:
+            raise EqknobsError(f"models.{name}.path: {folder} has no {chosen.name}; Moshi's weights are one file")
+        found = weights_hash([chosen])
+        if revision is not None and revision != found:
+            raise EqknobsError(
+                f"models.{name}.revision: {folder} has weights {found}, not {revision}; mend the folder or the config"
+            )
+        named = [folder / raw["tokenizer_name"]] if "tokenizer_name" in raw else []
+        models = [p for p in named + sorted(folder.glob("tokenizer*.model")) if p.is_file()]
+        return MoshiFiles(folder / "config.json", chosen, models[0] if models else None, found)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise EqknobsError(f"models.{name}.path: no folder {path}; give a model folder or a hub id such as owner/name")
+
+    def get(file: str) -> Path:
+        try:
+            return Path(hf_hub_download(path, file, revision=revision))
+        except GatedRepoError as error:
+            raise EqknobsError(
+                f"models.{name}: the weights of {path} are gated: accept the licence at https://huggingface.co/{path} "
+                "and log in with `hf auth login` (or set HF_TOKEN); kyutai/moshiko-pytorch-bf16 is open"
+            ) from error
+        except Exception as error:  # whatever the network and the hub's client come up with
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise EqknobsError(
+                f"models.{name}: cannot get {file} of {path!r} (no such folder, so taken as a hub id); check path, "
+                f"revision and network ({type(error).__name__}: {reason[:300]})"
+            ) from error
+
+    config = get("config.json")
+    raw = _json(config, f"models.{name}")
+    revision = config.parent.name  # the snapshot's folder is named after the commit; what follows reads that one
+    weights = get(raw.get("moshi_name", "model.safetensors"))
+    return MoshiFiles(config, weights, get(raw.get("tokenizer_name", "tokenizer_spm_32k_3.model")), revision)
+
+
+def _json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EqknobsError(f"{where}: cannot read {path} ({error})") from error
+    if not isinstance(raw, dict):
+        raise EqknobsError(f"{where}: {path} is not a Moshi config; take the model's own file")
+    return raw
+
+
+def load_net(
+    files: MoshiFiles, dtype: torch.dtype = torch.float32, nf4: Nf4 | None = None, device: str = "cpu"
+) -> MoshiNet:
+    """Read a checkpoint tensor by tensor, packing on the way the linears that `nf4` names.
+
+    dtype: of all else and of the computations. Weights that are packed in the file stay as they are. Of a depformer
+    with 16 steps the first 8 are taken: the others make the user's codes, and no step sees a later one.
+    On a CPU, tensors that need no conversion stay mapped to the file.
+
+    Raises EqknobsError: unreadable file, keys or shapes that are not Moshi's, an architecture that is not supported.
+    """
+    where = str(files.weights)
+    raw = _json(files.config, where)
+    try:
+        file = safe_open(files.weights, framework="pt", device="cpu")
+    except Exception as error:  # OSError, SafetensorError
+        raise EqknobsError(f"{where}: not a readable safetensors file ({error}); fetch it again") from error
+    with file:
+        names = set(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        config = read_config(raw, shapes, where)
+        heads = raw.get("eqknobs", {}).get("heads")
+        if heads is not None and len(heads) != config.layers:
+            raise EqknobsError(
+                f"{where}: config.json lists heads of {len(heads)} layers, the model has {config.layers}"
+            )
+        with torch.device("meta"):
+            net = MoshiNet(config, heads and tuple(map(tuple, heads)))
+        used: set[str] = set()
+        for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
+            source, step = _source(name, names)
+            rows = wanted[0] if step is None else DEP_Q * wanted[0]
+            if source not in names:
+                raise EqknobsError(f"{where}: no tensor {source}; this is not a whole Moshi checkpoint")
+            used.add(source)
+            owner, _, leaf = name.rpartition(".")
+            if source + MARK in names:
+                parts = {key for key in names if key.startswith(source + ".")}
+                used |= parts
+                put_module(net, owner, _read_packed(file, source, parts, wanted, dtype, device, where))
+                continue
+            found = shapes[source]
+            if found[1:] != wanted[1:] or found[0] < rows or (step is None and found[0] > rows):
+                raise EqknobsError(
+                    f"{where}: {source} is {list(found)}, but config.json makes it {[rows, *wanted[1:]]}; "
+                    "the two do not belong together"
+                )
+            if step is None:
+                value = file.get_tensor(source)
+            else:
+                value = file.get_slice(source)[step * wanted[0] : (step + 1) * wanted[0]]
+            module = net.get_submodule(owner)
+            if nf4 is not None and isinstance(module, nn.Linear) and nf4.covers(owner):
+                put_module(net, owner, packed_linear(*pack(value.to(device), nf4, dtype), dtype))
+            else:
+                setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+        if extra := sorted(name for name in names - used if not _dropped(name)):
+            raise EqknobsError(f"{where}: unknown tensor {extra[0]} (one of {len(extra)}); this is no Moshi checkpoint")
+    return net.eval().requires_grad_(False)
+
+
+def _source(name: str, names: set[str]) -> tuple[str, int | None]:
+    """The tensor that holds a parameter; where it holds those of all depformer steps, also which step it is."""
+    if found := _STEPPED.fullmatch(name):
+        stem = f"{found[1]}{found[2]}_proj"
+        for source in (f"{stem}_weight", f"{stem}.weight"):
+            if source in names:
+                return source, int(found[3])
+    elif found := re.fullmatch(r"(transformer\..+\.self_attn\.)(in|out)_proj\.weight", name):
+        # kyutai's name on the hub, and the one that the moshi package itself saves
+        for source in (f"{found[1]}{found[2]}_proj_weight", f"{found[1]}{found[2]}_projs.0.weight"):
+            if source in names:
+                return source, None
+    return name, None
+
+
+def _dropped(name: str) -> bool:
+    """Whether a tensor belongs to the depformer's steps beyond the first 8."""
+    per_step = r"(depformer_in|linears|depformer_emb|depformer\.layers\.\d+\.(?:gating|self_attn\.\w+))\.(\d+)\."
+    found = re.match(per_step, name)
+    return found is not None and int(found[2]) >= DEP_Q - (found[1] == "depformer_emb")
+
+
+def _read_packed(
+    file: Any, source: str, parts: set[str], wanted: tuple[int, ...], dtype: torch.dtype, device: str, where: str
+) -> nn.Module:
+    library = bitsandbytes()
+    stats = {key: file.get_tensor(key) for key in parts}
+    try:
+        state = library.functional.QuantState.from_dict(stats, device=torch.device(device))
+    except Exception as error:  # KeyError, ValueError, UnicodeDecodeError, …
+        raise EqknobsError(f"{where}: the scales of packed {source} are not whole ({error}); fetch it again") from error
+    if tuple(state.shape) != wanted:
+        raise EqknobsError(f"{where}: {source} is {list(state.shape)}, config.json wants {list(wanted)}")
+    return packed_linear(file.get_tensor(source).to(device), state, dtype)
+
+
+def save_net(net: MoshiNet, folder: str | Path, tokenizer: Path | None = None) -> None:
+    """Write a folder that `load_net` reads back bit for bit: heads that are left, packed weights, pruned ones.
+
+    tokenizer: the sentencepiece model to put beside the weights. An earlier folder there is replaced.
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in net.state_dict().items():
+        state[name] = value.detach().cpu().contiguous()
+    raw = raw_config(net.config) | {"eqknobs": {"heads": [list(kept) for kept in net.heads]}}
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_file(state, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, temporary / tokenizer.name)

@@ -1,0 +1,146 @@
+"""What can be done to a network: heads zeroed or removed, weights pruned or rounded, input streams silenced.
+
+Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed in NF4 everywhere.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from eqknobs.errors import EqknobsError
+from eqknobs.models.moshi.config import STREAMS
+from eqknobs.models.moshi.network import MoshiNet
+from eqknobs.models.moshi.quantise import TEMPORAL_LINEARS, is_packed, put_module, weight_of, with_weight
+
+Heads = Mapping[int, Sequence[int]]
+
+
+def _places(net: MoshiNet, heads: Heads) -> dict[int, list[int]]:
+    """Where those heads are now, layer by layer. Raises EqknobsError for heads that are not there."""
+    places = {}
+    for layer, numbers in heads.items():
+        if not 0 <= layer < len(net.layers):
+            raise EqknobsError(f"heads: no layer {layer}; the model has {len(net.layers)}")
+        left = net.heads[layer]
+        if missing := sorted(set(numbers) - set(left)):
+            raise EqknobsError(f"heads: layer {layer} has no head {missing[0]} (any more); it has {list(left)}")
+        places[layer] = sorted(left.index(number) for number in set(numbers))
+    return places
+
+
+@contextmanager
+def zeroed_heads(net: MoshiNet, heads: Heads) -> Iterator[None]:
+    """While the block runs, those heads give zeros: the input of `out_proj`, site `heads.<layer>`, is cleared there."""
+    with ExitStack() as stack:
+        for layer, places in _places(net, heads).items():
+            attention = net.layers[layer].self_attn
+            keep = torch.ones(len(attention.heads), 1, dtype=torch.bool, device=net.device)
+            keep[places] = False
+
+            def clear(_module: nn.Module, inputs: tuple[Tensor], keep: Tensor = keep) -> tuple[Tensor]:
+                # not a product with 0: that would keep NaN and infinity
+                return (torch.where(keep, inputs[0].unflatten(-1, (len(keep), -1)), 0).flatten(-2),)
+
+            if places:
+                stack.callback(attention.out_proj.register_forward_pre_hook(clear, prepend=True).remove)
+        yield
+
+
+def remove_heads(net: MoshiNet, heads: Heads) -> None:
+    """Take heads out for good: their rows of q, k and v, their columns of the output projection.
+
+    What remains computes what it did with those heads zeroed. In NF4 the rest is unpacked, cut and packed again, which
+    gives the same values unless scales are doubled or head_dim is no multiple of the block. A KV cache made before does
+    not fit any more. Raises EqknobsError for heads that are not there.
+    """
+    for layer, places in _places(net, heads).items():
+        if not places:
+            continue
+        attention, dim = net.layers[layer].self_attn, net.config.head_dim
+        count = len(attention.heads)
+        keep = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=net.device)
+        rows = weight_of(attention.in_proj).view(3, count, dim, -1)[:, keep].flatten(0, 2)
+        columns = weight_of(attention.out_proj).view(-1, count, dim)[:, keep].flatten(1)
+        attention.heads = tuple(attention.heads[i] for i in keep.tolist())
+        attention.in_proj = with_weight(attention.in_proj, rows) if len(keep) else None
+        attention.out_proj = with_weight(attention.out_proj, columns) if len(keep) else None
+
+
+def linears(net: MoshiNet, patterns: Iterable[str] = TEMPORAL_LINEARS) -> list[str]:
+    """Names of the linears that match any pattern. Raises EqknobsError if a pattern matches none."""
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    found = []
+    for pattern in patterns:
+        if not (matching := [name for name in names if fnmatchcase(name, pattern)]):
+            raise EqknobsError(f"no linear matches {pattern!r}; names are like {names[0]}")
+        found += matching
+    return list(dict.fromkeys(found))
+
+
+def prune(net: MoshiNet, share: float, patterns: Iterable[str] = TEMPORAL_LINEARS) -> dict[str, float]:
+    """Set the smallest weights of every linear to 0 (Han et al. 2015, arXiv 1506.02626); returns the share of zeros.
+
+    share: 0 to 1 of each matrix's weights; zeros that were there count. NF4 can represent 0, so that zeros survive
+    packing, before or after. Raises EqknobsError for a share beyond 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise EqknobsError(f"prune: share must be 0 to 1, got {share}")
+    zeros = {}
+    for name in linears(net, patterns):
+        linear = net.get_submodule(name)
+        weight = weight_of(linear).clone()
+        count = round(share * weight.numel())
+        if count:
+            # Stable, because in NF4 many weights are equal: which of them go must not be left to chance.
+            order = weight.abs().flatten().sort(stable=True).indices
+            weight.view(-1)[order[:count]] = 0
+            put_module(net, name, with_weight(linear, weight))
+        zeros[name] = float((weight == 0).float().mean()) if weight.numel() else 0.0
+    return zeros
+
+
+def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[str] = TEMPORAL_LINEARS) -> None:
+    """Round weights to `bits` bits with one scale for every `block` values of a row, and keep them as they are stored.
+
+    w ≈ s · round(w / s), s = max|w| / (2^(bits - 1) - 1) over the block (symmetric, round to nearest). Choose single
+    transformer blocks by pattern: `transformer.layers.7.*`. Raises EqknobsError: fewer than 2 or more than 16 bits, a
+    block that does not divide a row, a linear that is packed already.
+    """
+    if not 2 <= bits <= 16:
+        raise EqknobsError(f"fake_quantise: bits must be 2 to 16, got {bits}")
+    names = linears(net, patterns)
+    for name in names:
+        linear = net.get_submodule(name)
+        if is_packed(linear):
+            raise EqknobsError(f"fake_quantise: {name} is packed in NF4; load the model without nf4 to round it")
+        if linear.in_features % block:
+            raise EqknobsError(
+                f"fake_quantise: blocks of {block} do not divide the {linear.in_features} inputs of {name}"
+            )
+    for name in names:
+        linear = net.get_submodule(name)
+        weight = linear.weight.data
+        values = weight.float().unflatten(1, (-1, block))
+        scale = values.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+        rounded = torch.round(values / scale.clamp(min=torch.finfo(torch.float32).tiny)) * scale
+        put_module(net, name, with_weight(linear, rounded.flatten(1).to(weight.dtype)))
+
+
+@contextmanager
+def masked_streams(net: MoshiNet, streams: Iterable[int]) -> Iterator[None]:
+    """While the block runs, the temporal transformer does not see those input streams: 0 text, 1-8 agent, 9-16 user.
+
+    A `.pt` voice prompt is fed as summed embeddings and keeps all its streams. Raises EqknobsError for other numbers.
+    """
+    streams = sorted(set(streams))
+    if any(not 0 <= stream < STREAMS for stream in streams):
+        raise EqknobsError(f"streams: 0 (text) to {STREAMS - 1}, got {streams}")
+    with ExitStack() as stack:
+        for stream in streams:
+            embedding = net.emb[stream - 1] if stream else net.text_emb
+            hook = embedding.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+            stack.callback(hook.remove)
+        yield
