@@ -117,7 +117,7 @@ def test_every_variant_recovers_planted_directions_above_the_control(trained, tm
 def test_start_is_gao(trained):
     found, acts = trainer(trained, TOPK)
     sae = found.sae
-    assert torch.equal(sae.W_enc, sae.W_dec)
+    assert torch.equal(sae.W_enc, sae.W_dec * sae._encoder_start)
     z = (acts[:3000] - sae.mean.numpy()) / sae.std.numpy()
     distance = [np.linalg.norm(z - y, axis=1).sum() for y in (sae.b_dec.detach().numpy(), 0 * z[0])]
     assert distance[0] <= distance[1]
@@ -215,7 +215,7 @@ def test_auxk_revives_dead_features_within_an_epoch(trained, cfg):
     fired = {}
     for aux_k in (0, 16):
         found, acts = trainer(trained, cfg | {"aux_k": aux_k, "batch_size": 64}, epochs=14)
-        found.sae.b_enc.data[32:] = -2.5
+        found.sae.b_enc.data[32:] = -2.5 * found.sae._encoder_start
         run_epoch(found, acts, 0)
         assert found.dead().sum() == 0  # one epoch is within the window of two
         run_epoch(found, acts, 1)

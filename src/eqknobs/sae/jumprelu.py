@@ -68,6 +68,7 @@ class JumpReLUSAE(UnitNormSAE):
     """
 
     Config = JumpReLUConfig
+    _encoder_start = 0.5
 
     def __init__(self, config: JumpReLUConfig, mean: Any, std: Any):
         super().__init__(config, mean, std)
