@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from eqknobs.errors import EqknobsError
 from eqknobs.models import load_model
 from eqknobs.models.moshi.checkpoint import MoshiFiles, find_files, load_net, save_net
-from eqknobs.models.moshi.config import AGENT, SILENCE_TOKENS, SINE_TOKENS, USER, raw_config, read_config
+from eqknobs.models.moshi.config import (
+    AGENT,
+    ALL_LINEARS,
+    SILENCE_TOKENS,
+    SINE_TOKENS,
+    USER,
+    Nf4,
+    raw_config,
+    read_config,
+)
 from eqknobs.models.moshi.generate import (
     Dialogue,
     Sampling,
@@ -33,7 +42,7 @@ from eqknobs.models.moshi.interventions import (
     zeroed_heads,
 )
 from eqknobs.models.moshi.network import KVCache
-from eqknobs.models.moshi.quantise import ALL_LINEARS, Nf4, is_packed, pack, weight_of
+from eqknobs.models.moshi.quantise import is_packed, pack, weight_of
 
 FROZEN = Path(__file__).parents[1] / "fixtures/moshi"
 LOST = {0: [1, 2], 1: [0, 1, 2, 3], 2: [3]}

@@ -13,7 +13,7 @@ from eqknobs.models import Site, pick_device
 from eqknobs.models.base import Pretrained, fit, inference
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
-from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER
+from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER, Nf4
 from eqknobs.models.moshi.generate import (
     GREEDY,
     Prompt,
@@ -24,7 +24,6 @@ from eqknobs.models.moshi.generate import (
     persona_prompt,
     system_text,
 )
-from eqknobs.models.moshi.quantise import TEMPORAL_LINEARS, Nf4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,12 +50,9 @@ class Moshi(Pretrained):
         dtype = cfg.get("dtype") or ("bfloat16" if self.device == "cuda" else "float32")
         if self.stream not in ("user", "agent") or dtype not in DTYPES:
             raise EqknobsError(f"models.{self.name}: stream is user or agent, dtype {' or '.join(DTYPES)}")
-        nf4 = cfg.get("nf4") or None
-        if nf4 is not None:
-            nf4 = Nf4() if nf4 is True else Nf4(**nf4 | {"linears": tuple(nf4.get("linears", TEMPORAL_LINEARS))})
         self.files = find_files(self.name, str(cfg["path"]), cfg.get("revision"))
         self.revision = self.files.revision
-        self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
+        self.net = load_net(self.files, DTYPES[dtype], Nf4.of(cfg.get("nf4")), self.device)
         self.config = self.net.config
         codec = {"name": f"{self.name}.codec", "path": cfg.get("codec") or "kyutai/mimi", "device": self.device}
         self.codec = Mimi(codec | {"kind": "mimi", "revision": cfg.get("codec_revision")})

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
 from eqknobs.models.base import folder_weights, weights_hash
-from eqknobs.models.moshi.config import DEP_Q, raw_config, read_config
+from eqknobs.models.moshi.config import DEP_Q, Nf4, raw_config, read_config
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import MARK, Nf4, bitsandbytes, pack, packed_linear, put_module
+from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear, put_module
 
 _STEPPED = re.compile(r"(.+\.self_attn\.)(in|out)_projs\.(\d+)\.weight")
 
