@@ -31,7 +31,8 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
     found = set()
     for output in planned:
         assert output.startswith(f"results/{config['run']['name']}/"), output
-        found |= set(re.findall(r"[\w-]+\.(?:encoder_transformer|encoder_layer\.\d+|encoder|layer\.\d+)", output))
+        sites = r"encoder_transformer|encoder_layer\.\d+|encoder|(?:layer|residual|heads)\.\d+"
+        found |= set(re.findall(rf"[\w-]+\.(?:{sites})", output))
     assert found == set(config["run"]["targets"])
 
 
