@@ -5,6 +5,7 @@ Weights come from numpy's legacy generator, whose stream never changes, so that 
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,17 +41,22 @@ SENTENCES = (
 )
 
 
-def hub_tensors(config: MoshiConfig, dep_q: int, seed: int) -> dict[str, Tensor]:
-    """All tensors under kyutai's names, bfloat16 as on the hub; values large enough for everything to matter."""
-    rng = np.random.RandomState(seed)
+def hub_tensors(
+    config: MoshiConfig, dep_q: int, seed: int, normal: Callable[[tuple[int, ...]], np.ndarray] | None = None
+) -> dict[str, Tensor]:
+    """All tensors under kyutai's names, bfloat16 as on the hub; values large enough for everything to matter.
+
+    normal: where standard normal values come from, by shape.
+    """
+    normal = normal or np.random.RandomState(seed).standard_normal
     out: dict[str, Tensor] = {}
 
     def add(name: str, *shape: int, scale: float) -> None:
-        values = rng.standard_normal(shape).astype(np.float32) * scale
+        values = normal(shape).astype(np.float32) * scale
         out[name] = torch.from_numpy(values).to(torch.bfloat16)
 
     def norm(name: str, dim: int) -> None:
-        values = 1 + 0.2 * rng.standard_normal((1, 1, dim)).astype(np.float32)
+        values = 1 + 0.2 * normal((1, 1, dim)).astype(np.float32)
         out[name] = torch.from_numpy(values).to(torch.bfloat16)
 
     def gating(name: str, dim: int, hidden: int) -> None:

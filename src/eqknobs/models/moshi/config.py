@@ -37,7 +37,6 @@ _FIXED: dict[str, tuple] = {
     "depformer_low_rank_embeddings": (None,),
     "depformer_norm": (None,),
     "conditioners": (None, {}),
-    "fuser": (None, {}),
     "cross_attention": (None, False),
     "demux_second_stream": (None, False),
     "demux_second_text_stream": (None, False),
@@ -49,7 +48,8 @@ _FIXED: dict[str, tuple] = {
     "extra_heads_num_heads": (None, 0),
     "text_card_out": (None,),
 }
-_OPTIONAL = {key for key, allowed in _FIXED.items() if None in allowed} | {"causal"}
+# May be left out: the moshi package then takes a value that is among those above.
+_OPTIONAL = {key for key, allowed in _FIXED.items() if None in allowed} | {"causal", "depformer_gating"}
 
 
 @dataclass(frozen=True)
@@ -206,4 +206,4 @@ def raw_config(config: MoshiConfig) -> dict[str, Any]:
         "delays": list(config.delays),
         "existing_text_padding_id": config.pad,
         "existing_text_end_padding_id": config.epad,
-    } | {key: allowed[0] for key, allowed in _FIXED.items() if key not in _OPTIONAL or key == "causal"}
+    } | {key: allowed[0] for key, allowed in _FIXED.items() if None not in allowed}

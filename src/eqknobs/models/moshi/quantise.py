@@ -10,7 +10,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.config import Nf4
 
 MARK = ".quant_state.bitsandbytes__nf4"  # with this suffix a file holds the sizes of a packed weight
-_PIECE = 1 << 22  # values quantised at once; bitsandbytes needs 20 bytes of scratch a value
+_PIECE = 1 << 20  # values quantised at once: bitsandbytes needs 20 bytes of scratch for each
 
 
 def bitsandbytes() -> Any:
