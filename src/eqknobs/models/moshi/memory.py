@@ -149,7 +149,8 @@ def activations(config: MoshiConfig, seconds: float, itemsize: int, packed: bool
     feed_forward = (3 * config.dim + 4 * config.hidden) * itemsize
     attention = 7 * config.dim * itemsize + 4 * config.dim * 4
     unpacked = 2 * config.hidden * config.dim * itemsize if packed else 0
-    listening = columns * max(feed_forward, attention) + unpacked
+    mask = 2 * columns**2 if columns > config.context else 0  # then attention is a band, with a mask of its own
+    listening = columns * max(feed_forward, attention) + mask + unpacked
     coding = max(min(seconds, CHUNK) * MIMI_ENCODER, seconds * MIMI_DECODER)
     return int(max(listening, coding))
 
@@ -186,25 +187,28 @@ def _plan(model: dict[str, Any], shapes: Shapes, seconds: float) -> Plan:
 def require(model: dict[str, Any], seconds: float, vram_gb: float) -> Plan:
     """The plan of a model. Raises EqknobsError, saying what to lower, where it is above `vram_gb` (GiB)."""
     found = plan(model, seconds)
-    if found.total <= vram_gb * GIB:
+    room = vram_gb * GIB
+    if found.total <= room:
         return found
-    changes = {
-        "set nf4: true": {"nf4": True},
-        "set dtype: bfloat16": {"dtype": "bfloat16"},
-        "set nf4: {linears: ['*']}": {"nf4": {"linears": ["*"]}},
-    }
     helps = []
-    for text, change in changes.items():
-        saved = found.total - plan(model | change, seconds).total
-        if saved > 0 and not (text.startswith("set nf4: true") and model.get("nf4")):
-            helps.append(f"{text} (saves {saved / GIB:.2f})")
-    saved = found.total - plan(model, 1.0).total
-    if saved > 0.05 * GIB:
-        helps.append(f"lower the seconds (data.max_seconds; {saved / GIB:.2f} of it)")
-    helps.append("raise hardware.vram_gb if the card has more, or set hardware.device: cpu")
+    for text, change in (
+        ("dtype: bfloat16", {"dtype": "bfloat16"}),
+        ("nf4: true", {"nf4": True}),
+        ("nf4: {linears: ['*']}", {"nf4": {"linears": ["*"]}}),
+    ):
+        total = plan(model | change, seconds).total
+        if total < found.total:
+            helps.append(f"{text} ({total / GIB:.2f})")
+    low, high = 0, math.floor(seconds)
+    while low < high:  # the most seconds that fit
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if plan(model, middle).total <= room else (low, middle - 1)
+    if low:
+        helps.append(f"{low} seconds (data.max_seconds or --seconds)")
+    lower = f"lower it by {', or by '.join(helps)}; or" if helps else "take a larger card (hardware.vram_gb) or"
     raise EqknobsError(
-        f"models.{model['name']}: {found.total / GIB:.2f} GiB are needed for {seconds:g} s, hardware.vram_gb is "
-        f"{vram_gb:g}: {'; '.join(helps)}"
+        f"models.{model['name']}: {found.total / GIB:.2f} GiB for {seconds:g} s do not fit hardware.vram_gb = "
+        f"{vram_gb:g}: {lower} set hardware.device: cpu"
     )
 
 
@@ -263,7 +267,8 @@ def read_shapes(model: dict[str, Any]) -> Shapes | None:
     for mark in (name for name in shapes if name.endswith(MARK)):
         source = mark.removesuffix(MARK)
         parts = [part for part in shapes if part == source or (part.startswith(f"{source}.") and part != mark)]
-        packed[re.sub("[._]weight$", "", source)] = sum(sizes[part] for part in parts)
+        mean = 4 if f"{source}.nested_absmax" in shapes else 0  # of the scales; it is kept within the mark
+        packed[re.sub("[._]weight$", "", source)] = sum(sizes[part] for part in parts) + mean
     return Shapes(config, heads, packed)
 
 
