@@ -121,7 +121,7 @@ def test_it_refuses_before_work_what_does_not_fit(run: tuple[Path, dict, str]) -
     config["run"]["name"] = "never"
     (folder / "large.yaml").write_text(yaml.safe_dump(config))
     done = snakemake(folder, "--cores", "1", "--configfile", "large.yaml", check=False)
-    assert done.returncode and "hardware.vram_gb is 0.5" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode and "do not fit hardware.vram_gb = 0.5" in done.stderr and "Traceback" not in done.stderr
     config["hardware"]["device"] = "cpu"
     config["run"]["targets"] = [f"{name}.residual.3"]
     (folder / "deep.yaml").write_text(yaml.safe_dump(config))
