@@ -402,6 +402,18 @@ def test_broken_checkpoints(folder, tmp_path, change, message):
         load_net(broken(folder, tmp_path, change))
 
 
+def test_broken_packed_checkpoint(folder, tmp_path):
+    save_net(load(folder, nf4=Nf4()), tmp_path / "packed")
+    for change, message in (
+        (lambda t, _: t.pop("transformer.layers.0.self_attn.in_proj.weight.absmax"), "in_proj.weight are not whole"),
+        (lambda _, raw: raw["eqknobs"].update(heads=[[0]]), "heads of 1 layers, the model has 3"),
+        (lambda _, raw: raw["eqknobs"].update(heads=[[0], [1], [2]]), r"in_proj.weight is \[768, 256\]"),
+    ):
+        with pytest.raises(EqknobsError, match=message):
+            load_net(broken(tmp_path / "packed", tmp_path, change))
+        shutil.rmtree(tmp_path / "copy")
+
+
 def test_missing_files(folder, tmp_path, monkeypatch):
     with pytest.raises(EqknobsError, match=r"no folder \./nowhere"):
         find_files("moshi", "./nowhere")
@@ -503,7 +515,11 @@ def test_options_and_errors(folder, codec, model, tmp_path):
     assert packed.site("heads.0").width == 256
     with pytest.raises(EqknobsError, match=r"no site .heads\.1."):
         packed.encode(wav, "heads.1")
-    for more, message in (({"stream": "both"}, "user or agent"), ({"dtype": "int8"}, "float32 or bfloat16")):
+    for more, message in (
+        ({"stream": "both"}, "user or agent"),
+        ({"dtype": "int8"}, "float32 or bfloat16"),
+        ({"nf4": {"bits": 3}}, "nf4: no option bits"),
+    ):
         with pytest.raises(EqknobsError, match=message):
             load_model(config_of(folder, codec, **more))
     with pytest.raises(EqknobsError, match=r"no site 'residual\.3'"):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from eqknobs.models.moshi.generate import (
     persona_prompt,
     system_text,
 )
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,9 +54,10 @@ class Moshi(Pretrained):
         dtype = cfg.get("dtype") or ("bfloat16" if self.device == "cuda" else "float32")
         if self.stream not in ("user", "agent") or dtype not in DTYPES:
             raise EqknobsError(f"models.{self.name}: stream is user or agent, dtype {' or '.join(DTYPES)}")
+        nf4 = Nf4.of(cfg.get("nf4"), f"models.{self.name}.nf4")
         self.files = find_files(self.name, str(cfg["path"]), cfg.get("revision"))
         self.revision = self.files.revision
-        self.net = load_net(self.files, DTYPES[dtype], Nf4.of(cfg.get("nf4")), self.device)
+        self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
         self.config = self.net.config
         codec = {"name": f"{self.name}.codec", "path": cfg.get("codec") or "kyutai/mimi", "device": self.device}
         self.codec = Mimi(codec | {"kind": "mimi", "revision": cfg.get("codec_revision")})
@@ -125,7 +130,7 @@ class Moshi(Pretrained):
     def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
         return self.encode_sites(wav, [site])[site]
 
-    def tokeniser(self):
+    def tokeniser(self) -> "SentencePieceProcessor":
         """The checkpoint's sentencepiece model. Raises EqknobsError if there is none."""
         if self.files.tokenizer is None:
             raise EqknobsError(

@@ -116,6 +116,10 @@ def load_net(
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         config = read_config(raw, shapes, where)
         heads = raw.get("eqknobs", {}).get("heads")
+        if heads is not None and len(heads) != config.layers:
+            raise EqknobsError(
+                f"{where}: config.json lists heads of {len(heads)} layers, the model has {config.layers}"
+            )
         with torch.device("meta"):
             net = MoshiNet(config, heads and tuple(map(tuple, heads)))
         used: set[str] = set()
@@ -178,7 +182,10 @@ def _read_packed(
 ) -> nn.Module:
     library = bitsandbytes()
     stats = {key: file.get_tensor(key) for key in parts}
-    state = library.functional.QuantState.from_dict(stats, device=torch.device(device))
+    try:
+        state = library.functional.QuantState.from_dict(stats, device=torch.device(device))
+    except Exception as error:  # KeyError, ValueError, UnicodeDecodeError, …
+        raise EqknobsError(f"{where}: the scales of packed {source} are not whole ({error}); fetch it again") from error
     if tuple(state.shape) != wanted:
         raise EqknobsError(f"{where}: {source} is {list(state.shape)}, config.json wants {list(wanted)}")
     return packed_linear(file.get_tensor(source).to(device), state, dtype)

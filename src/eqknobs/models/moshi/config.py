@@ -105,11 +105,16 @@ class Nf4:
         return any(fnmatchcase(name, pattern) for pattern in self.linears)
 
     @classmethod
-    def of(cls, value: bool | dict[str, Any] | None) -> "Nf4 | None":
-        """What a model's key `nf4` says: true, a mapping of the fields above, or nothing."""
+    def of(cls, value: bool | dict[str, Any] | None, where: str = "nf4") -> "Nf4 | None":
+        """What a model's key `nf4` says: true, a mapping of the fields above, or nothing.
+
+        Raises EqknobsError, naming `where`, for another field.
+        """
         if not value:
             return None
         given = {} if value is True else value
+        if unknown := given.keys() - {"linears", "block", "double"}:
+            raise EqknobsError(f"{where}: no option {min(unknown)}; there are linears, block, double")
         return cls(**given | ({"linears": tuple(given["linears"])} if "linears" in given else {}))
 
 

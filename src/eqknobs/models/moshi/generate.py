@@ -45,9 +45,11 @@ class Sampler:
         self.generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(batch)]
 
     def text(self, logits: Tensor) -> Tensor:
+        """Text tokens [B] from logits [B, text_card]."""
         return self._draw(logits, self.sampling.text_temperature, self.sampling.text_top_k)
 
     def audio(self, logits: Tensor) -> Tensor:
+        """Codes [B] of one codebook from logits [B, 2048]."""
         return self._draw(logits, self.sampling.temperature, self.sampling.top_k)
 
     def _draw(self, logits: Tensor, temperature: float, top_k: int) -> Tensor:
