@@ -450,6 +450,23 @@ def test_hub_errors(monkeypatch):
         find_files("m", "a/b")
 
 
+def test_an_early_hub_revision_without_a_config_is_read_by_its_shapes(persona_folder, tmp_path, monkeypatch):
+    import httpx2
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    def download(_repo, file, revision=None):
+        path = persona_folder / file
+        if file == "config.json":
+            request = httpx2.Request("GET", "https://hub")
+            raise RemoteEntryNotFoundError("404", response=httpx2.Response(404, request=request))
+        return str(path)
+
+    monkeypatch.setattr("eqknobs.models.moshi.checkpoint.hf_hub_download", download)
+    files = find_files("m", "kyutai/moshiko-pytorch-bf16")
+    assert files.config is None and files.revision == persona_folder.name
+    assert load_net(files).config == load(persona_folder).config
+
+
 # The Model protocol
 
 

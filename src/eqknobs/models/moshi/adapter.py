@@ -134,7 +134,7 @@ class Moshi(Pretrained):
         """The checkpoint's sentencepiece model. Raises EqknobsError if there is none."""
         if self.files.tokenizer is None:
             raise EqknobsError(
-                f"models.{self.name}.path: {self.files.config.parent} has no tokenizer_*.model; put it there"
+                f"models.{self.name}.path: {self.files.weights.parent} has no tokenizer_*.model; put it there"
             )
         import sentencepiece
 
