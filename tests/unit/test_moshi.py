@@ -352,6 +352,25 @@ def test_masked_streams(net):
         pass
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("nf4", [None, Nf4(), Nf4(ALL_LINEARS, double=False)])
+def test_on_a_gpu(folder, tmp_path, nf4):
+    def on_gpu(net):
+        return net(cases.CODES[:, :, :24].cuda(), depformer=False).text.float().cpu()
+
+    net, wanted = load(folder, nf4=nf4, device="cuda"), load(folder, nf4=nf4)(cases.CODES[:, :, :24]).text
+    assert (on_gpu(net) - wanted).abs().max() < 1e-2
+    with zeroed_heads(net, LOST):
+        zeroed = on_gpu(net)
+    remove_heads(net, LOST)
+    assert (on_gpu(net) - zeroed).abs().max() < (1e-3 if nf4 is None or not nf4.double else 0.5)
+    save_net(net, tmp_path / "saved")
+    assert torch.equal(on_gpu(load(tmp_path / "saved", device="cuda")), on_gpu(net))
+    net = load(folder, nf4=nf4, device="cuda", dtype=torch.bfloat16)
+    reply = generate(net, cases.USER[:, :, :20], persona_prompt([5, 6], 3), Sampling(seed=1))
+    assert reply.codes.is_cuda and reply.codes.shape == (2, 8, 20) and reply.codes.min() >= 0
+
+
 # Files
 
 
