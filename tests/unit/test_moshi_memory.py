@@ -172,3 +172,14 @@ def test_known_checkpoints_are_those_of_the_configurations():
         text = yaml.safe_load((ROOT / f"config/{name}.yaml").read_text())
         assert text["models"][name]["path"] in KNOWN
         assert plan({"name": name, **text["models"][name]}, 35).total < 12 * GIB
+
+
+def test_the_documents_table_is_the_plan():
+    columns = [(20, True), (20, {"linears": ["*"]}), (35, True), (240, True), (20, None)]
+    plans = [plan(known(nf4=nf4), seconds) for seconds, nf4 in columns]
+    document = (ROOT / "docs/moshi.md").read_text()
+    for part in plans[0].parts:
+        assert f"| {part} | {' | '.join(f'{p.parts[part] / GIB:.2f}' for p in plans)} |" in document
+    assert f"| total | {' | '.join(f'{p.total / GIB:.2f}' for p in plans)} |" in document
+    for seconds, fits in ((144, True), (145, False)):
+        assert (plan(known(nf4=True), seconds).total <= 12 * GIB) == fits
