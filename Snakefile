@@ -45,7 +45,7 @@ rule caches:
 
 rule dictionaries:
     input:
-        expand(f"{RUN}/saes/{{target}}/saes.json", target=TARGETS),
+        expand(f"{RUN}/saes/{{target}}/saes.json", target=TARGETS if SAES else []),
 
 
 rule probings:

@@ -8,10 +8,13 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from eqknobs.config import decodes, parse_target, stage_config, validate
 from eqknobs.errors import EqknobsError
+from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.provenance import code_inputs
 
 try:
     validate(config)
+    if workflow.is_main_process:
+        check_memory(config)
 except EqknobsError as error:
     raise WorkflowError(str(error)) from None
 
@@ -19,7 +22,7 @@ RUN = f"results/{config['run']['name']}"
 TARGETS = config["run"]["targets"]
 CODEC_TARGETS = [target for target in TARGETS if decodes(config, target)]
 PROPERTIES = config["probes"]["properties"]
-SAES = sorted(config["saes"])
+SAES = sorted(config["saes"] or {})  # null: caches, labels and probes only
 SEEDS = sorted(config["sae_seeds"])
 GRIDS = [name for name in SAES if "grid" in config["saes"][name]]
 SOUND_STAGES = ["codec", "steering", "importance"]
@@ -54,13 +57,15 @@ def gpu(wildcards):
 
 
 def model_files(wildcards):
-    """Configuration and weights of a model in a local folder: other weights, other activations."""
-    folder = Path(config["models"][parse_target(wildcards.target)[0]]["path"])
-    return (
-        [*map(str, sorted(folder.glob("*.safetensors"))), f"{folder}/config.json"]
+    """Configuration and weights of a model in a local folder, and of its codec: other weights, other activations."""
+    model = config["models"][parse_target(wildcards.target)[0]]
+    folders = [Path(model[key]) for key in ("path", "codec") if key in model]
+    return [
+        str(file)
+        for folder in folders
         if folder.is_dir()
-        else []
-    )
+        for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    ]
 
 
 def training_records(wildcards):

@@ -1,7 +1,7 @@
 SCORES = [
     f"{RUN}/scores/originals.csv",
-    *expand(f"{RUN}/scores/{{target}}.sae.csv", target=TARGETS),
-    *expand(f"{RUN}/saes/{{target}}/saes.json", target=TARGETS),
+    *expand(f"{RUN}/scores/{{target}}.sae.csv", target=TARGETS if SAES else []),
+    *expand(f"{RUN}/saes/{{target}}/saes.json", target=TARGETS if SAES else []),
     *expand(
         f"{RUN}/scores/{{target}}.{{kind}}.{{property}}.csv",
         target=TARGETS,

@@ -1,7 +1,8 @@
 """Write the conda environment from the lock files: `python tools/make_env.py`; `--check` only compares.
 
 `requirements.txt` is the lock. `requirements-nodeps.txt` lists the few packages whose own requirements are wrong for
-us (torchcrepe wants torchaudio for reading files; resemblyzer wants a voice-activity package that needs a compiler);
+us (torchcrepe wants torchaudio for reading files; resemblyzer wants a voice-activity package that needs a compiler;
+moshi, with which the tests compare, wants an older torch, and for that only einops is missing here);
 they are installed without them, by Snakemake's post-deploy hook in the conda case.
 """
 

@@ -40,8 +40,8 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     return wav
 
 
-def write_flac(path: str | Path, wav: np.ndarray, rate: int) -> None:
-    """Write [samples] in −1…1 as 16-bit mono FLAC, atomically; louder samples are clipped.
+def write_flac(path: str | Path, wav: np.ndarray, rate: int, kind: str = "FLAC") -> None:
+    """Write [samples] in −1…1 as 16-bit mono FLAC (`kind` WAV: as WAV), atomically; louder samples are clipped.
 
     Raises EqknobsError on NaN or infinite samples, and where the file cannot be written.
     """
@@ -51,6 +51,6 @@ def write_flac(path: str | Path, wav: np.ndarray, rate: int) -> None:
     pcm = np.clip(np.rint(wav * 32768), -32768, 32767).astype(np.int16)
     with atomic_path(path) as temporary:
         try:
-            sf.write(temporary, pcm, rate, format="FLAC", subtype="PCM_16")
+            sf.write(temporary, pcm, rate, format=kind, subtype="PCM_16")
         except (sf.SoundFileError, AssertionError) as error:  # libsndfile hides the system's reason
             raise EqknobsError(f"{path}: cannot be written; is the disk full? ({error})") from error

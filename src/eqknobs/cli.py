@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from eqknobs.errors import one_line_errors
+from eqknobs.errors import EqknobsError, one_line_errors
 
 
 def _add_export_sae(commands: Any) -> None:
@@ -29,11 +29,85 @@ def _export_sae(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _add_vram(commands: Any) -> None:
+    text = (
+        "Print what the Moshi models of a configuration need on a GPU, computed from shapes; refuse what does not fit."
+    )
+    parser = commands.add_parser("vram", help=text, description=text)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, as for --configfile")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="sound in one piece, prompts included; default: data.max_seconds"
+    )
+    parser.set_defaults(run=_vram)
+
+
+def _vram(args: argparse.Namespace) -> None:
+    from eqknobs.config import read_config
+    from eqknobs.models.moshi.memory import plan, require
+
+    config = read_config(args.config)
+    models = [{"name": name, **model} for name, model in config["models"].items() if model["kind"] == "moshi"]
+    if not models:
+        raise EqknobsError(f"{args.config}: no model of kind moshi; other kinds need little memory")
+    seconds = config["data"]["max_seconds"] if args.seconds is None else args.seconds
+    if not 0 < seconds < float("inf"):
+        raise EqknobsError(f"--seconds: must be above 0, got {seconds:g}")
+    for model in models:
+        print(f"{model['name']} ({model['path']}), {seconds:g} s, computed:")
+        print("\n".join(plan(model, seconds).lines()), flush=True)
+        require(model, seconds, config["hardware"]["vram_gb"])
+        print(f"  fits hardware.vram_gb = {config['hardware']['vram_gb']:g}")
+
+
+def _add_talk(commands: Any) -> None:
+    text = "Let a Moshi model hear a recording: print its monologue as it forms and write its answer."
+    note = (
+        "The answer is as long as what is heard: both sides speak at once. --seconds gives it time after the recording."
+    )
+    parser = commands.add_parser("talk", help=text, description=f"{text} {note}")
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help="e.g. kyutai/moshiko-pytorch-bf16")
+    parser.add_argument("--audio", required=True, metavar="FILE", help="the user: any sound file, resampled if need be")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the answer, .wav or .flac")
+    parser.add_argument("--text-prompt", metavar="TEXT", help="who the agent is (PersonaPlex)")
+    parser.add_argument("--voice", metavar="FILE", help="the agent's voice (PersonaPlex): a .pt voice or a recording")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="length of the conversation; default: the recording's"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, default 0")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="of sound and text; default: .8 for sound, .7 for text"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--nf4", action="store_true", help="pack the temporal transformer in 4 bits")
+    parser.add_argument("--codec", default="kyutai/mimi", metavar="FOLDER_OR_HUB_ID", help="default: kyutai/mimi")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
+    parser.set_defaults(run=_talk)
+
+
+def _talk(args: argparse.Namespace) -> None:
+    from eqknobs.models.moshi.generate import GREEDY, Sampling
+    from eqknobs.talk import talk
+
+    if not 0 <= args.seed < 2**63:
+        raise EqknobsError(f"--seed: must be 0 or above and below 2^63, got {args.seed}")
+    sampling = GREEDY if args.greedy else Sampling(seed=args.seed)
+    if args.temperature is not None:
+        if args.greedy:
+            raise EqknobsError("--greedy takes the likeliest token; leave out --temperature")
+        if not 0 < args.temperature < float("inf"):
+            raise EqknobsError(f"--temperature: must be above 0, got {args.temperature:g}; --greedy is 0")
+        sampling = Sampling(temperature=args.temperature, text_temperature=args.temperature, seed=args.seed)
+    model = {"name": "model", "kind": "moshi", "path": args.model, "revision": None, "device": args.device}
+    model |= {"codec": args.codec, "nf4": args.nf4}
+    talk(model, args.audio, args.out, args.text_prompt, args.voice, args.seconds, sampling)
+    print(f"wrote {args.out}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_export_sae,):
+    for add in (_add_export_sae, _add_vram, _add_talk):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors():

@@ -7,14 +7,18 @@ stages whose slice holds it.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import yaml
 
 from eqknobs.errors import EqknobsError
 
-SCHEMA = Path(__file__).resolve().parents[2] / "workflow" / "schemas" / "config.schema.json"
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
+DEFAULT = ROOT / "config" / "config.yaml"
 STEERING_VECTORS = ("saes", "codebooks", "binning", "low_bin", "high_bin", "clamp_features")
 STEERING_CALIBRATION = (*STEERING_VECTORS, "val_clips", "shift", "tolerance", "alpha_max")
 STEERING_RENDER = (*STEERING_VECTORS, "clips", "alphas", "other_alpha")
@@ -63,11 +67,20 @@ def validate(config: dict[str, Any]) -> None:
             )
         if not site:
             raise EqknobsError(f"config: run.targets: {target!r} must read <model>.<site> or <model>.<site>.<layer>")
-    for key in ("steering", "importance"):
-        wanted = config[key]["saes"] if key == "steering" else [config[key]["sae"]]
-        missing = sorted(set(wanted) - set(config["saes"]))
-        if missing:
-            raise EqknobsError(f"config: {key} names the SAE {missing[0]!r}, which is not under saes")
+        if config["models"][model]["kind"] == "moshi" and not re.fullmatch(r"(residual|heads)\.[0-9]+", site):
+            raise EqknobsError(
+                f"config: run.targets: {target!r}: the sites of a moshi are residual.<layer> and heads.<layer>"
+            )
+        if not config["saes"] and decodes(config, target):
+            raise EqknobsError(
+                f"config: saes: is null, but {target!r} is a codec, whose stages need SAEs; name at least one"
+            )
+    if config["saes"]:
+        for key in ("steering", "importance"):
+            wanted = config[key]["saes"] if key == "steering" else [config[key]["sae"]]
+            missing = sorted(set(wanted) - set(config["saes"]))
+            if missing:
+                raise EqknobsError(f"config: {key} names the SAE {missing[0]!r}, which is not under saes")
     if not {"centroid"} <= set(config["probes"]["properties"]):
         raise EqknobsError("config: probes.properties: must hold 'centroid', which steering and importance need")
     last = config["probes"]["bins"] - 1
@@ -80,6 +93,31 @@ def validate(config: dict[str, Any]) -> None:
         raise EqknobsError(f"config: data.{needed}: is null, but data.source {data['source']!r} needs it")
     if abs(sum(data["splits"].values()) - 1) > 1e-6:
         raise EqknobsError("config: data.splits: the three shares must add up to 1")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """A configuration over another as Snakemake merges them: mappings key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        mappings = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if mappings else value
+    return merged
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A configuration file, merged over `config/config.yaml` and checked, as the workflow sees it.
+
+    Raises EqknobsError: no such file, not YAML, and whatever `validate` refuses.
+    """
+    try:
+        over = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise EqknobsError(f"{path}: cannot be read as a configuration ({error})") from error
+    if not isinstance(over, dict):
+        raise EqknobsError(f"{path}: holds no configuration; see config/README.md")
+    config = merge(yaml.safe_load(DEFAULT.read_text()), over)
+    validate(config)
+    return config
 
 
 def parse_target(target: str) -> tuple[str, str]:
@@ -158,6 +196,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
             "properties": probes["properties"],
             "models": {parse_target(t)[0]: config["models"][parse_target(t)[0]] for t in config["run"]["targets"]},
             "steering_codebooks": steering["codebooks"],
+            "saes": bool(config["saes"]),
         },
         "report": lambda: {"config": config},
     }

@@ -136,6 +136,24 @@ def _probes(summary: dict[str, Any]) -> list[dict[str, str]]:
     return lines
 
 
+def _readable(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """Where there is no SAE to compare: what the latents' own probes read, beside log-mel and the nulls."""
+    if summary["sae"]:
+        return []
+    lines = []
+    spaces = {(row["space"], row["property"]): row for row in summary["probes"]}
+    for (space, name), row in spaces.items():
+        if space != "raw":
+            continue
+        text = f"{PROPERTIES.get(name, name)}: the probe on {label(space)} names the right class in "
+        text += f"{_number(row['accuracy'])} {_range(row['accuracy_low'], row['accuracy_high'])} of the frames"
+        if rival := spaces.get(("logmel", name)):
+            text += f"; the one on {label('logmel')} in {_number(rival['accuracy'])}"
+        nulls = f"majority {_number(row['majority'])}, shuffled labels {_number(row['shuffled'])}"
+        lines.append(_headline("probe", "measured", f"{text}.", f"{nulls}; {_of(row)}; quantile bins"))
+    return lines
+
+
 def _steering(summary: dict[str, Any], shift: float) -> list[dict[str, str]]:
     arms = summary["steering"]
     reached = [row["arm"] for row in arms if row["calibrated"] == "reached"]
@@ -197,6 +215,7 @@ def headlines(summary: dict[str, Any], shift: float) -> list[dict[str, str]]:
         *_codec(summary),
         *_saes(summary),
         *_probes(summary),
+        *_readable(summary),
         *(_steering(summary, shift) if summary["steering"] else []),
         *_importance(summary),
     ]

@@ -691,7 +691,7 @@ def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir
         part = {name: table[table["target"] == target] for name, table in tables.items()}
         saes = part["sae"]["sae"].unique().tolist()
         figures = {
-            "sae": _sae_figures(run_dir, target, saes, part["sae"]),
+            "sae": _sae_figures(run_dir, target, saes, part["sae"]) if saes else [],
             "probes": _probe_figures(part["probes"], saes),
         }
         players: list[dict[str, Any]] = []
@@ -708,7 +708,8 @@ def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir
                 "name": target,
                 "sounds": target in sounding,
                 "summary": summary["targets"][target],
-                "cross_seed": read_json(run_dir / "saes" / target / "saes.json")["cross_seed"],
+                "saes": bool(saes),
+                "cross_seed": read_json(run_dir / "saes" / target / "saes.json")["cross_seed"] if saes else {},
                 "tables": _tables(tables, target),
                 "figures": figures,
                 "players": players,

@@ -60,13 +60,12 @@ def make_spaces(
     - raw: z-scored latents
     - pca_l0, pca_d: principal components of the z-scored train frames, min(L0 of the reference, d) and all d
     - random_topk: ReLU of a random projection, the k largest kept; width and k of the reference
+      (without an SAE there is no reference, and neither of `pca_l0` and `random_topk`)
     - sae:<name>: the code of each SAE
     - logmel: the ceiling, from the labels file (only if `labels_h5` is given)
 
-    Raises EqknobsError without an SAE, or if the labels do not belong to this cache.
+    Raises EqknobsError if the labels do not belong to this cache.
     """
-    if not sae_dirs:
-        raise EqknobsError("no SAE to compare the latents with: name at least one under saes")
     mean, scale = cache.mean.astype(np.float32), cache.std.astype(np.float32)
 
     def z(acts: np.ndarray) -> np.ndarray:
@@ -77,19 +76,21 @@ def make_spaces(
 
     rows = cache.rows("train")
     saes = {name: SAE.load(sae_dirs[name]) for name in sorted(sae_dirs)}
-    sample = np.array(acts[rows[:: max(1, -(-len(rows) // SAMPLE))]])
-    l0s = {name: mean_l0(sae, sample) for name, sae in saes.items()}
-    reference = min(l0s, key=l0s.get)
-    d_sae, k = saes[reference].config.d_sae, max(1, round(l0s[reference]))
-
     components = _principal_components(acts, rows, z)
-    for name, rank in (("pca_l0", min(k, width)), ("pca_d", width)):
+    ranks = {"pca_d": width}
+    if saes:
+        sample = np.array(acts[rows[:: max(1, -(-len(rows) // SAMPLE))]])
+        l0s = {name: mean_l0(sae, sample) for name, sae in saes.items()}
+        reference = min(l0s, key=l0s.get)
+        d_sae, k = saes[reference].config.d_sae, max(1, round(l0s[reference]))
+        ranks = {"pca_l0": min(k, width), **ranks}
+    for name, rank in ranks.items():
         basis = np.ascontiguousarray(components[:, :rank])
         spaces.append(Space(name, rank, lambda acts, basis=basis: z(acts) @ basis, acts))
-
-    projection = np.random.default_rng([cfg["seed"], 7]).standard_normal((width, d_sae)).astype(np.float32)
-    projection /= np.linalg.norm(projection, axis=0)
-    spaces.append(Space("random_topk", d_sae, lambda acts: top_k(np.maximum(z(acts) @ projection, 0), k), acts))
+    if saes:
+        projection = np.random.default_rng([cfg["seed"], 7]).standard_normal((width, d_sae)).astype(np.float32)
+        projection /= np.linalg.norm(projection, axis=0)
+        spaces.append(Space("random_topk", d_sae, lambda acts: top_k(np.maximum(z(acts) @ projection, 0), k), acts))
     for name, sae in saes.items():
         spaces.append(Space(f"sae:{name}", sae.config.d_sae, sae.encode, acts))
     if labels_h5 is not None:

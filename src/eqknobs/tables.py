@@ -405,7 +405,8 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def write_tables(run_dir: Path, targets: list[str], cfg: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
     """Write `tables/*.csv` and `tables/summary.json` of a results folder.
 
-    cfg: `bootstrap` (resamples), `seed`, `unmeasurable_wer`, `steering_codebooks`. models: name -> its configuration
+    cfg: `bootstrap` (resamples), `seed`, `unmeasurable_wer`, `steering_codebooks`, `saes` (whether there are any).
+    models: name -> its configuration
     (`kind`; `path`, whose training.json names heard and unheard voices). A model that does not decode has no codec,
     steering or importance rows. Raises EqknobsError naming a raw score file that is missing.
     """
@@ -415,7 +416,8 @@ def write_tables(run_dir: Path, targets: list[str], cfg: dict[str, Any], models:
     for target in targets:
         model = models[parse_target(target)[0]]
         sound = decodes({"models": models}, target)
-        sae, probes = sae_table(run_dir, target, cfg), probes_table(run_dir, target, cfg)
+        sae = sae_table(run_dir, target, cfg) if cfg["saes"] else _table("sae", [])
+        probes = probes_table(run_dir, target, cfg)
         tables["sae"].append(sae)
         tables["probes"].append(probes)
         comparisons = _compare_probes(run_dir, target, cfg)

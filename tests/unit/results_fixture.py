@@ -282,4 +282,5 @@ def tables_cfg(config: dict[str, Any]) -> dict[str, Any]:
         "seed": config["run"]["seed"],
         "steering_codebooks": config["steering"]["codebooks"],
         "properties": config["probes"]["properties"],
+        "saes": bool(config["saes"]),
     }

@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from eqknobs.errors import EqknobsError
 from eqknobs.models import load_model
 from eqknobs.models.moshi.checkpoint import MoshiFiles, find_files, load_net, save_net
-from eqknobs.models.moshi.config import AGENT, SILENCE_TOKENS, SINE_TOKENS, USER, raw_config, read_config
+from eqknobs.models.moshi.config import (
+    AGENT,
+    ALL_LINEARS,
+    SILENCE_TOKENS,
+    SINE_TOKENS,
+    USER,
+    Nf4,
+    raw_config,
+    read_config,
+)
 from eqknobs.models.moshi.generate import (
     Dialogue,
     Sampling,
@@ -33,7 +42,7 @@ from eqknobs.models.moshi.interventions import (
     zeroed_heads,
 )
 from eqknobs.models.moshi.network import KVCache
-from eqknobs.models.moshi.quantise import ALL_LINEARS, Nf4, bitsandbytes, is_packed, pack, weight_of
+from eqknobs.models.moshi.quantise import bitsandbytes, is_packed, pack, weight_of
 
 FROZEN = Path(__file__).parents[1] / "fixtures/moshi"
 LOST = {0: [1, 2], 1: [0, 1, 2, 3], 2: [3]}
@@ -458,6 +467,23 @@ def test_hub_errors(monkeypatch):
     monkeypatch.setattr("eqknobs.models.moshi.checkpoint.hf_hub_download", offline)
     with pytest.raises(EqknobsError, match=r"cannot get config.json of 'a/b'.*OSError: no network\)"):
         find_files("m", "a/b")
+
+
+def test_an_early_hub_revision_without_a_config_is_read_by_its_shapes(persona_folder, tmp_path, monkeypatch):
+    import httpx2
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    def download(_repo, file, revision=None):
+        path = persona_folder / file
+        if file == "config.json":
+            request = httpx2.Request("GET", "https://hub")
+            raise RemoteEntryNotFoundError("404", response=httpx2.Response(404, request=request))
+        return str(path)
+
+    monkeypatch.setattr("eqknobs.models.moshi.checkpoint.hf_hub_download", download)
+    files = find_files("m", "kyutai/moshiko-pytorch-bf16")
+    assert files.config is None and files.revision == persona_folder.name
+    assert load_net(files).config == load(persona_folder).config
 
 
 # The Model protocol

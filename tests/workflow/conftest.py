@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eqknobs.config import merge
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["Snakefile", "rules", "workflow", "src", "config", "profiles", "envs", "docs", "tools"]
 
@@ -35,14 +37,6 @@ SMALL = {
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }
-
-
-def merge(base: dict, over: dict) -> dict:
-    """Snakemake's merge of one configuration over another."""
-    merged = dict(base)
-    for key, value in over.items():
-        merged[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-    return merged
 
 
 def snakemake(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:

@@ -31,7 +31,8 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
     found = set()
     for output in planned:
         assert output.startswith(f"results/{config['run']['name']}/"), output
-        found |= set(re.findall(r"[\w-]+\.(?:encoder_transformer|encoder_layer\.\d+|encoder|layer\.\d+)", output))
+        sites = r"encoder_transformer|encoder_layer\.\d+|encoder|(?:layer|residual|heads)\.\d+"
+        found |= set(re.findall(rf"[\w-]+\.(?:{sites})", output))
     assert found == set(config["run"]["targets"])
 
 
@@ -87,6 +88,28 @@ def test_code_inputs_follow_imports_and_find_the_pages_template() -> None:
     assert "sae.py" not in {Path(p).name for p in code_inputs(ROOT / "workflow/scripts/manifest.py")}
 
 
+def moshi(config: dict, targets: tuple[str, ...] = ("m.heads.0", "m.residual.1"), **keys) -> None:
+    """Open a Moshi model without SAEs."""
+    config["models"]["m"] = {"kind": "moshi", "path": "owner/name", "revision": None, **keys}
+    config["saes"], config["run"]["targets"] = None, list(targets)
+
+
+def test_a_moshi_model_may_say_all_or_nothing() -> None:
+    for keys in (
+        {},
+        {"nf4": True},
+        {"nf4": {"linears": ["*"], "block": 128, "double": False}, "codec": "kyutai/mimi", "codec_revision": None}
+        | {"dtype": "float32", "stream": "agent"},
+    ):
+        config = json.loads(json.dumps(DEFAULT))
+        moshi(config, **keys)
+        validate(config)
+        found = stage_config(config, "activations", target="m.heads.0")
+        assert found["model"] == {"device": "cpu", "kind": "moshi", "name": "m", "path": "owner/name"} | keys | {
+            "revision": None
+        }
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -105,6 +128,19 @@ def test_code_inputs_follow_imports_and_find_the_pages_template() -> None:
         (lambda c: c["steering"].update(high_bin=20), "above the last bin"),
         (lambda c: c["probes"].update(properties=["rms"]), "must hold 'centroid'"),
         (lambda c: c.pop("judges"), "'judges' is a required property"),
+        (lambda c: c.update(saes=None), "is a codec, whose stages need SAEs"),
+        (lambda c: c["hardware"].update(vram_gb=0), "hardware.vram_gb"),
+        (lambda c: c["models"]["tiny-mimi"].update(kind="moshy"), "'moshy' is not one of"),
+        (lambda c: c["models"]["tiny-mimi"].update(nf4=True), "unknown key 'nf4'; known keys: kind, path, revision"),
+        (lambda c: moshi(c, nf5=True), "unknown key 'nf5'"),
+        (lambda c: moshi(c, nf4={"linear": ["*"]}), "unknown key 'linear'; known keys: block, double, linears"),
+        (lambda c: moshi(c, nf4={"block": 63}), "63 is not one of"),
+        (lambda c: moshi(c, nf4=4), "nf4: 4 is not of type 'boolean', 'object'"),
+        (lambda c: moshi(c, dtype="float16"), "'float16' is not one of ['float32', 'bfloat16']"),
+        (lambda c: moshi(c, stream="both"), "'both' is not one of ['user', 'agent']"),
+        (lambda c: moshi(c, codec=None), "None is not of type 'string'"),
+        (lambda c: moshi(c, targets=["m.residual"]), "sites of a moshi are residual.<layer> and heads.<layer>"),
+        (lambda c: moshi(c, targets=["m.encoder_layer.1"]), "sites of a moshi are"),
     ],
 )
 def test_a_bad_configuration_is_refused_in_one_line(change, said: str) -> None:

@@ -14,7 +14,7 @@ from eqknobs.models import Site, pick_device
 from eqknobs.models.base import Pretrained, fit, inference
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
-from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER
+from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER, Nf4
 from eqknobs.models.moshi.generate import (
     GREEDY,
     Prompt,
@@ -25,7 +25,6 @@ from eqknobs.models.moshi.generate import (
     persona_prompt,
     system_text,
 )
-from eqknobs.models.moshi.quantise import TEMPORAL_LINEARS, Nf4
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -55,14 +54,7 @@ class Moshi(Pretrained):
         dtype = cfg.get("dtype") or ("bfloat16" if self.device == "cuda" else "float32")
         if self.stream not in ("user", "agent") or dtype not in DTYPES:
             raise EqknobsError(f"models.{self.name}: stream is user or agent, dtype {' or '.join(DTYPES)}")
-        nf4 = cfg.get("nf4") or None
-        if nf4 is not None:
-            wanted = {} if nf4 is True else dict(nf4)
-            if unknown := wanted.keys() - {"linears", "block", "double"}:
-                raise EqknobsError(
-                    f"models.{self.name}.nf4: no option {min(unknown)}; there are linears, block, double"
-                )
-            nf4 = Nf4(**wanted | {"linears": tuple(wanted.get("linears", TEMPORAL_LINEARS))})
+        nf4 = Nf4.of(cfg.get("nf4"), f"models.{self.name}.nf4")
         self.files = find_files(self.name, str(cfg["path"]), cfg.get("revision"))
         self.revision = self.files.revision
         self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
@@ -142,7 +134,7 @@ class Moshi(Pretrained):
         """The checkpoint's sentencepiece model. Raises EqknobsError if there is none."""
         if self.files.tokenizer is None:
             raise EqknobsError(
-                f"models.{self.name}.path: {self.files.config.parent} has no tokenizer_*.model; put it there"
+                f"models.{self.name}.path: {self.files.weights.parent} has no tokenizer_*.model; put it there"
             )
         import sentencepiece
 

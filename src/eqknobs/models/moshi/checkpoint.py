@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,18 +21,21 @@ from torch import Tensor, nn
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
 from eqknobs.models.base import folder_weights, weights_hash
-from eqknobs.models.moshi.config import DEP_Q, raw_config, read_config
+from eqknobs.models.moshi.config import DEP_Q, Nf4, raw_config, read_config
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import MARK, Nf4, bitsandbytes, pack, packed_linear, put_module
+from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear, put_module
 
 _STEPPED = re.compile(r"(.+\.self_attn\.)(in|out)_projs\.(\d+)\.weight")
 
 
 @dataclass(frozen=True)
 class MoshiFiles:
-    """Where the parts of a checkpoint are; `tokenizer` is None if there is none."""
+    """Where the parts of a checkpoint are; `tokenizer` is None if there is none.
 
-    config: Path
+    Early revisions on the hub have no config.json (`config` None): the tensors' shapes then say it all.
+    """
+
+    config: Path | None
     weights: Path
     tokenizer: Path | None
     revision: str  # hub commit, or first 12 hex digits of the SHA-256 of a folder's weights
@@ -62,7 +65,7 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise EqknobsError(f"models.{name}.path: no folder {path}; give a model folder or a hub id such as owner/name")
 
-    def get(file: str) -> Path:
+    def get(file: str, optional: bool = False) -> Path | None:
         try:
             return Path(hf_hub_download(path, file, revision=revision))
         except GatedRepoError as error:
@@ -71,16 +74,20 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
                 "and log in with `hf auth login` (or set HF_TOKEN); kyutai/moshiko-pytorch-bf16 is open"
             ) from error
         except Exception as error:  # whatever the network and the hub's client come up with
+            if optional and isinstance(error, RemoteEntryNotFoundError):
+                return None
             reason = next(iter(str(error).strip().splitlines()), "")
             raise EqknobsError(
                 f"models.{name}: cannot get {file} of {path!r} (no such folder, so taken as a hub id); check path, "
                 f"revision and network ({type(error).__name__}: {reason[:300]})"
             ) from error
 
-    config = get("config.json")
-    raw = _json(config, f"models.{name}")
-    revision = config.parent.name  # the snapshot's folder is named after the commit; what follows reads that one
+    config = get("config.json", optional=True)
+    raw = {} if config is None else _json(config, f"models.{name}")
+    if config is not None:
+        revision = config.parent.name  # the snapshot's folder is named after the commit; what follows reads that one
     weights = get(raw.get("moshi_name", "model.safetensors"))
+    revision = weights.parent.name
     return MoshiFiles(config, weights, get(raw.get("tokenizer_name", "tokenizer_spm_32k_3.model")), revision)
 
 
@@ -106,7 +113,7 @@ def load_net(
     Raises EqknobsError: unreadable file, keys or shapes that are not Moshi's, an architecture that is not supported.
     """
     where = str(files.weights)
-    raw = _json(files.config, where)
+    raw = {} if files.config is None else _json(files.config, where)
     try:
         file = safe_open(files.weights, framework="pt", device="cpu")
     except Exception as error:  # OSError, SafetensorError

@@ -1,6 +1,7 @@
 """Sizes of a Moshi checkpoint, from its config.json or, where that says nothing, from its tensors' shapes."""
 
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from eqknobs.errors import EqknobsError
@@ -14,6 +15,8 @@ FRAME_RATE = 12.5  # Hz
 # user who is not there yet, a 440 Hz sine; both were made by Mimi, so other Moshi models read them as such sounds.
 SILENCE_TOKENS = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
 SINE_TOKENS = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
+TEMPORAL_LINEARS = ("transformer.layers.*",)
+ALL_LINEARS = ("*",)
 
 # What a config may say of the architecture, and the only values this implementation knows.
 _FIXED: dict[str, tuple] = {
@@ -84,6 +87,35 @@ class MoshiConfig:
         """Bytes of keys and values, batch 1; `heads`: those left in all layers together, by default all."""
         heads = self.layers * self.heads if heads is None else heads
         return 2 * heads * self.head_dim * min(columns, self.context) * itemsize
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Which linears are packed, and how.
+
+    linears: patterns of module names (`transformer.layers.*`); block: values that share a scale; double: scales are
+    themselves kept in 8 bits, .4 bits a weight less, but removing heads then moves the other weights a little.
+    """
+
+    linears: tuple[str, ...] = TEMPORAL_LINEARS
+    block: int = 64
+    double: bool = True
+
+    def covers(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.linears)
+
+    @classmethod
+    def of(cls, value: bool | dict[str, Any] | None, where: str = "nf4") -> "Nf4 | None":
+        """What a model's key `nf4` says: true, a mapping of the fields above, or nothing.
+
+        Raises EqknobsError, naming `where`, for another field.
+        """
+        if not value:
+            return None
+        given = {} if value is True else value
+        if unknown := given.keys() - {"linears", "block", "double"}:
+            raise EqknobsError(f"{where}: no option {min(unknown)}; there are linears, block, double")
+        return cls(**given | ({"linears": tuple(given["linears"])} if "linears" in given else {}))
 
 
 def gated_hidden(dim: int, feedforward: int) -> int:

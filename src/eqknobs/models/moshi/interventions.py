@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.moshi.config import STREAMS
+from eqknobs.models.moshi.config import STREAMS, TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import TEMPORAL_LINEARS, is_packed, put_module, weight_of, with_weight
+from eqknobs.models.moshi.quantise import is_packed, put_module, weight_of, with_weight
 
 Heads = Mapping[int, Sequence[int]]
 

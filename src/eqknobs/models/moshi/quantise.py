@@ -1,35 +1,16 @@
 """Linears in NF4 (Dettmers et al. 2023, arXiv 2305.14314) through bitsandbytes, on the CPU as on a GPU."""
 
 import logging
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
+from eqknobs.models.moshi.config import Nf4
 
-TEMPORAL_LINEARS = ("transformer.layers.*",)
-ALL_LINEARS = ("*",)
 MARK = ".quant_state.bitsandbytes__nf4"  # with this suffix a file holds the sizes of a packed weight
 _PIECE = 1 << 20  # values quantised at once: bitsandbytes needs 20 bytes of scratch for each
-
-
-@dataclass(frozen=True)
-class Nf4:
-    """Which linears are packed, and how.
-
-    linears: patterns of module names (`transformer.layers.*`); block: values that share a scale; double: scales are
-    themselves kept in 8 bits, .4 bits a weight less, but removing heads then moves the other weights a little.
-    """
-
-    linears: tuple[str, ...] = TEMPORAL_LINEARS
-    block: int = 64
-    double: bool = True
-
-    def covers(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.linears)
 
 
 def bitsandbytes() -> Any:

@@ -1,0 +1,90 @@
+"""Talk to a Moshi model: a sound file is the user, the answer is another sound file of the same length."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eqknobs.audio import read_audio, write_flac
+from eqknobs.errors import EqknobsError
+from eqknobs.models import gpu_lock, load_model, pick_device
+from eqknobs.models.base import inference
+from eqknobs.models.moshi.adapter import Moshi
+from eqknobs.models.moshi.generate import Dialogue, Prompt, Sampling
+
+RATE = 24000  # of the codec that Moshi models read
+KINDS = {".wav": "WAV", ".flac": "FLAC"}
+
+
+def talk(
+    cfg_model: dict,
+    audio: str | Path,
+    out: str | Path,
+    text_prompt: str | None = None,
+    voice: str | Path | None = None,
+    seconds: float | None = None,
+    sampling: Sampling | None = None,
+    say: Callable[[str], object] = lambda piece: print(piece, end="", flush=True),
+) -> None:
+    """Let a model hear `audio` and write what it says meanwhile to `out` (.wav or .flac, 16 bits).
+
+    cfg_model: see `load_model`, kind moshi. voice: a `.pt` voice of PersonaPlex or a recording of one. seconds: length
+    of the conversation; the recording is cut, or silence follows it. say: gets the monologue piece by piece.
+
+    Everything is checked that can be before the model is loaded. Raises EqknobsError: bad files or values, no GPU.
+    """
+    audio, out = Path(audio), Path(out)
+    if out.suffix.lower() not in KINDS:
+        raise EqknobsError(f"--out {out}: write to a name that ends in {' or '.join(KINDS)}")
+    if out.is_dir() or (out.exists() and audio.exists() and out.samefile(audio)):
+        raise EqknobsError(
+            f"--out {out}: is {'a folder' if out.is_dir() else 'the recording itself'}; name another file"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EqknobsError(f"--out {out}: its folder cannot be made ({error.strerror}); name another") from error
+    if not os.access(out.parent, os.W_OK):
+        raise EqknobsError(f"--out {out}: its folder cannot be written to; name another")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise EqknobsError(f"--seconds: must be above 0, got {seconds:g}")
+    heard = read_audio(audio, RATE)
+    spoken = None
+    if voice is not None and Path(voice).suffix != ".pt":
+        spoken = read_audio(voice, RATE)
+    elif voice is not None and not Path(voice).is_file():
+        raise EqknobsError(f"{voice}: no such voice; give a .pt file of PersonaPlex or a recording")
+    with gpu_lock(pick_device(cfg_model.get("device") or "auto")):
+        model = load_model(cfg_model)
+        if model.sample_rate != RATE:
+            raise EqknobsError(
+                f"models.{model.name}.codec: works at {model.sample_rate} Hz, not {RATE}; take kyutai/mimi"
+            )
+        if seconds is not None:
+            length = max(1, round(seconds * RATE))
+            heard = np.pad(heard[:length], (0, max(0, length - len(heard))))
+        prompt = model.prompt(text_prompt, spoken if spoken is not None else voice)
+        answer = reply(model, heard, prompt, sampling or Sampling(), say)
+        write_flac(out, answer, RATE, KINDS[out.suffix.lower()])
+
+
+def reply(
+    model: Moshi, heard: np.ndarray, prompt: Prompt, sampling: Sampling, say: Callable[[str], object]
+) -> np.ndarray:
+    """The agent's voice [samples] while the user says `heard` [samples]; `say` gets its text token by token."""
+    codes = model.codes(heard)
+    tokeniser = model.tokeniser()
+    silent = {model.config.pad, model.config.epad, model.config.text_card}
+    spoken = []
+    with inference():
+        dialogue = Dialogue(model.net, codes.shape[1], 1, prompt, sampling)
+        for frame in codes.to(model.device).T:
+            step = dialogue.step(frame[None])
+            spoken.append(step.codes[0])
+            token = int(step.text)
+            if token not in silent and 0 <= token < len(tokeniser):
+                say(tokeniser.id_to_piece(token).replace("▁", " "))
+        say("\n")
+    return model.speech(torch.cat(spoken, dim=1), len(heard))

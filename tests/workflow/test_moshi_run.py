@@ -1,0 +1,130 @@
+"""config/moshiko.yaml and config/personaplex.yaml, shrunk, on tiny random checkpoints of the hub's format."""
+
+import copy
+import math
+import re
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, SMALL, copy_workflow, merge, snakemake
+
+sys.path.append(str(ROOT / "tests/unit"))
+from moshi_world import KYUTAI, PERSONA, write_codec, write_kyutai, write_persona
+
+WRITE = {"moshiko": (write_kyutai, KYUTAI), "personaplex": (write_persona, PERSONA)}
+
+
+def shrink(name: str, folder: Path) -> dict:
+    """The shipped configuration with tiny files in place of the hub's, bundled speech, and layers that exist."""
+    config = yaml.safe_load((ROOT / f"config/{name}.yaml").read_text())
+    model = config["models"][name]
+    model |= {"path": f"{folder}/model", "codec": f"{folder}/codec", "revision": None, "codec_revision": None}
+    default = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    config["data"] = default["data"] | {"max_utterances": 12, "max_minutes": 1, "max_seconds": 8.0}
+    config["labels"] = {"crepe": "tiny"}
+    config["hardware"]["threads"] = 1
+    for key in ("probes", "tables"):
+        config[key] = copy.deepcopy(SMALL[key])
+    config["probes"]["properties"] = ["centroid", "rms"]
+    config["steering"] = {"high_bin": SMALL["probes"]["bins"] - 1}
+    # the same kinds of sites, at the layers that a model of three has
+    kinds = sorted({target.split(".")[1] for target in config["run"]["targets"]}, reverse=True)
+    config["run"]["targets"] = [f"{name}.{kind}.{layer}" for kind, layer in zip(kinds, (2, 1))]
+    return config
+
+
+@pytest.fixture(scope="module", params=sorted(WRITE))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    """A folder in which a shrunken configuration has run to its report, its configuration and its name."""
+    name = request.param
+    folder = copy_workflow(tmp_path_factory.mktemp(name) / "work")
+    WRITE[name][0](folder / "model")
+    write_codec(folder / "codec")
+    config = shrink(name, folder)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    snakemake(folder, "--cores", "2", "--configfile", "run.yaml")
+    return folder, merge(yaml.safe_load((ROOT / "config/config.yaml").read_text()), config), name
+
+
+def test_caches_hold_a_frame_for_every_80_ms(run: tuple[Path, dict, str]) -> None:
+    folder, config, name = run
+    manifest = pd.read_csv(folder / f"results/{name}/manifest/manifest.csv")
+    assert len(config["run"]["targets"]) == 2
+    for target in config["run"]["targets"]:
+        kind, layer = target.split(".")[1:]
+        with h5py.File(folder / f"results/{name}/activations/{target}.h5") as file:
+            frames = file["utterances/frames"][:]
+            assert frames.tolist() == [math.ceil(n / 1920) for n in file["utterances/samples"][:]]
+            assert np.allclose(frames * 0.08, manifest["seconds"], atol=0.081)
+            acts = file["activations"][:]
+            assert acts.shape == (frames.sum(), WRITE[name][1].dim)
+            assert np.isfinite(acts).all() and (acts.std(0) > 0).all()
+            assert (file.attrs["frame_rate"], file.attrs["hop"], file.attrs["sample_rate"]) == (12.5, 1920, 24000)
+            path = f"transformer.layers.{layer}" + (".self_attn.out_proj" if kind == "heads" else "")
+            assert file.attrs["module_path"] == path
+        with h5py.File(folder / f"results/{name}/labels/{target}.h5") as file:
+            assert len(file["logmel"]) == len(acts)
+
+
+def test_probes_ran_on_activations_and_on_log_mel(run: tuple[Path, dict, str]) -> None:
+    folder, config, name = run
+    table = pd.read_csv(folder / f"results/{name}/tables/probes.csv")
+    assert set(table["target"]) == set(config["run"]["targets"])
+    assert set(table["space"]) == {"raw", "pca_d", "logmel"}
+    assert set(table["property"]) == {"centroid", "rms"}
+    assert table[["accuracy", "majority", "shuffled", "ridge_r2"]].notna().all().all()
+    loud = table.query("property == 'rms' and binning == 'quantile' and split == 'test'").set_index(["target", "space"])
+    for target in config["run"]["targets"]:  # the spectrum tells how loud a frame is; chance does not
+        assert loud.loc[(target, "logmel"), "accuracy"] > 1.5 * loud.loc[(target, "logmel"), "shuffled"]
+    for other in ("codec", "sae", "steering", "importance_ablation"):
+        assert pd.read_csv(folder / f"results/{name}/tables/{other}.csv").empty
+
+
+def test_the_report_shows_probes_and_nothing_that_was_not_run(run: tuple[Path, dict, str]) -> None:
+    folder, config, name = run
+    page = (folder / f"results/{name}/report/index.html").read_text()
+    for target in config["run"]["targets"]:
+        assert target in page
+    assert "Spectral centroid: the probe on raw latents names the right class in" in page
+    for absent in ("Dictionaries", "The codec alone", "Steering the centroid", "Importance map", "Published by others"):
+        assert absent not in page, absent
+    assert not (folder / f"results/{name}/saes").exists() and not (folder / f"results/{name}/renders").exists()
+
+
+def planned(folder: Path, config: str) -> set[str]:
+    """Names of the rules that would run, from the dry run's job table."""
+    done = snakemake(folder, "-n", "--configfile", config)
+    return set(re.findall(r"^(\w+) +[0-9]+$", done.stdout + done.stderr, re.M)) - {"all", "total"}
+
+
+def test_a_second_run_does_nothing_and_an_edit_reruns_what_depends_on_it(run: tuple[Path, dict, str]) -> None:
+    folder, _, name = run
+    assert planned(folder, "run.yaml") == set()
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    config["hardware"]["vram_gb"] = 24
+    (folder / "changed.yaml").write_text(yaml.safe_dump(config))
+    assert planned(folder, "changed.yaml") == {"report"}  # it prints the configuration
+    config["models"][name]["stream"] = "agent"
+    (folder / "changed.yaml").write_text(yaml.safe_dump(config))
+    assert planned(folder, "changed.yaml") == {"activations", "labels", "probes", "tables", "report"}
+
+
+def test_it_refuses_before_work_what_does_not_fit(run: tuple[Path, dict, str]) -> None:
+    folder, _, name = run
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    config["hardware"] |= {"device": "cuda", "vram_gb": 0.5}
+    config["run"]["name"] = "never"
+    (folder / "large.yaml").write_text(yaml.safe_dump(config))
+    done = snakemake(folder, "--cores", "1", "--configfile", "large.yaml", check=False)
+    assert done.returncode and "do not fit hardware.vram_gb = 0.5" in done.stderr and "Traceback" not in done.stderr
+    config["hardware"]["device"] = "cpu"
+    config["run"]["targets"] = [f"{name}.residual.3"]
+    (folder / "deep.yaml").write_text(yaml.safe_dump(config))
+    done = snakemake(folder, "--cores", "1", "--configfile", "deep.yaml", check=False)
+    assert done.returncode and "the model has layers 0 to 2" in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "results/never").exists()
