@@ -21,20 +21,20 @@ FOREVER = 10**9  # steps of a run whose learning rate shall not fall yet
 LONG_AGO = 2**40  # frames or steps since a feature fired that make it dead for every library
 SLEEP = 0.1  # scale of a dead feature's encoder row: its activations stay far below the k largest
 LEARNING_RATE = {
-    ("eqknobs", "topk"): 1e-3,
-    ("eqknobs", "batchtopk"): 1e-3,
+    ("eqknobs", "topk"): 3e-3,
+    ("eqknobs", "batchtopk"): 3e-3,
     ("eqknobs", "jumprelu"): 1e-3,
     ("eqknobs", "rms_l1"): 1e-3,
-    ("dictionary-learning", "topk"): 1e-3,
-    ("dictionary-learning", "batchtopk"): 1e-3,
+    ("dictionary-learning", "topk"): 3e-3,
+    ("dictionary-learning", "batchtopk"): 1e-2,
     ("dictionary-learning", "jumprelu"): 1e-3,
     ("dictionary-learning", "standard"): 1e-3,
-    ("sae-lens", "topk"): 1e-3,
-    ("sae-lens", "topk-sparse"): 1e-3,
-    ("sae-lens", "batchtopk"): 1e-3,
+    ("sae-lens", "topk"): 3e-3,
+    ("sae-lens", "topk-sparse"): 3e-3,
+    ("sae-lens", "batchtopk"): 3e-3,
     ("sae-lens", "jumprelu"): 1e-3,
     ("sae-lens", "standard"): 1e-3,
-    ("eai-sparsify", "topk"): 1e-3,
+    ("eai-sparsify", "topk"): 3e-3,
 }
 L1 = {"eqknobs": 1.0, "dictionary-learning": 1.0, "sae-lens": 1.0}  # λ beside a squared error summed over the width
 
