@@ -425,7 +425,13 @@ def test_broken_packed_checkpoint(folder, tmp_path):
     save_net(load(folder, nf4=Nf4()), tmp_path / "packed")
     for change, message in (
         (lambda t, _: t.pop("transformer.layers.0.self_attn.in_proj.weight.absmax"), "in_proj.weight are not whole"),
-        (lambda _, raw: raw["eqknobs"].update(heads=[[0]]), "heads of 1 layers, the model has 3"),
+        (lambda _, raw: raw["eqknobs"].update(heads=[[0]]), "for each of 3 layers, which of 4 heads"),
+        (lambda _, raw: raw["eqknobs"].update(heads=[0, 1, 2]), "for each of 3 layers, which of 4 heads"),
+        (lambda _, raw: raw["eqknobs"].update(heads=[[0], [4], [2]]), "for each of 3 layers, which of 4 heads"),
+        (lambda _, raw: raw["eqknobs"].update(heads=[[1, 0], [1], [2]]), "for each of 3 layers, which of 4 heads"),
+        (lambda _, raw: raw.update(eqknobs=[]), "for each of 3 layers, which of 4 heads"),
+        (lambda _, raw: raw.update(moshi_name=None), "is not a Moshi config"),
+        (lambda _, raw: raw.update(tokenizer_name=3), "is not a Moshi config"),
         (lambda _, raw: raw["eqknobs"].update(heads=[[0], [1], [2]]), r"in_proj.weight is \[768, 256\]"),
     ):
         with pytest.raises(EqknobsError, match=message):

@@ -1,5 +1,6 @@
 """The memory plan: against published sizes, against what loading really allocates, and as a gate."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,23 @@ def test_a_model_that_is_not_at_hand_is_named(tmp_path):
         plan(known(path="someone/else"), 10)
     with pytest.raises(EqknobsError, match="whole checkpoint"):
         plan(known(path=str(tmp_path)), 10)
+
+
+@pytest.mark.parametrize(
+    "change", ["{", "[]", {"moshi_name": None}, {"eqknobs": []}, {"eqknobs": {"heads": [1, 2, 3]}}]
+)
+def test_a_broken_config_ends_in_one_line(folders, tmp_path, change):
+    config = json.loads((folders["kyutai"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(change if isinstance(change, str) else json.dumps(config | change))
+    (tmp_path / "model.safetensors").symlink_to(folders["kyutai"] / "model.safetensors")
+    with pytest.raises(EqknobsError, match=r"^models\.known: .*config\.json"):
+        plan(known(path=str(tmp_path)), 10)
+
+
+def test_a_torn_codec_ends_in_one_line(folders, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(EqknobsError, match=r"models\.known\.codec: cannot read .*fetch it again"):
+        plan(known(codec=str(tmp_path)), 10)
 
 
 def write(path: Path, **changes) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
 from eqknobs.models.base import folder_weights, weights_hash
-from eqknobs.models.moshi.config import DEP_Q, Nf4, raw_config, read_config
+from eqknobs.models.moshi.config import DEP_Q, Nf4, heads_left, raw_config, read_config, read_raw
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear, put_module
 
@@ -50,7 +50,7 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
     folder = Path(path)
     if folder.is_dir():
         weights = folder_weights(folder, name)
-        raw = _json(folder / "config.json", f"models.{name}")
+        raw = read_raw(folder / "config.json", f"models.{name}")
         chosen = folder / raw.get("moshi_name", "model.safetensors")
         if chosen not in weights:
             raise EqknobsError(f"models.{name}.path: {folder} has no {chosen.name}; Moshi's weights are one file")
@@ -83,22 +83,12 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
             ) from error
 
     config = get("config.json", optional=True)
-    raw = {} if config is None else _json(config, f"models.{name}")
+    raw = {} if config is None else read_raw(config, f"models.{name}")
     if config is not None:
         revision = config.parent.name  # the snapshot's folder is named after the commit; what follows reads that one
     weights = get(raw.get("moshi_name", "model.safetensors"))
     revision = weights.parent.name
     return MoshiFiles(config, weights, get(raw.get("tokenizer_name", "tokenizer_spm_32k_3.model")), revision)
-
-
-def _json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise EqknobsError(f"{where}: cannot read {path} ({error})") from error
-    if not isinstance(raw, dict):
-        raise EqknobsError(f"{where}: {path} is not a Moshi config; take the model's own file")
-    return raw
 
 
 def load_net(
@@ -113,7 +103,7 @@ def load_net(
     Raises EqknobsError: unreadable file, keys or shapes that are not Moshi's, an architecture that is not supported.
     """
     where = str(files.weights)
-    raw = {} if files.config is None else _json(files.config, where)
+    raw = {} if files.config is None else read_raw(files.config, where)
     try:
         file = safe_open(files.weights, framework="pt", device="cpu")
     except Exception as error:  # OSError, SafetensorError
@@ -122,13 +112,9 @@ def load_net(
         names = set(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         config = read_config(raw, shapes, where)
-        heads = raw.get("eqknobs", {}).get("heads")
-        if heads is not None and len(heads) != config.layers:
-            raise EqknobsError(
-                f"{where}: config.json lists heads of {len(heads)} layers, the model has {config.layers}"
-            )
+        heads = heads_left(raw, config, where)
         with torch.device("meta"):
-            net = MoshiNet(config, heads and tuple(map(tuple, heads)))
+            net = MoshiNet(config, heads)
         used: set[str] = set()
         for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
             source, step = _source(name, names)

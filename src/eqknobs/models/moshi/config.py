@@ -1,7 +1,9 @@
 """Sizes of a Moshi checkpoint, from its config.json or, where that says nothing, from its tensors' shapes."""
 
+import json
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from eqknobs.errors import EqknobsError
@@ -121,6 +123,37 @@ class Nf4:
 def gated_hidden(dim: int, feedforward: int) -> int:
     """Width of a gated feed-forward layer whose config says `feedforward` (moshi's modules/gating.py)."""
     return 21 * dim // 8 if feedforward == 4 * dim else 2 * feedforward // 3
+
+
+def read_raw(path: Path, where: str) -> dict[str, Any]:
+    """A checkpoint's config.json as it is. Raises EqknobsError, naming `where`, for anything else."""
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EqknobsError(f"{where}: cannot read {path} ({error}); is this a whole checkpoint?") from error
+    if not isinstance(raw, dict) or not all(
+        isinstance(raw.get(key, ""), str) for key in ("moshi_name", "tokenizer_name")
+    ):
+        raise EqknobsError(f"{where}: {path} is not a Moshi config; take the model's own file")
+    return raw
+
+
+def heads_left(raw: dict[str, Any], config: MoshiConfig, where: str) -> tuple[tuple[int, ...], ...]:
+    """Layer by layer, the numbers of the heads that a saved model has left; of one from the hub, all.
+
+    Raises EqknobsError, naming `where`, for a list that cannot be.
+    """
+    every = range(config.heads)
+    try:
+        heads = tuple(map(tuple, raw["eqknobs"]["heads"] if "eqknobs" in raw else [every] * config.layers))
+        if len(heads) == config.layers and all(kept == tuple(h for h in every if h in kept) for kept in heads):
+            return heads
+    except (KeyError, TypeError):
+        pass
+    raise EqknobsError(
+        f"{where}: config.json's eqknobs.heads must name, for each of {config.layers} layers, which of "
+        f"{config.heads} heads are left; save the model again"
+    )
 
 
 def read_config(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: str) -> MoshiConfig:

@@ -5,7 +5,6 @@ codec in float32, and the largest tensors that are alive at once while a clip is
 say, the driver's context and the libraries' workspaces, is the allowance `RESERVE`.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,7 +16,17 @@ from safetensors import safe_open
 
 from eqknobs.config import parse_target
 from eqknobs.errors import EqknobsError
-from eqknobs.models.moshi.config import CARD, DEP_Q, FRAME_RATE, STREAMS, MoshiConfig, Nf4, read_config
+from eqknobs.models.moshi.config import (
+    CARD,
+    DEP_Q,
+    FRAME_RATE,
+    STREAMS,
+    MoshiConfig,
+    Nf4,
+    heads_left,
+    read_config,
+    read_raw,
+)
 
 GIB = 1 << 30
 MARK = ".quant_state.bitsandbytes__nf4"  # as in `quantise`, which imports torch
@@ -248,21 +257,20 @@ def read_shapes(model: dict[str, Any]) -> Shapes | None:
     Raises EqknobsError for files that are not a Moshi checkpoint.
     """
     where, path = f"models.{model['name']}", str(model["path"])
-    files = _files(path, model.get("revision"))
+    files = _files(path, model.get("revision"), where)
     if files is None:
         known = KNOWN.get(path)
         return None if known is None else Shapes(known, (known.heads,) * known.layers, {})
     config_file, weights_file = files
+    raw = read_raw(config_file, where)
     try:
-        raw = json.loads(config_file.read_text())
         with safe_open(weights_file, framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             sizes = {name: math.prod(shape) * _width(file, name) for name, shape in shapes.items()}
     except Exception as error:  # OSError, ValueError, SafetensorError
         raise EqknobsError(f"{where}: cannot read the shapes of {path} ({error}); is it a whole checkpoint?") from error
     config = read_config(raw, shapes, where)
-    left = raw.get("eqknobs", {}).get("heads")
-    heads = tuple(map(len, left)) if left else (config.heads,) * config.layers
+    heads = tuple(map(len, heads_left(raw, config, where)))
     packed: dict[str, int] = {}
     for mark in (name for name in shapes if name.endswith(MARK)):
         source = mark.removesuffix(MARK)
@@ -277,15 +285,12 @@ def _width(file: Any, name: str) -> int:
     return {"F32": 4, "I32": 4, "BF16": 2, "F16": 2}.get(file.get_slice(name).get_dtype(), 1)
 
 
-def _files(path: str, revision: str | None) -> tuple[Path, Path] | None:
+def _files(path: str, revision: str | None, where: str) -> tuple[Path, Path] | None:
     """config.json and weights of a folder, or of a hub model that was downloaded before."""
     folder = Path(path)
     if folder.is_dir():
         config = folder / "config.json"
-        name = "model.safetensors"
-        if config.is_file():
-            name = json.loads(config.read_text()).get("moshi_name", name)
-        return config, folder / name
+        return config, folder / read_raw(config, where).get("moshi_name", "model.safetensors")
     if path.count("/") != 1:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -298,6 +303,9 @@ def _codec_bytes(model: dict[str, Any]) -> int:
     """Bytes of the codec in float32: by its file's header where it is in a folder, else those of kyutai/mimi."""
     total = 0
     for path in sorted(Path(str(model.get("codec") or "kyutai/mimi")).glob("model*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            total += 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, framework="np") as file:
+                total += 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except Exception as error:  # OSError, SafetensorError
+            raise EqknobsError(f"models.{model['name']}.codec: cannot read {path} ({error}); fetch it again") from error
     return total or MIMI_BYTES
