@@ -257,6 +257,20 @@ def test_mimi_chunks_are_exact(mimi, monkeypatch, site, chunk_seconds, samples):
         assert close(chunked, out[0].numpy(), 1e-5)
 
 
+@pytest.mark.parametrize("chunk_seconds", [0.01, 0.3, 1.0])
+def test_mimi_decodes_in_chunks_exactly(mimi, monkeypatch, chunk_seconds):
+    acts, samples = mimi.encode(noise(3, 4), "encoder_transformer"), 3 * RATE
+    whole = mimi.decode(acts, "encoder_transformer", samples, 6)
+    with torch.inference_mode():
+        latents = mimi.net.quantizer.decode(torch.from_numpy(mimi.tokens(acts, "encoder_transformer"))[None])
+        assert np.array_equal(whole, mimi.net.decoder(latents).audio_values[0, 0, :samples])
+    monkeypatch.setattr(mimi, "chunk_seconds", chunk_seconds)
+    chunked = mimi.decode(acts, "encoder_transformer", samples, 6)
+    assert close(chunked, whole, 1e-5) and whole.std() > 1e-2
+    monkeypatch.setattr("eqknobs.models.mimi.convolution_reach", lambda _net, hop: hop)
+    assert not close(mimi.decode(acts, "encoder_transformer", samples, 6), whole, 1e-3)
+
+
 def test_mimi_needs_its_context(mimi):
     """The test above could fail: a chunk encoded by itself is wrong by much more than its tolerance."""
     wav = noise(4, 2)

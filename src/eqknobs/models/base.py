@@ -140,13 +140,19 @@ def fit(wav: Tensor, samples: int) -> np.ndarray:
     return nn.functional.pad(wav[:samples], (0, max(0, samples - len(wav)))).cpu().numpy()
 
 
-def convolution_reach(net: nn.Module) -> int:
-    """Samples before (or after) its own hop that one output of a stack of convolutions can depend on."""
-    reach, jump = 0, 1
+def convolution_reach(net: nn.Module, jump: int = 1) -> int:
+    """Samples before (or after) its own hop that one output of a stack of convolutions can depend on.
+
+    jump: samples that one input of the stack stands for.
+    """
+    reach = 0
     for module in net.modules():
         if isinstance(module, nn.Conv1d):
             reach += (module.kernel_size[0] - 1) * module.dilation[0] * jump
             jump *= module.stride[0]
+        elif isinstance(module, nn.ConvTranspose1d):
+            reach += (module.kernel_size[0] - 1) // module.stride[0] * jump
+            jump //= module.stride[0]
     return reach
 
 

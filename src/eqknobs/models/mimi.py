@@ -32,7 +32,7 @@ class Mimi(Pretrained):
         self.n_codebooks = config.num_quantizers
         self.min_codebooks = config.num_semantic_quantizers
         self.stride = config.latent_stride
-        hop = math.prod(config.upsampling_ratios)
+        self._hop = hop = math.prod(config.upsampling_ratios)
         rate = self.sample_rate / hop
         seanet = self.net.get_submodule(self.resolve("encoder.encoder_seanet", "encoder"))
         reach = convolution_reach(seanet) / self.sample_rate
@@ -47,6 +47,10 @@ class Mimi(Pretrained):
         }
         self._transformer = self.net.get_submodule(transformer)
         self._downsample = self.net.get_submodule(self.resolve("encoder.downsample", "downsample"))
+        self._upsample = self.net.get_submodule(self.resolve("decoder.upsample", "upsample"))
+        after = self.resolve("decoder.decoder_transformer", "decoder_transformer")
+        self._decoder_transformer = self.net.get_submodule(after)
+        self._decoder_seanet = self.net.get_submodule(self.resolve("decoder.decoder_seanet", "decoder"))
 
     def frames(self, samples: int, site: str) -> int:
         return self.stride * math.ceil(samples / (self.stride * self.site(site).hop))
@@ -81,12 +85,31 @@ class Mimi(Pretrained):
         return self.net.quantizer.encode(latents, self._codebooks(codebooks)).transpose(0, 1)
 
     def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
-        """Waveform [samples]. Decoded in one piece, so memory grows with the clip."""
+        """Waveform [samples]; see `sound`."""
         with inference():
             latents = self._latents(acts, site)
             if codebooks is not None:
                 latents = self.net.quantizer.decode(self._codes(latents, codebooks))
-            return fit(self.net.decoder(latents).audio_values[0, 0], samples)
+            return self.sound(latents, samples)
+
+    def sound(self, latents: Tensor, samples: int) -> np.ndarray:
+        """Waveform [samples] of latents [1, width, code frames] at code rate.
+
+        Exact for any length in bounded memory: in chunks of `chunk_seconds` the transformer goes on from its own cache,
+        and the causal convolutions get the frames that they look back to once more.
+        """
+        reach = math.ceil(convolution_reach(self._decoder_seanet, self._hop) / self._hop)
+        chunk = max(1, round(self.chunk_seconds * self.sample_rate / self._hop))
+        out, state = [], None
+        with inference():
+            hidden = self._upsample(latents).transpose(1, 2)
+            before = hidden[:, :0]
+            for piece in hidden.split(chunk, dim=1):
+                step = self._decoder_transformer(piece, past_key_values=state, use_cache=True)
+                state, joined = step.past_key_values, torch.cat([before, step[0]], dim=1)
+                out.append(self._decoder_seanet(joined.transpose(1, 2))[0, 0, before.shape[1] * self._hop :].cpu())
+                before = joined[:, -reach:]
+        return fit(torch.cat(out), samples)
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():

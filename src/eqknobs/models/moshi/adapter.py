@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eqknobs.errors import EqknobsError
 from eqknobs.models import Site, pick_device
-from eqknobs.models.base import Pretrained, fit, inference
+from eqknobs.models.base import Pretrained, inference
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
 from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER, Nf4
@@ -156,10 +156,9 @@ class Moshi(Pretrained):
             return generate(self.net, self.codes(wav)[None], prompt, sampling)
 
     def speech(self, codes: Tensor, samples: int) -> np.ndarray:
-        """Waveform [samples] of codes [8, frames], decoded in one piece."""
+        """Waveform [samples] of codes [8, frames]."""
         with inference():
-            latents = self.codec.net.quantizer.decode(codes[None].to(self.device))
-            return fit(self.codec.net.decoder(latents).audio_values[0, 0], samples)
+            return self.codec.sound(self.codec.net.quantizer.decode(codes[None].to(self.device)), samples)
 
     def monologue(self, text: Tensor) -> str:
         """What text tokens [frames] spell; padding and tokens that stand for no text are left out."""

@@ -31,11 +31,11 @@ from eqknobs.models.moshi.config import (
 GIB = 1 << 30
 MARK = ".quant_state.bitsandbytes__nf4"  # as in `quantise`, which imports torch
 RESERVE = GIB  # CUDA context, cuBLAS and cuDNN workspaces, fragmentation: an allowance, not computed
-CHUNK = 20.0  # seconds that Mimi encodes at once (`Mimi.chunk_seconds`)
+CHUNK = 20.0  # seconds that Mimi encodes and decodes at once (`Mimi.chunk_seconds`)
 MIMI_BYTES = 384_606_684  # kyutai/mimi in float32, parameters and buffers
-# Mimi at full size, batch 1: peak bytes for each second of sound, measured on a CPU (encoder: 28.3 MiB at 5 s, 26.9 at
-# 20 s; decoder: 32.1 and 29.3)
-MIMI_ENCODER, MIMI_DECODER = 28 << 20, 32 << 20
+# Mimi at full size, batch 1: peak bytes for each second of sound, measured on a CPU (decoder: 32.1 MiB at 5 s, 29.3 at
+# 20 s; encoder: 28.3 and 26.9)
+MIMI_WORK = 32 << 20
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 SEVEN_B = MoshiConfig(
     dim=4096,
@@ -160,8 +160,7 @@ def activations(config: MoshiConfig, seconds: float, itemsize: int, packed: bool
     unpacked = 2 * config.hidden * config.dim * itemsize if packed else 0
     mask = 2 * columns**2 if columns > config.context else 0  # then attention is a band, with a mask of its own
     listening = columns * max(feed_forward, attention) + mask + unpacked
-    coding = max(min(seconds, CHUNK) * MIMI_ENCODER, seconds * MIMI_DECODER)
-    return int(max(listening, coding))
+    return int(max(listening, min(seconds, CHUNK) * MIMI_WORK))
 
 
 def plan(model: dict[str, Any], seconds: float) -> Plan:
