@@ -1,6 +1,6 @@
 """Moshi's streaming step and teacher-forced pass, ours beside the moshi package's, on the same random weights.
 
-    NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 python benchmarks/moshi_speed.py [--quick] [--threads N]
+    python benchmarks/moshi_speed.py [--quick] [--threads N]
 
 Both take turns (ours, theirs, ours, …), so that whatever else the machine does meets both alike; the ratio is the
 median of theirs / ours, turn by turn. Columns of benchmarks/results/moshi_speed.csv: case (what is timed), size
