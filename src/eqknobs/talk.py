@@ -76,15 +76,13 @@ def reply(
     """The agent's voice [samples] while the user says `heard` [samples]; `say` gets its text token by token."""
     codes = model.codes(heard)
     tokeniser = model.tokeniser()
-    silent = {model.config.pad, model.config.epad, model.config.text_card}
     spoken = []
     with inference():
         dialogue = Dialogue(model.net, codes.shape[1], 1, prompt, sampling)
         for frame in codes.to(model.device).T:
             step = dialogue.step(frame[None])
             spoken.append(step.codes[0])
-            token = int(step.text)
-            if token not in silent and 0 <= token < len(tokeniser):
-                say(tokeniser.id_to_piece(token).replace("▁", " "))
+            if piece := model.piece(tokeniser, int(step.text)):
+                say(piece)
         say("\n")
     return model.speech(torch.cat(spoken, dim=1), len(heard))

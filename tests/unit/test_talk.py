@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from moshi_world import PERSONA, write_codec, write_persona
+from moshi_world import PERSONA, TOKENIZER, write_codec, write_persona
 
 from eqknobs.cli import main
 
@@ -104,6 +104,18 @@ def test_bad_input_ends_in_one_line_and_no_file(world, tmp_path, monkeypatch):
     (world / "torn.pt").write_bytes((world / "voice.pt").read_bytes()[:100])
     with pytest.raises(SystemExit, match=r"torn\.pt: not a voice"):
         talk(world, out, "--voice", world / "torn.pt")
+    whole = (world / "model" / TOKENIZER).read_bytes()
+    (world / "model" / TOKENIZER).write_bytes(b"torn")
+    with pytest.raises(SystemExit, match=rf"{TOKENIZER}; fetch it again"):
+        talk(world, out)
+    (world / "model" / TOKENIZER).write_bytes(whole)
+
+    def full(*_args, **_keys):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("eqknobs.models.moshi.adapter.load_net", full)
+    with pytest.raises(SystemExit, match=r"GPU is out of memory: .*nf4"):
+        talk(world, out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -94,15 +94,22 @@ def one_line(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def inference() -> Iterator[None]:
-    """No gradients; a full GPU becomes one clear line."""
+def gpu_memory() -> Iterator[None]:
+    """A full GPU becomes one clear line."""
     try:
-        with torch.inference_mode():
-            yield
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise EqknobsError(
-            "the GPU is out of memory: close other programs, lower data.max_seconds or set device to cpu"
+            "the GPU is out of memory: close other programs, lower data.max_seconds, pack a Moshi (nf4) or set "
+            "device to cpu"
         ) from error
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """No gradients; a full GPU becomes one clear line."""
+    with gpu_memory(), torch.inference_mode():
+        yield
 
 
 def unwrap(output: Any) -> Tensor:

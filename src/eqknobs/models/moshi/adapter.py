@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eqknobs.errors import EqknobsError
 from eqknobs.models import Site, pick_device
-from eqknobs.models.base import Pretrained, inference
+from eqknobs.models.base import Pretrained, gpu_memory, inference, one_line
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
 from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER, Nf4
@@ -57,7 +57,8 @@ class Moshi(Pretrained):
         nf4 = Nf4.of(cfg.get("nf4"), f"models.{self.name}.nf4")
         self.files = find_files(self.name, str(cfg["path"]), cfg.get("revision"))
         self.revision = self.files.revision
-        self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
+        with gpu_memory():
+            self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
         self.config = self.net.config
         codec = {"name": f"{self.name}.codec", "path": cfg.get("codec") or "kyutai/mimi", "device": self.device}
         self.codec = Mimi(codec | {"kind": "mimi", "revision": cfg.get("codec_revision")})
@@ -131,14 +132,15 @@ class Moshi(Pretrained):
         return self.encode_sites(wav, [site])[site]
 
     def tokeniser(self) -> "SentencePieceProcessor":
-        """The checkpoint's sentencepiece model. Raises EqknobsError if there is none."""
+        """The checkpoint's sentencepiece model. Raises EqknobsError if there is none, or a broken one."""
         if self.files.tokenizer is None:
             raise EqknobsError(
                 f"models.{self.name}.path: {self.files.weights.parent} has no tokenizer_*.model; put it there"
             )
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_file=str(self.files.tokenizer))
+        with one_line(f"models.{self.name}.path: cannot read {self.files.tokenizer}; fetch it again"):
+            return sentencepiece.SentencePieceProcessor(model_file=str(self.files.tokenizer))
 
     def prompt(self, text: str | None = None, voice: str | Path | np.ndarray | None = None) -> Prompt:
         """PersonaPlex's prompt; voice: a `.pt` file or a waveform [samples]. Neither: no prompt at all."""
@@ -160,9 +162,13 @@ class Moshi(Pretrained):
         with inference():
             return self.codec.sound(self.codec.net.quantizer.decode(codes[None].to(self.device)), samples)
 
+    def piece(self, tokeniser: "SentencePieceProcessor", token: int) -> str:
+        """What a text token spells; nothing for padding and tokens that stand for no text."""
+        if token in (self.config.pad, self.config.epad) or not 0 <= token < len(tokeniser):
+            return ""
+        return tokeniser.id_to_piece(token).replace("▁", " ")
+
     def monologue(self, text: Tensor) -> str:
-        """What text tokens [frames] spell; padding and tokens that stand for no text are left out."""
+        """What text tokens [frames] spell."""
         tokeniser = self.tokeniser()
-        special = {self.config.pad, self.config.epad, self.config.text_card}
-        pieces = [tokeniser.id_to_piece(t) for t in text.tolist() if t not in special and 0 <= t < len(tokeniser)]
-        return "".join(pieces).replace("▁", " ").strip()
+        return "".join(self.piece(tokeniser, token) for token in text.tolist()).strip()
