@@ -41,6 +41,7 @@ from eqknobs.models.moshi.interventions import (
     remove_heads,
     zeroed_heads,
 )
+from eqknobs.models.moshi.loudness import loudness, normalised
 from eqknobs.models.moshi.network import KVCache
 from eqknobs.models.moshi.quantise import bitsandbytes, is_packed, pack, weight_of
 
@@ -578,6 +579,17 @@ def test_options_and_errors(folder, codec, model, tmp_path):
         load_model(config_of(copy, codec)).prompt("be kind")
 
 
+def test_loudness_is_the_standards():
+    """ITU-R BS.1770-4: a full-scale sine of 997 Hz has -3.01; blocks 10 below the level of the others do not count."""
+    times = np.arange(5 * 24000) / 24000
+    sine = np.sin(2 * np.pi * 997 * times)
+    assert abs(loudness(sine, 24000) + 3.01) < 0.01
+    assert abs(loudness(np.concatenate([sine, 0.01 * sine, 0 * sine]), 24000) + 3.01) < 0.2
+    assert loudness(np.concatenate([sine, 0.5 * sine]), 24000) < -4  # these do
+    assert abs(loudness(normalised(sine, 24000), 24000) + 24) < 0.001
+    assert np.array_equal(normalised(np.zeros(24000), 24000), np.zeros(24000))
+
+
 def test_conversation(persona_folder, codec, tmp_path):
     model = load_model(config_of(persona_folder, codec))
     tokens = model.tokeniser().encode("<system> good morning <system>")
@@ -585,6 +597,9 @@ def test_conversation(persona_folder, codec, tmp_path):
     assert not model.prompt().frames.numel()
     spoken = model.prompt("good morning", clip(0.4))
     assert spoken.frames.shape[1] == 5 + 6 + len(tokens) + 6 - 1
+    # a recorded voice is brought to one level: 400 ms can be measured, less cannot
+    assert torch.equal(model.prompt("hi", 4 * clip(0.4)).frames, model.prompt("hi", clip(0.4)).frames)
+    assert not torch.equal(model.prompt("hi", 4 * clip(0.3)).frames, model.prompt("hi", clip(0.3)).frames)
     ring = cases.CODES[:1, :, :4]
     torch.save({"embeddings": torch.randn(9, 1, 1, 256), "cache": ring}, tmp_path / "v.pt")
     stored = model.prompt("good morning", tmp_path / "v.pt")

@@ -25,6 +25,7 @@ from eqknobs.models.moshi.generate import (
     persona_prompt,
     system_text,
 )
+from eqknobs.models.moshi.loudness import normalised
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -143,12 +144,15 @@ class Moshi(Pretrained):
             return sentencepiece.SentencePieceProcessor(model_file=str(self.files.tokenizer))
 
     def prompt(self, text: str | None = None, voice: str | Path | np.ndarray | None = None) -> Prompt:
-        """PersonaPlex's prompt; voice: a `.pt` file or a waveform [samples]. Neither: no prompt at all."""
+        """PersonaPlex's prompt; voice: a `.pt` file or a waveform [samples], which is brought to -24 LUFS.
+
+        Neither: no prompt at all.
+        """
         if text is None and voice is None:
             return Prompt()
         tokens = self.tokeniser().encode(system_text(text)) if text else None
         if isinstance(voice, np.ndarray):
-            return persona_prompt(tokens, self.config.pad, voice_codes=self.codes(voice))
+            return persona_prompt(tokens, self.config.pad, voice_codes=self.codes(normalised(voice, self.sample_rate)))
         stored = None if voice is None else load_voice(voice, self.config.dim)
         return persona_prompt(tokens, self.config.pad, voice=stored)
 
