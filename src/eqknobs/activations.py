@@ -35,7 +35,7 @@ def cache_activations(
     HDF5: `activations` float32 [N, width] (contiguous), `frame_times` seconds [N] (centre of the hop),
     `utterances/{id,speaker,split,start,frames,samples}`, `done` (finished utterances); attributes model,
     revision, site, module_path, frame_rate (Hz), hop (samples), sample_rate, manifest_sha256, versions
-    (JSON), train_frames, mean and std (float64 [width], over the train frames).
+    (JSON), train_frames, mean and std (float64 [width], over the train frames); of a moshi also codec_revision.
 
     Raises EqknobsError: unknown site, unreadable audio, NaN or infinite activations (naming the utterance),
     no train frames, full disk. Finished utterances stay in `<out>.part-<hash>.h5` and are not encoded again.
@@ -58,6 +58,8 @@ def cache_activations(
             "manifest_sha256": file_sha256(manifest_csv),
             "versions": json.dumps({name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}),
         }
+        if codec := getattr(model, "codec", None):  # of a speech LM: other codes, other activations
+            attributes["codec_revision"] = codec.revision
         key = json.dumps([cfg_model, cfg, attributes], sort_keys=True)
         work = out.with_name(f"{out.name}.part-{hashlib.sha256(key.encode()).hexdigest()[:12]}.h5")
         if not _usable(work):

@@ -4,15 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import h5py
 import moshi_cases as cases
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from moshi_world import KYUTAI, TOKENIZER, hub_tensors, write_codec, write_kyutai, write_persona
 from safetensors.torch import load_file, save_file
 
+from eqknobs.activations import cache_activations
 from eqknobs.errors import EqknobsError
 from eqknobs.models import load_model
+from eqknobs.models.base import weights_hash
 from eqknobs.models.moshi.checkpoint import MoshiFiles, find_files, load_net, save_net
 from eqknobs.models.moshi.config import (
     AGENT,
@@ -530,6 +534,16 @@ def test_activations(model):
     hook.remove()
     np.testing.assert_array_equal(seen["residual.1"], states[0][0, 1:])
     assert not model.net.layers[1]._forward_hooks
+
+
+def test_a_cache_says_which_codec_made_the_codes(folder, codec, tmp_path):
+    """Otherwise work that was begun with another codec, under the same path, would be gone on with."""
+    sf.write(tmp_path / "a.wav", clip(0.5), 24000)
+    (tmp_path / "manifest.csv").write_text(f"id,path,speaker,split\na,{tmp_path}/a.wav,s,train\n")
+    cache_activations(tmp_path / "manifest.csv", tmp_path / "a.h5", config_of(folder, codec), "residual.0", {})
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file.attrs["codec_revision"] == weights_hash([codec / "model.safetensors"])
+        assert file.attrs["revision"] == weights_hash([folder / "model.safetensors"])
 
 
 def test_a_frame_depends_on_the_past_only(model):
