@@ -576,9 +576,11 @@ def test_options_and_errors(folder, codec, model, tmp_path):
         ({"stream": "both"}, "user or agent"),
         ({"dtype": "int8"}, "float32 or bfloat16"),
         ({"nf4": {"bits": 3}}, "nf4: no option bits"),
+        ({"nf4": {"linears": ["transformer.*", "layers.*"]}}, "no linear matches 'layers"),
     ):
         with pytest.raises(EqknobsError, match=message):
             load_model(config_of(folder, codec, **more))
+    assert Nf4.of({}) == Nf4.of(True) == Nf4() and Nf4.of(False) is Nf4.of(None) is None
     with pytest.raises(EqknobsError, match=r"no site 'residual\.3'"):
         model.encode(wav, "residual.3")
     with pytest.raises(EqknobsError, match="cannot turn activations back"):

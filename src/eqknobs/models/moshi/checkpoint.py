@@ -22,6 +22,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
 from eqknobs.models.base import folder_weights, weights_hash
 from eqknobs.models.moshi.config import DEP_Q, Nf4, heads_left, raw_config, read_config, read_raw
+from eqknobs.models.moshi.interventions import linears
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear, put_module
 
@@ -100,7 +101,8 @@ def load_net(
     with 16 steps the first 8 are taken: the others make the user's codes, and no step sees a later one.
     On a CPU, tensors that need no conversion stay mapped to the file.
 
-    Raises EqknobsError: unreadable file, keys or shapes that are not Moshi's, an architecture that is not supported.
+    Raises EqknobsError: a pattern of `nf4` that no linear matches, unreadable file, keys or shapes that are not
+    Moshi's, an architecture that is not supported.
     """
     where = str(files.weights)
     raw = {} if files.config is None else read_raw(files.config, where)
@@ -115,6 +117,7 @@ def load_net(
         heads = heads_left(raw, config, where)
         with torch.device("meta"):
             net = MoshiNet(config, heads)
+        packable = set() if nf4 is None else set(linears(net, nf4.linears))
         used: set[str] = set()
         for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
             source, step = _source(name, names)
@@ -139,7 +142,7 @@ def load_net(
             else:
                 value = file.get_slice(source)[step * wanted[0] : (step + 1) * wanted[0]]
             module = net.get_submodule(owner)
-            if nf4 is not None and isinstance(module, nn.Linear) and nf4.covers(owner):
+            if owner in packable:
                 put_module(net, owner, packed_linear(*pack(value.to(device), nf4, dtype), dtype))
             else:
                 setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))

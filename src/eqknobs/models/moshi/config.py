@@ -112,7 +112,7 @@ class Nf4:
 
         Raises EqknobsError, naming `where`, for another field.
         """
-        if not value:
+        if value is None or value is False:
             return None
         given = {} if value is True else value
         if unknown := given.keys() - {"linears", "block", "double"}:
