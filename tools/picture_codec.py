@@ -1,6 +1,6 @@
 """Draw docs/tiny-mimi.png: the bundled codec's learning curve, and spectrograms of what it makes of three clips.
 
-    python tools/picture_codec.py [--model FOLDER] [--out FILE]
+python tools/picture_codec.py [--model FOLDER] [--out FILE]
 """
 
 import argparse
