@@ -5,6 +5,7 @@ suits it best (`LEARNING_RATE`, from `sae_training.py --sweep`), held constant, 
 end inside the peers' default of 1000 steps.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -50,7 +51,7 @@ class Task:
     lr: float | None = None  # instead of LEARNING_RATE
 
 
-class Contestant:
+class Contestant(ABC):
     """One trainer of one library. `variant` may end in `+auxk`: then AuxK is on and half of the features are dead."""
 
     library: ClassVar[str]
@@ -68,21 +69,21 @@ class Contestant:
         half = task.features // 2
         self._asleep = self.weights[:half].detach().clone() * SLEEP if self.aux else None
 
+    @abstractmethod
     def build(self, data: Any) -> None:
         """Make the library's own trainer; `data` has `raw` (train frames), `mean` and `std`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, raw: Tensor, z: Tensor) -> None:
         """One full training step on a batch [B, d]: raw latents and the same z-scored; each library takes its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def code(self, z: Tensor) -> Tensor:
         """Codes [N, features] of z-scored latents [N, d], chosen as in training: L0 is k where the variant has a k."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, code: Tensor) -> Tensor:
         """z-scored reconstruction [N, d] of codes."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def put_to_sleep(self) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import sentencepiece
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import MimiConfig, MimiModel
+from tiny_world import save_codec
+from torch import Tensor
 
 from eqknobs.models.moshi.config import CARD, MoshiConfig, raw_config
 
@@ -133,37 +133,14 @@ def write_persona(folder: Path, config: MoshiConfig = PERSONA, seed: int = 2) ->
 
 def write_codec(folder: Path) -> Path:
     """A Mimi in transformers' format with Moshi's rates and codes: 24 kHz, 12.5 Hz, 8 x 2048."""
-    torch.manual_seed(0)
-    config = MimiConfig(
+    return save_codec(
+        folder,
         sampling_rate=24000,
-        hidden_size=32,
-        num_filters=4,
         upsampling_ratios=[8, 6, 5, 4],
         codebook_size=CARD,
-        codebook_dim=16,
-        vector_quantization_hidden_dimension=16,
         num_quantizers=8,
-        upsample_groups=32,
         num_hidden_layers=1,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        sliding_window=10,
-        layer_scale_initial_scale=0.5,
-        initializer_range=0.3,
     )
-    net = MimiModel(config)
-    with torch.no_grad():  # PyTorch's own initialisation fades to silence within a few convolutions
-        for module in net.modules():
-            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        for name, buffer in net.named_buffers():
-            if name.endswith("embed_sum"):
-                buffer.normal_()
-            elif name.endswith("cluster_usage"):
-                buffer.fill_(1.0)
-    net.save_pretrained(folder)
-    return folder
 
 
 def random_codes(batch: int, frames: int, text_card: int, seed: int = 0) -> Tensor:

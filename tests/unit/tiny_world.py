@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,9 +46,10 @@ class World:
         return manifest[manifest["split"] == split]
 
 
-def save_codec(folder: Path) -> Path:
+def save_codec(folder: Path, **changes: Any) -> Path:
+    """A tiny random Mimi in transformers' format; `changes`: of its configuration."""
     torch.manual_seed(0)
-    config = MimiConfig(
+    sizes = dict(
         sampling_rate=RATE,
         hidden_size=WIDTH,
         num_filters=4,
@@ -65,7 +67,7 @@ def save_codec(folder: Path) -> Path:
         layer_scale_initial_scale=0.5,
         initializer_range=0.3,
     )
-    net = MimiModel(config)
+    net = MimiModel(MimiConfig(**sizes | changes))
     with torch.no_grad():  # PyTorch's own initialisation fades to silence within a few convolutions
         for module in net.modules():
             if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):

@@ -6,6 +6,7 @@ takes clips up to `max_seconds`. Whisper sees windows of 30 s, cut without overl
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +26,7 @@ from eqknobs.models import Site
 from eqknobs.models.base import Pretrained, captured, convolution_reach, fit, inference, one_line
 
 
-class ConvCodec(Pretrained):
+class ConvCodec(Pretrained, ABC):
     """A codec whose only site is `encoder`, the output [frames, width] of its convolutional encoder."""
 
     decodes = True
@@ -52,9 +53,9 @@ class ConvCodec(Pretrained):
     def _encode(self, wave: Tensor) -> Tensor:
         return self._in_chunks(self.net.encoder, wave)
 
+    @abstractmethod
     def _quantise(self, latents: Tensor, codebooks: int) -> tuple[Tensor, Tensor]:
         """Dequantised latents [1, width, frames] and codes [codebooks, frames]."""
-        raise NotImplementedError
 
     def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
         with inference():

@@ -6,6 +6,7 @@ cannot be loaded without it. The blog's mush ("the hook passed raw latents strai
 against this interface.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -80,7 +81,7 @@ def new_sae(config: SAEConfig, mean: Any, std: Any) -> "SAE":
     return VARIANTS[config.variant](config, mean, std)
 
 
-class SAE(nn.Module):
+class SAE(nn.Module, ABC):
     """A sparse autoencoder with its normaliser.
 
     Weights `W_enc` [m, d], `b_enc` [m], `W_dec` [m, d] (a row is a feature's direction), `b_dec` [d] act on z-scored
@@ -163,13 +164,13 @@ class SAE(nn.Module):
 
     # --- what a variant defines
 
+    @abstractmethod
     def _code(self, z: Tensor) -> Tensor:
         """z-scored latents [N, d] -> the code [N, m] at inference."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step(self, z: Tensor, dead: Tensor | None) -> Step:
         """Loss of one batch of z-scored latents; `dead`: indices of features that have not fired for long."""
-        raise NotImplementedError
 
     def _start(self, z: Tensor) -> None:
         """Set what depends on data before the first step, from a sample of z-scored train frames."""

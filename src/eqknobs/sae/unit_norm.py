@@ -1,5 +1,6 @@
 """The part that `topk`, `batchtopk` and `jumprelu` share: decoder directions of unit norm, sparse training, AuxK."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +46,13 @@ class UnitNormSAE(SAE):
 
     # --- what a variant defines
 
+    @abstractmethod
     def _select(self, h: Tensor) -> tuple[Pattern, Tensor] | None:
         """Places of h [B, m] that take part in the step, and their values; None: treat all as dense."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _mask(self, h: Tensor) -> Tensor | None:
         """The same places as a mask [B, m] for the dense path; None: all."""
-        raise NotImplementedError
 
     def _activate(self, values: Tensor, cols: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Values at those places (flat [n] with their features `cols`, or dense [B, m]) -> code, further loss."""
