@@ -128,7 +128,7 @@ def hop(model: MimiModel) -> int:
 
 
 def _channels_last(model: MimiModel) -> None:
-    """Runs the convolutions as 2-d ones in channels-last order: the same but for rounding, a quarter faster on a CPU."""
+    """Runs the convolutions as 2-d ones in channels-last order: equal but for rounding, a quarter faster on a CPU."""
 
     def layout(x: Tensor) -> Tensor:
         return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
