@@ -35,7 +35,7 @@ WAYS = {
     "snakemake --lint": REAL,
     "snakemake --rulegraph mermaid-js": REAL,
     "snakemake --report report.zip": REAL,
-    "snakemake --touch": DRY,
+    "snakemake --touch": "snakemake --touch -n",
     "snakemake caches --cores 2": DRY,
     "snakemake caches --cores 2 --configfile config/bundled-full.yaml": DRY,
     "snakemake --cores 2 --configfile config/bundled-full.yaml": DRY,
@@ -151,6 +151,8 @@ def test_documented_command(request: pytest.FixtureRequest, command: str):
         command = command.replace(placeholder, value)
     done = run(folder, way.format(command))
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    if way == DRY and command.startswith("snakemake"):
+        assert "--cores" in command, "a dry run does without, the run itself does not"
     if way == HELP:  # which would pass over an option that there is not
         assert [word for word in command.split() if word.startswith("--") and word not in done.stdout] == []
 
