@@ -30,6 +30,7 @@ REAL, DRY, HELP = "{}", "{} -n", "{} --help"
 WAYS = {
     "make demo": DRY,
     "make test": DRY,
+    "make test-kernels": DRY,
     "make test-slow": DRY,
     "snakemake -n": REAL,
     "snakemake --lint": REAL,
