@@ -13,7 +13,7 @@ Two phases, because transformers' Mimi has no training path for its quantiser:
 `start` begins with the weights of an earlier export; with `steps` 0 its codebooks are kept and phase 2 follows at once.
 
 Everything random is drawn from (seed, step), so the step number is the whole state of the data cursor and of the random
-number generators, and a resumed run equals an uninterrupted one.
+number generators, and on one machine a resumed run equals an uninterrupted one.
 """
 
 import json
@@ -128,7 +128,7 @@ def hop(model: MimiModel) -> int:
 
 
 def _channels_last(model: MimiModel) -> None:
-    """Runs the convolutions as 2-d ones in channels-last order: the same numbers, a quarter faster on a CPU."""
+    """Runs the convolutions as 2-d ones in channels-last order: equal but for rounding, a quarter faster on a CPU."""
 
     def layout(x: Tensor) -> Tensor:
         return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)

@@ -16,9 +16,10 @@ import yaml
 
 from eqknobs.errors import EqknobsError
 
-ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
-DEFAULT = ROOT / "config" / "config.yaml"
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = (PACKAGE / "config.schema.json").is_file()  # installed from a wheel, which holds copies (see setup.py)
+SCHEMA = (PACKAGE if SHIPPED else PACKAGE.parents[1] / "workflow/schemas") / "config.schema.json"
+DEFAULT = (PACKAGE if SHIPPED else PACKAGE.parents[1] / "config") / "config.yaml"
 STEERING_VECTORS = ("saes", "codebooks", "binning", "low_bin", "high_bin", "clamp_features")
 STEERING_CALIBRATION = (*STEERING_VECTORS, "val_clips", "shift", "tolerance", "alpha_max")
 STEERING_RENDER = (*STEERING_VECTORS, "clips", "alphas", "other_alpha")
