@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
 from eqknobs.audio import read_samples
+from eqknobs.corpus import walk
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
 from eqknobs.models import pick_device
@@ -53,7 +54,7 @@ class Speech:
     def __init__(self, shares: dict[str, float], rate: int) -> None:
         owner: dict[Path, str] = {}
         for folder in sorted(shares, key=len):  # an inner folder's path is the longer one
-            owner |= {p: folder for p in Path(folder).rglob("*") if p.suffix.lower() in (".wav", ".flac")}
+            owner |= {p: folder for p in walk(Path(folder))[0] if p.suffix.lower() in (".wav", ".flac")}
         for folder in shares:
             if list(owner.values()).count(folder) < 2:
                 raise EqknobsError(f"codec training: fewer than two .wav or .flac files below {folder}")

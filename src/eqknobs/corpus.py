@@ -45,6 +45,11 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
 
 
+def many(count: int, noun: str) -> str:
+    """A count and its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 @dataclass
 class Clip:
     """A file of the corpus and what is known of it before it is opened."""
@@ -274,10 +279,11 @@ class Labels:
         said = f"{self.path}: {len(self.rows) - len(unmatched)} of {len(self.rows)} rows name {len(rows_of)} of "
         said += f"{len(clips)} files by {self.key}"
         said += f", {bare} of them without their leading zeros" if bare else ""
-        said += f"; {len(unmatched)} match no file: {few(unmatched)}" if unmatched else ""
+        said += f"; no file for {len(unmatched)}: {few(unmatched)}" if unmatched else ""
         if without and len(unmatched) > UNMATCHED_SHARE * len(self.rows):
             raise EqknobsError(
-                f"{said}; {len(without)} files have no row: {few(without)}; mend column {self.key} or remove those rows"
+                f"{said}; {many(len(without), 'file')} without a row: {few(without)}; "
+                f"mend column {self.key} or remove those rows"
             )
         print(said, flush=True)
 
@@ -299,7 +305,9 @@ def read_labels(path: str | None, split_by: str | None) -> Labels | None:
         raise EqknobsError(f"{path}: column {twice[0]!r} occurs twice; keep one")
     key = next((column for column in ("id", "path", "speaker") if column in names), None)
     if key is None:
-        raise EqknobsError(f"{path}: no column id, path or speaker, only {', '.join(names)}; add one")
+        raise EqknobsError(
+            f"{path}: no column id, path or speaker, only {', '.join(names)}; add one, set off by commas"
+        )
     if split_by and split_by not in names:
         raise EqknobsError(f"{path}: no column {split_by}, which data.split_by names; add it or set null")
     columns = [name for name in ("speaker", "sex", "accent", "text", split_by) if name in names and name != key]

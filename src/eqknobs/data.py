@@ -17,6 +17,7 @@ from eqknobs.corpus import (
     few,
     find_clips,
     librispeech_sexes,
+    many,
     one_line,
     read_labels,
     shown,
@@ -110,7 +111,7 @@ def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict
         layouts = {record["layout"] for record in nameless}
         why = "in folders within folders" if "" in layouts else "of Common Voice, whose tables name the speakers"
         raise EqknobsError(
-            f"{shown(folder)}: {_many(len(nameless), 'file')} {why}, so that who speaks in them cannot be told "
+            f"{shown(folder)}: {many(len(nameless), 'file')} {why}, so that who speaks in them cannot be told "
             f"({few(record['name'] for record in nameless)}); set data.speaker_from to parent, grandparent or top, "
             "or name every file's speaker in data.labels"
         )
@@ -122,13 +123,9 @@ def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict
         source = source or LAYOUTS[record["layout"]]
         speakers.setdefault(source, set()).add(record["speaker"])
         clips[source] += 1
-    parts = [f"{source}: {_many(len(speakers[source]), 'speaker')}, {_many(n, 'clip')}" for source, n in clips.items()]
+    parts = [f"{source}: {many(len(speakers[source]), 'speaker')}, {many(n, 'clip')}" for source, n in clips.items()]
     if parts:
         print(f"{shown(folder)}: who speaks is from {'; '.join(parts)}", flush=True)
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _header_seconds(path: Path, cfg_data: dict[str, Any]) -> float:

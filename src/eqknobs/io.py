@@ -155,6 +155,10 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
         )
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def read_csv(path: str | Path) -> pd.DataFrame:
     """Read a table of ours by explicit types: `TEXT_COLUMNS` as text, all others as numbers or True and False.
 
@@ -174,7 +178,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
             index_col=False,
         )
     except (OSError, ValueError) as error:  # UnicodeDecodeError and pandas' own errors are ValueErrors
-        raise EqknobsError(f"{path}: not a readable table ({error}); remove it and run again") from error
+        raise EqknobsError(f"{path}: not a readable table ({_line(error)}); remove it and run again") from error
     for name in set(names) - TEXT_COLUMNS:
         cells = table[name].dropna()
         if not (is_numeric_dtype(cells) or (pd.to_numeric(cells, "coerce").notna() | cells.isin(NO_NUMBERS)).all()):
@@ -195,7 +199,7 @@ def read_text_csv(path: str | Path) -> pd.DataFrame:
     try:  # without a header: a row that is too long is an error then, not taken for one with an index
         rows = pd.read_csv(path, encoding="utf-8-sig", **options).fillna("")
     except (OSError, ValueError) as error:
-        raise EqknobsError(f"{path}: not a readable UTF-8 CSV ({error}); mend the file") from error
+        raise EqknobsError(f"{path}: not a readable UTF-8 CSV ({_line(error)}); mend the file") from error
     table = rows.iloc[1:].reset_index(drop=True)
     return table.set_axis(rows.iloc[0].tolist(), axis=1)
 

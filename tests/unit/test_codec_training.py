@@ -284,6 +284,15 @@ def test_float_files_sound_like_their_integer_twins(tmp_path):
     assert np.array_equal(first, second) and first.max() > 9000
 
 
+def test_linked_folders_of_speech_are_heard_too(tmp_path):
+    for name in ("corpus/a", "elsewhere/b", "elsewhere/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        sf.write(tmp_path / f"{name}.wav", 0.1 * np.random.default_rng(0).standard_normal(4000), 16000)
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "round").symlink_to(tmp_path / "corpus")
+    assert len(ct.Speech({str(tmp_path / "corpus"): 1.0}, 16000).clips) == 3
+
+
 def test_text_named_wav_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(EqknobsError, match="fewer than two"):
         ct.Speech({str(tmp_path): 1.0}, 16000)

@@ -5,6 +5,8 @@ import hashlib
 import http.server
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -202,6 +204,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         self.wfile.write(body[: len(body) // 2])  # "break" and "stall" both stop half way
         self.wfile.flush()
+        if act == "slow":
+            time.sleep(4)
+            self.wfile.write(body[len(body) // 2 :])
+            return None
         if act == "stall":
             server.release.wait(30)
         self.close_connection = True
@@ -312,7 +318,7 @@ def test_refusal_and_dead_server(tmp_path, server):
 def test_full_disk_is_seen_before_the_download(tmp_path, server, monkeypatch):
     usage = os.statvfs(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100, "total": usage.f_blocks})())
-    with pytest.raises(EqknobsError, match="not enough disk"):
+    with pytest.raises(EqknobsError, match=r"not enough disk .*, 100 bytes free; .*data\.subset"):
         get(server, tmp_path / "work")
 
 
@@ -328,3 +334,74 @@ def test_full_disk_during_the_download_is_one_line(tmp_path, server, monkeypatch
 def test_published_checksums_cover_all_subsets():
     assert len(fetching.LIBRISPEECH_MD5) == len(set(fetching.LIBRISPEECH_MD5.values())) == 7
     assert all(len(digest) == 32 and int(digest, 16) for digest in fetching.LIBRISPEECH_MD5.values())
+
+
+# --- two runs at once ---
+
+
+FETCH = """
+import json, sys
+from pathlib import Path
+from eqknobs import fetching
+fetching.LIBRISPEECH_MD5["dev-clean"] = sys.argv[2]
+fetching._CHUNK = 1 << 12
+cfg = {"source": "librispeech", "subset": "dev-clean", "url": sys.argv[1], "timeout_seconds": 20}
+print(fetching.fetch(json.loads(sys.argv[3]) or cfg, Path(sys.argv[4])))
+"""
+
+
+def runs(*arguments: str, count: int = 3) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of several processes that fetch at the same time."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", FETCH, *arguments],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+    outputs = [run.communicate(timeout=60) for run in started]
+    return [(run.returncode, *output) for run, output in zip(started, outputs, strict=True)]
+
+
+def test_runs_that_download_one_archive_at_once_share_it(tmp_path, server):
+    server.plan = ["slow"]
+    found = runs(server.url, hashlib.md5(server.content).hexdigest(), "null", str(tmp_path / "work"))
+    assert [status for status, *_ in found] == [0, 0, 0], found
+    assert len({out for _, out, _ in found}) == 1 and server.ranges == [None]
+    assert sum("dev-clean.tar.gz: being written by process" in err for _, _, err in found) == 2
+    assert len(list((tmp_path / "work").iterdir())) == 2
+    assert len(list((tmp_path / "work").rglob("*.flac"))) == 3
+
+
+def test_runs_that_unpack_one_archive_at_once_share_it(tmp_path):
+    path = tar(tmp_path / "a.tar.gz", *((f"{i}/{j}.bin", bytes([i, j]) * 3000) for i in range(30) for j in range(30)))
+    cfg = f'{{"source": "archive", "path": "{path}"}}'
+    found = runs("-", "-", cfg, str(tmp_path / "work"), count=4)
+    assert [status for status, *_ in found] == [0] * 4, found
+    assert len({out for _, out, _ in found}) == 1 and sum("unpack a.tar.gz" in err for _, _, err in found) == 1
+    (folder,) = (tmp_path / "work").iterdir()
+    assert len(list(folder.rglob("*.bin"))) == 900
+
+
+def test_what_a_killed_run_left_of_its_unpacking_is_removed(tmp_path):
+    path = tar(tmp_path / "a.tar.gz", ("a/1.bin", b"x"))
+    folder = fetching.fetch(archive_cfg(path), tmp_path / "work")
+    left = folder.with_name(f".{folder.name}.0123abcd.tmp")
+    folder.rename(left)
+    (left / "half").touch()
+    assert fetching.fetch(archive_cfg(path), tmp_path / "work") == folder
+    assert list((tmp_path / "work").iterdir()) == [folder] and not (folder / "half").exists()
+
+
+def test_a_disk_too_small_for_an_archive_is_told_in_words_that_help(tmp_path, monkeypatch):
+    path = tar(tmp_path / "a.tar", ("a/1.bin", b"x"), mode="w")
+    with path.open("r+b") as file:
+        file.truncate(3 * 10**9)  # takes no room itself
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 53_000})())
+    with pytest.raises(EqknobsError, match=r"3 GB needed, 53 kB free; free some space to unpack .*a\.tar$") as error:
+        fetching.extract(path, tmp_path / "work" / "a")
+    assert "max_minutes" not in str(error.value)
