@@ -9,7 +9,7 @@ import pytest
 from eqknobs import judges
 from eqknobs.audio import read_audio, write_flac
 from eqknobs.errors import EqknobsError
-from eqknobs.io import read_csv, read_text_csv, write_csv
+from eqknobs.io import read_csv, write_csv
 from eqknobs.judges import (
     RATE,
     SpeakerEncoder,
@@ -53,7 +53,7 @@ def clips():
     """Two clips of each of four voices: id, path, speaker, text."""
     if not (CORPUS / "labels.csv").is_file():
         pytest.skip("the bundled corpus is not here")
-    labels = read_text_csv(CORPUS / "labels.csv")
+    labels = read_csv(CORPUS / "labels.csv")
     apart = labels[labels["derived_from"].isna()]["speaker"].drop_duplicates().iloc[[0, 1, 2, 3]]
     rows = []
     for speaker in apart:
