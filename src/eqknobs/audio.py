@@ -5,14 +5,14 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile as sf
 import soxr
 
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, file_sha256
 
 LARGEST_SAMPLE = 2.0  # +6 dB over full scale
 UNKNOWN_SIZE = 0x7E000000  # bytes; larger sizes stand for "unknown" (sox writes 0x7f000000, others more)
@@ -174,6 +174,17 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     if not len(wav):
         raise EqknobsError(f"{path}: holds no samples; replace or remove it")
     return wav
+
+
+def read_clip(clip: Any, rate: int) -> np.ndarray:
+    """Samples [samples] of a manifest row (its `path` and `sha256`) at `rate` samples/s, as `read_audio` gives them.
+
+    Raises EqknobsError also when the file is not the one that the manifest was drawn from.
+    """
+    path = Path(clip.path)
+    if path.is_file() and file_sha256(path) != clip.sha256:
+        raise EqknobsError(f"{path}: changed since the manifest was drawn; run again, and the manifest is drawn anew")
+    return read_audio(path, rate)
 
 
 def write_flac(path: str | Path, wav: np.ndarray, rate: int, kind: str = "FLAC") -> None:

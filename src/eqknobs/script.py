@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors
+from eqknobs.io import writer_lock
 
 
 class _Tee:
@@ -41,8 +42,8 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
         sys.modules["torch"].set_num_threads(snakemake.threads)
         sys.modules["torch"].use_deterministic_algorithms(True, warn_only=True)
     log = Path(snakemake.log[0])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    # An orphan of a killed Snakemake may still be at work on these very outputs: the second job waits for it.
+    with one_line_errors(), writer_lock(log), log.open("w") as file:
         out, err = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
         try:

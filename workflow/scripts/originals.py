@@ -3,11 +3,12 @@
 from typing import Any
 
 from eqknobs.judges import judge_originals
+from eqknobs.pieces import Pieces
 from eqknobs.script import run
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]})
+    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]}, Pieces())
 
 
 if __name__ == "__main__":
