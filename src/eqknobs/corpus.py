@@ -274,12 +274,15 @@ class Labels:
             raise EqknobsError(
                 f"{self.path}: no row matches a file of the corpus ({self.key} {few(unmatched)}); "
                 "key the rows by id (file name without suffix), path below the folder, or speaker"
+                + ("" if all(clip.speaker for clip in clips) else ", and see data.speaker_from")
             )
         without = [clip.name for place, clip in enumerate(clips) if place not in rows_of]
         said = f"{self.path}: {len(self.rows) - len(unmatched)} of {len(self.rows)} rows name {len(rows_of)} of "
         said += f"{len(clips)} files by {self.key}"
         said += f", {bare} of them without their leading zeros" if bare else ""
         said += f"; no file for {len(unmatched)}: {few(unmatched)}" if unmatched else ""
+        odd = {row["sex"] for row in self.rows.values() if row.get("sex", "F")[:1].upper() not in ("F", "M")}
+        said += f"; sex is neither F nor M: {few(sorted(odd))}" if odd else ""
         if without and len(unmatched) > UNMATCHED_SHARE * len(self.rows):
             raise EqknobsError(
                 f"{said}; {many(len(without), 'file')} without a row: {few(without)}; "

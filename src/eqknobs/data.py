@@ -194,9 +194,9 @@ def require_sound(path: Path) -> None:
     the peak (a click is no speech) and the mean (nor is a constant).
     """
     wav = read_audio(path, RATE_OF_CHECK)
-    frames = wav[: len(wav) // FRAME * FRAME].reshape(-1, FRAME)
+    frames = wav[: len(wav) // FRAME * FRAME].reshape(-1, FRAME) if len(wav) >= FRAME else wav[None]
     levels = np.sort(frames.std(axis=1, dtype=np.float64))[::-1]  # of each frame, its mean taken out
-    if len(levels) < SOUNDING_FRAMES or levels[SOUNDING_FRAMES - 1] < SILENCE:
+    if levels[min(SOUNDING_FRAMES, len(levels)) - 1] < SILENCE:
         kind = "silent" if np.abs(wav).max() < SILENCE else "all but silent"
         raise EqknobsError(f"{kind} (peak {np.abs(wav).max():.1e}, mean {wav.mean():.1e})")
 

@@ -477,6 +477,21 @@ def test_labels_that_cannot_be_meant_are_refused(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_sex_that_is_not_understood_is_told(tmp_path, capsys):
+    tree(tmp_path / "corpus", "a/1", "b/2", "c/3", "d/4")
+    found = labelled(tmp_path, "speaker,sex\na,woman\nb,Female\nc,m\nd,\n")
+    assert found.sex.tolist() == ["", "F", "M", ""]
+    assert "by speaker; sex is neither F nor M: 'woman'\n" in capsys.readouterr().out
+
+
+def test_labels_by_speaker_ask_for_speaker_from_where_the_folders_do_not_tell(tmp_path):
+    tree(tmp_path / "corpus", *AMBIGUOUS["reader, chapter"])
+    table = "speaker,sex\n" + "".join(f"{reader},F\n" for reader in READERS)
+    with pytest.raises(EqknobsError, match=r"no row matches .*, and see data\.speaker_from"):
+        labelled(tmp_path, table)
+    assert set(labelled(tmp_path, table, speaker_from="grandparent").sex) == {"F"}
+
+
 def test_split_by_is_found_whatever_its_case(tmp_path):
     tree(tmp_path / "corpus", *(f"{speaker}/1" for speaker in "abcdef"))
     table = "speaker,Voice\n" + "".join(f"{speaker},v{i // 2}\n" for i, speaker in enumerate("abcdef"))
