@@ -92,6 +92,8 @@ def validate(config: dict[str, Any]) -> None:
     needed = "subset" if data["source"] == "librispeech" else "path"
     if data[needed] is None:
         raise EqknobsError(f"config: data.{needed}: is null, but data.source {data['source']!r} needs it")
+    if data.get("speaker_from") == "labels" and not data["labels"]:
+        raise EqknobsError("config: data.labels: is null, but data.speaker_from names it; give a CSV")
     if abs(sum(data["splits"].values()) - 1) > 1e-6:
         raise EqknobsError("config: data.splits: the three shares must add up to 1")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from eqknobs.activations import ActivationCache
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, write_csv
+from eqknobs.io import atomic_path, read_csv, write_csv
 from eqknobs.models import gpu_lock, pick_device
 from eqknobs.sae.base import SAEConfig, make_config, new_sae
 
@@ -174,7 +174,7 @@ def train_grid(cache_h5: str | Path, out_dir: str | Path, cfg: dict[str, Any], s
     train_together(cache_h5, folders, out_dir / "grid", device)
     rows = []
     for point, folder in zip(points, folders, strict=True):
-        last = pd.read_csv(folder / "log.csv").iloc[-1]
+        last = read_csv(folder / "log.csv").iloc[-1]
         rows.append(point | {key: last[key] for key in ("val_fvu", "val_l0", "dead_share")})
     write_csv(out_dir / "front.csv", pd.DataFrame(rows))
 
