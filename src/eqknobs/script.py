@@ -1,7 +1,9 @@
 """What the thin scripts under `workflow/scripts` share: log, threads, and errors of one line."""
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,7 +34,9 @@ class _Tee:
 def run(main: Callable[..., None], snakemake: Any) -> None:
     """Call `main(input, output, cfg)` of a script with Snakemake's job object.
 
-    Everything printed goes to the terminal and to the rule's log; an EqknobsError becomes one line and exit status 1.
+    Everything printed goes to the terminal and to the rule's log. What `one_line_errors` knows becomes one line and an
+    exit status; of what the operating system refused, the log keeps the traceback. SIGTERM ends the job as Ctrl-C does,
+    so that half-written files go.
     """
     os.environ["OMP_NUM_THREADS"] = str(snakemake.threads)  # read by CTranslate2 when the judge starts
     if not snakemake.resources.get("gpu", 0):  # a job without the GPU resource must not touch the card
@@ -40,16 +44,28 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(snakemake.threads)
         sys.modules["torch"].use_deterministic_algorithms(True, warn_only=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = Path(snakemake.log[0])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        out, err = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
-        try:
-            with one_line_errors():
+    with one_line_errors():
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            _run_logged(main, snakemake, file)
+
+
+def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None:
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
+    try:
+        with one_line_errors():
+            try:
                 main(snakemake.input, snakemake.output, dict(snakemake.params.cfg))
-        except SystemExit as stop:
-            print(stop.code, file=sys.stderr)
-            sys.exit(1)
-        finally:
-            sys.stdout, sys.stderr = out, err
+            except OSError:
+                traceback.print_exc(file=file)
+                raise
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        print(stop.code, file=sys.stderr)
+        sys.exit(1)
+    finally:
+        sys.stdout, sys.stderr = out, err

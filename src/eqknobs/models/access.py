@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from eqknobs.config import parse_target
 from eqknobs.errors import EqknobsError
 
 
@@ -21,7 +20,7 @@ def require_access(config: dict[str, Any]) -> None:
     Models in folders and models that were fetched before ask nothing. Raises EqknobsError, one line: a gated or
     unknown model or revision, no such folder, no answer from the hub.
     """
-    for name in sorted({parse_target(target)[0] for target in config["run"]["targets"]}):
+    for name in sorted({target.partition(".")[0] for target in config["run"]["targets"]}):
         model = config["models"][name]
         wanted = [("path", model["path"], model.get("revision"))]
         if model["kind"] == "moshi":
