@@ -2,6 +2,16 @@
 TRAINED = f"{RUN}/model/model.safetensors"
 
 
+def training_files(wildcards):
+    """The speech that the codec learns from, and the codec that it starts as."""
+    training = config["codec_training"]
+    start = Path(training["start"]).glob("*") if "start" in training else []
+    return [
+        *start,
+        *(file for folder in training["data"] for file in corpus_files(folder)),
+    ]
+
+
 rule codec_training:
     input:
         script=code("codec_training.py"),
@@ -19,7 +29,7 @@ rule codec_training:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("codec_training"),
+        cfg=cfg("codec_training", data=training_files),
     message:
         "Train a codec"
     script:

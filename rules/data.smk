@@ -22,7 +22,7 @@ rule manifest:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("manifest"),
+        cfg=cfg("manifest", data=speech_files, labels=label_files),
     message:
         "Draw the manifest"
     script:

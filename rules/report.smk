@@ -37,7 +37,7 @@ rule tables:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("tables"),
+        cfg=cfg("tables", training=training_records),
     message:
         "Compute the tables from the raw scores"
     script:

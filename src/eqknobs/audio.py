@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
 import soxr
 
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, file_sha256
 
 
 def read_audio(path: str | Path, rate: int) -> np.ndarray:
@@ -38,6 +39,17 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     if not len(wav):
         raise EqknobsError(f"{path}: holds no samples; replace or remove it")
     return wav
+
+
+def read_clip(clip: Any, rate: int) -> np.ndarray:
+    """Samples [samples] of a manifest row (its `path` and `sha256`) at `rate` samples/s, as `read_audio` gives them.
+
+    Raises EqknobsError also when the file is not the one that the manifest was drawn from.
+    """
+    path = Path(clip.path)
+    if path.is_file() and file_sha256(path) != clip.sha256:
+        raise EqknobsError(f"{path}: changed since the manifest was drawn; run again, and the manifest is drawn anew")
+    return read_audio(path, rate)
 
 
 def write_flac(path: str | Path, wav: np.ndarray, rate: int, kind: str = "FLAC") -> None:

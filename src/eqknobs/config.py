@@ -9,7 +9,7 @@ stages whose slice holds it.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -275,16 +275,22 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def describe(config: dict[str, Any]) -> str:
-    """One line on what a run will work on: its name, data, limits of the draw, targets with their models, and SAEs."""
+def describe(config: dict[str, Any], list_files: Callable[[str], list[str]] | None = None) -> str:
+    """One line on what a run will work on: its name, data, limits of the draw, targets with their models, and SAEs.
+
+    list_files: names what there is in a folder of speech, to be counted.
+    """
     data, run = config["data"], config["run"]
     if "codec_training" in config:
-        return f"run {run['name']}: trains a codec on {', '.join(config['codec_training']['data'])}"
+        return f"Run {run['name']}: trains a codec on {', '.join(config['codec_training']['data'])}"
     where = f"LibriSpeech {data['subset']}" if data["source"] == "librispeech" else f"{data['source']} {data['path']}"
+    if list_files is not None and data["source"] == "folder":
+        sounds = [file for file in list_files(data["path"]) if not file.endswith(".txt")]
+        where += f" ({counted(len(sounds), 'sound file')})"
     models = {parse_target(target)[0] for target in run["targets"]}
     paths = ", ".join(f"{name} = {config['models'][name]['path']}" for name in sorted(models))
     return (
-        f"run {run['name']}: {where}, up to {counted(data['max_utterances'], 'clip')} and {data['max_minutes']:g} min; "
+        f"Run {run['name']}: {where}, up to {counted(data['max_utterances'], 'clip')} and {data['max_minutes']:g} min; "
         f"{', '.join(run['targets'])} ({paths}); SAEs: {', '.join(sorted(config['saes'] or {})) or 'none'}"
     )
 

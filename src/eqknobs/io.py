@@ -1,19 +1,25 @@
 """Atomic, byte-stable files."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 
 from eqknobs.errors import EqknobsError
+
+LOCK_POLL_SECONDS = 0.2
 
 
 def _remove(path: Path) -> None:
@@ -46,6 +52,63 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def writer_lock(path: str | Path, wait_seconds: float | None = None) -> Iterator[None]:
+    """Hold the one right to write `path` (file or folder) against other processes and threads while the block runs.
+
+    The lock is the kernel's (`flock`) on `.<name>.lock` beside `path`, which names its owner: it is gone with its
+    process, also after `kill -9`. (Forked children inherit it; it lasts until the last of them ends.) A second
+    writer says whom it waits for, on stderr, and waits `wait_seconds`; `None`: as long as it takes, 0: not at all.
+    Look *inside* the block whether `path` is there by now. Not reentrant. Raises EqknobsError, naming the owner, when
+    the time is over, and where the lock file cannot be made.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = _acquire(lock, path, wait_seconds)
+    except OSError as error:
+        raise EqknobsError(f"{lock}: cannot be written ({error.strerror}); write into another folder") from error
+    try:
+        yield
+    finally:
+        if file is not None:
+            lock.unlink(missing_ok=True)  # while it is held: a waiting process then sees that its file is another
+            file.close()
+
+
+def _acquire(lock: Path, path: Path, wait_seconds: float | None) -> TextIO | None:
+    end = time.monotonic() + (float("inf") if wait_seconds is None else wait_seconds)
+    told = False
+    while True:
+        file = open(lock, "a+")  # noqa: SIM115 (open is what holds the lock)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
+                file.flush()
+                return file
+            file.close()  # its owner removed it on leaving: once more
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            file.close()
+            if time.monotonic() >= end:
+                raise EqknobsError(f"{path}: being written by {owner}; wait for it or end it, then run again") from None
+            if not told:
+                print(f"{path}: being written by {owner}; waiting for it", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+                raise
+            print(f"{path}: this file system knows no locks; let only one run write it", file=sys.stderr, flush=True)
+            lock.unlink(missing_ok=True)
+            return None
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from eqknobs.audio import read_audio
+from eqknobs.audio import read_audio, read_clip
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256, read_csv, write_csv
 from eqknobs.models import gpu_lock, pick_device
@@ -148,7 +148,7 @@ def judge_originals(manifest_csv: str | Path, out_csv: str | Path, cfg: dict[str
     with gpu_lock(pick_device(cfg.get("device", "auto"))):
         judge = Transcriber(cfg)
         for clip in tqdm(clips.itertuples(), desc="transcribe originals", total=len(clips), unit="clip"):
-            transcript = judge.transcribe(read_audio(clip.path, RATE))
+            transcript = judge.transcribe(read_clip(clip, RATE))
             errors, words = word_errors(clip.text, transcript)
             rows.append((clip.id, clip.speaker, clip.split, transcript, clip.text, words, errors))
     columns = "id speaker split transcript text words_text errors_text".split()
@@ -171,7 +171,7 @@ def judge_renders(
     index = read_csv(index_csv)
     index = index[index["judged"].astype(bool)]
     originals = read_csv(originals_csv).set_index("id")
-    paths = read_csv(manifest_csv).set_index("id")["path"]
+    clips = {clip.id: clip for clip in read_csv(manifest_csv).itertuples()}
     missing = sorted(set(index["id"]) - set(originals.index))
     if missing:
         raise EqknobsError(f"{originals_csv} has no transcript of {missing[0]}; remove the file and run again")
@@ -179,7 +179,7 @@ def judge_renders(
     heard: dict[bytes, tuple[str, np.ndarray]] = {}  # several conditions may sound the same to the last bit
     with gpu_lock(pick_device(cfg.get("device", "auto"))):
         judge, encoder = Transcriber(cfg), SpeakerEncoder()
-        untouched = {id: encoder.embed(read_audio(paths[id], RATE)) for id in index["id"].unique()}
+        untouched = {id: encoder.embed(read_clip(clips[id], RATE)) for id in index["id"].unique()}
         for row in tqdm(index.itertuples(), desc="judge renders", total=len(index), unit="clip"):
             wav = read_audio(Path(index_csv).parent / row.file, RATE)
             key = hashlib.blake2b(wav.tobytes()).digest()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from eqknobs import metrics
 from eqknobs.activations import ActivationCache
-from eqknobs.audio import read_audio, write_flac
+from eqknobs.audio import read_clip, write_flac
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, write_csv
 from eqknobs.models import Model, gpu_lock, load_model, pick_device
@@ -85,8 +85,8 @@ def pick_clips(manifest: pd.DataFrame, split: str, count: int) -> pd.DataFrame:
 def load_clip(model: Model, cache: ActivationCache, row: Any) -> Clip:
     """Audio and cached activations of a manifest row (a named tuple). Raises EqknobsError if they disagree."""
     found = cache.utterances[cache.utterances["id"] == row.id]
-    wav = read_audio(row.path, model.sample_rate)
-    if len(found) != 1 or found["samples"].item() != len(wav):
+    wav = read_clip(row, model.sample_rate)
+    if len(found) != 1 or found["sha256"].item() != row.sha256:
         raise EqknobsError(f"utterance {row.id} ({row.path}) is not what the cache holds; make the cache again")
     start, frames = int(found["start"].item()), int(found["frames"].item())
     return Clip(row.id, row.speaker, row.split, wav, np.array(cache.acts[start : start + frames]))

@@ -1,14 +1,20 @@
 """Atomic files: a full disk is one clear line, whichever library writes."""
 
 import errno
+import fcntl
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, writer_lock
 
 
 @pytest.mark.parametrize(
@@ -46,3 +52,79 @@ def test_other_errors_keep_their_own_message(tmp_path):
         path.write_text("half")
         raise ValueError("mine")
     assert not list(tmp_path.iterdir())
+
+
+HOLD = "import sys, time, eqknobs.io\nfrom eqknobs.io import writer_lock\nwith writer_lock(sys.argv[1]):\n"
+
+
+def process(code: str, *arguments: object, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD + code, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_second_writer_is_told_the_first_and_waits_also_for_one_that_is_killed(tmp_path, capsys):
+    path = tmp_path / "new folder" / "x.h5"
+    owner = process("    print('held', flush=True); time.sleep(60)", path)
+    assert owner.stdout.readline() == "held\n"
+    named = rf"x\.h5: being written by process {owner.pid} on {socket.gethostname()}, since 20.*; wait for it or end it"
+    with pytest.raises(EqknobsError, match=named), writer_lock(path, wait_seconds=0):
+        raise AssertionError("two writers")
+    waiting = process("    print('mine', flush=True)", path, stderr=subprocess.PIPE)
+    assert f"by process {owner.pid} on" in waiting.stderr.readline()
+    owner.send_signal(signal.SIGKILL)
+    assert waiting.communicate(timeout=20) == ("mine\n", "") and waiting.returncode == 0
+    owner.communicate()
+    assert not list(path.parent.iterdir()) and capsys.readouterr().err == ""
+
+
+def test_the_lock_file_a_killed_process_left_stops_nobody(tmp_path):
+    owner = process("    print('held', flush=True); time.sleep(60)", tmp_path / "x")
+    owner.stdout.readline()
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    assert [p.name for p in tmp_path.iterdir()] == [".x.lock"]
+    with writer_lock(tmp_path / "x", wait_seconds=0):
+        assert f"process {os.getpid()} on" in (tmp_path / ".x.lock").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_two_of_many_writers_at_once(tmp_path):
+    count = tmp_path / "count"
+    count.write_text("0")
+    often = """    eqknobs.io.LOCK_POLL_SECONDS = .001
+for _ in range(20):
+    with writer_lock(sys.argv[1]):
+        number = int(open(sys.argv[1]).read())
+        time.sleep(.02)
+        open(sys.argv[1], 'w').write(str(number + 1))
+"""
+    writers = [process(often, count, stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert count.read_text() == "60" and [p.name for p in tmp_path.iterdir()] == ["count"]
+
+
+def test_where_there_are_no_locks_the_work_goes_on_with_a_word(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with writer_lock(tmp_path / "x"):
+        (tmp_path / "x").write_text("whole")
+    assert "knows no locks" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_lock_goes_with_the_block_and_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="mine"), writer_lock(tmp_path / "x"):
+        raise ValueError("mine")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(EqknobsError, match=r"\.x\.lock: cannot be written \(.+\)"),
+        writer_lock(tmp_path / "file" / "x"),
+    ):
+        pass

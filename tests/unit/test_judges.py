@@ -9,7 +9,7 @@ import pytest
 from eqknobs import judges
 from eqknobs.audio import read_audio, write_flac
 from eqknobs.errors import EqknobsError
-from eqknobs.io import read_csv, write_csv
+from eqknobs.io import file_sha256, read_csv, write_csv
 from eqknobs.judges import (
     RATE,
     SpeakerEncoder,
@@ -60,8 +60,8 @@ def clips():
         for file in sorted((CORPUS / speaker).rglob("*.flac"))[:2]:
             lines = (file.parent / f"{'-'.join(file.stem.split('-')[:2])}.trans.txt").read_text().splitlines()
             text = dict(line.split(" ", 1) for line in lines)[file.stem]
-            rows.append((file.stem, str(file), speaker, "test", text))
-    return pd.DataFrame(rows, columns=["id", "path", "speaker", "split", "text"])
+            rows.append((file.stem, str(file), speaker, "test", text, file_sha256(file)))
+    return pd.DataFrame(rows, columns=["id", "path", "speaker", "split", "text", "sha256"])
 
 
 @pytest.fixture(scope="module")

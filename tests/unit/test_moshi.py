@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from eqknobs.activations import cache_activations
 from eqknobs.errors import EqknobsError
+from eqknobs.io import file_sha256
 from eqknobs.models import load_model
 from eqknobs.models.base import weights_hash
 from eqknobs.models.moshi.checkpoint import MoshiFiles, find_files, load_net, save_net
@@ -539,7 +540,8 @@ def test_activations(model):
 def test_a_cache_says_which_codec_made_the_codes(folder, codec, tmp_path):
     """Otherwise work that was begun with another codec, under the same path, would be gone on with."""
     sf.write(tmp_path / "a.wav", clip(0.5), 24000)
-    (tmp_path / "manifest.csv").write_text(f"id,path,speaker,split\na,{tmp_path}/a.wav,s,train\n")
+    row = f"a,{tmp_path}/a.wav,s,train,{file_sha256(tmp_path / 'a.wav')}"
+    (tmp_path / "manifest.csv").write_text(f"id,path,speaker,split,sha256\n{row}\n")
     cache_activations(tmp_path / "manifest.csv", tmp_path / "a.h5", config_of(folder, codec), "residual.0", {})
     with h5py.File(tmp_path / "a.h5") as file:
         assert file.attrs["codec_revision"] == weights_hash([codec / "model.safetensors"])
