@@ -285,7 +285,7 @@ def describe(config: dict[str, Any], list_files: Callable[[str], list[str]] | No
         return f"Run {run['name']}: trains a codec on {', '.join(config['codec_training']['data'])}"
     where = f"LibriSpeech {data['subset']}" if data["source"] == "librispeech" else f"{data['source']} {data['path']}"
     if list_files is not None and data["source"] == "folder":
-        sounds = [file for file in list_files(data["path"]) if not file.endswith(".txt")]
+        sounds = [file for file in list_files(data["path"]) if not file.lower().endswith(".txt")]
         where += f" ({counted(len(sounds), 'sound file')})"
     models = {parse_target(target)[0] for target in run["targets"]}
     paths = ", ".join(f"{name} = {config['models'][name]['path']}" for name in sorted(models))
