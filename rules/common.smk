@@ -15,7 +15,8 @@ from eqknobs.provenance import DIGESTS, code_inputs, corpus_files
 from eqknobs.strict_yaml import read_yaml
 
 try:
-    for file in workflow.configfiles:  # Snakemake's own reader takes the last of two equal keys
+    # Snakemake's own reader takes the last of two equal keys without a word.
+    for file in workflow.configfiles:
         read_yaml(file)
     settle(config, workflow.config_settings.config)
     if workflow.is_main_process:

@@ -328,6 +328,17 @@ def decodes(config: dict[str, Any], target: str) -> bool:
     return config["models"][parse_target(target)[0]]["kind"] in ("mimi", "encodec", "dac")
 
 
+def bundled(path: str | Path) -> bool:
+    """Whether a file or folder is one that comes with this project, below resources/."""
+    return Path(path).resolve().is_relative_to(Path("resources").resolve())
+
+
+def bundled_speech(config: dict[str, Any]) -> bool:
+    """Whether the speech is the synthetic corpus that comes with this project."""
+    data = config["data"]
+    return data["source"] != "librispeech" and bool(data.get("path")) and bundled(data["path"])
+
+
 def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dict[str, Any]:
     """The slice of the configuration that one job depends on, as sorted plain JSON values.
 
@@ -377,6 +388,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
             "models": {parse_target(t)[0]: config["models"][parse_target(t)[0]] for t in config["run"]["targets"]},
             "steering_codebooks": steering["codebooks"],
             "saes": bool(config["saes"]),
+            "bundled_speech": bundled_speech(config),
         },
         "report": lambda: {"config": config},
     }

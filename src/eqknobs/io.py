@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -109,6 +110,21 @@ def _acquire(lock: Path, path: Path, wait_seconds: float | None) -> TextIO | Non
             print(f"{path}: this file system knows no locks; let only one run write it", file=sys.stderr, flush=True)
             lock.unlink(missing_ok=True)
             return None
+
+
+def unused_name(name: str, taken: set[str]) -> str:
+    """A file name like `name` that every file system takes, different from all in `taken`, to which it is added.
+
+    Letters, digits, ".", "_", "+" and "-" stay. Where others were replaced, the name was cut to 200 bytes or differs
+    from an earlier one by case only, a hash of `name` keeps it apart: equal names get one file, others never.
+    """
+    stem, dot, suffix = name.rpartition(".") if "." in name else (name, "", "")
+    plain = re.sub(r"[^\w.+-]+", "-", stem)
+    short = plain.encode()[:200].decode(errors="ignore")
+    if short != stem or f"{short}{dot}{suffix}".casefold() in taken:
+        short = f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    taken.add(f"{short}{dot}{suffix}".casefold())
+    return f"{short}{dot}{suffix}"
 
 
 def write_json(path: str | Path, value: Any) -> None:
