@@ -6,9 +6,21 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors
+
+
+def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Ctrl-C while a script still imports its libraries, which takes seconds: each imports this module first.
+sys.excepthook = _one_line_interrupt
 
 
 class _Tee:

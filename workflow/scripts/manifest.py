@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import eqknobs.script
 from eqknobs.data import build_manifest, fetch
 from eqknobs.errors import counted
 from eqknobs.io import write_csv
-from eqknobs.script import run
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
@@ -19,4 +19,4 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, snakemake)  # noqa: F821
+    eqknobs.script.run(main, snakemake)  # noqa: F821
