@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -55,6 +56,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _remove(temporary)
 
 
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what an `atomic_path` of a killed process left beside `path`; only for its one writer (`writer_lock`)."""
+    path = Path(path)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp*"):
+        _remove(stale)
+
+
 @contextmanager
 def writer_lock(path: str | Path, wait_seconds: float | None = None) -> Iterator[None]:
     """Hold the one right to write `path` (file or folder) against other processes and threads while the block runs.
@@ -73,6 +81,8 @@ def writer_lock(path: str | Path, wait_seconds: float | None = None) -> Iterator
     except OSError as error:
         raise EqknobsError(f"{lock}: cannot be written ({error.strerror}); write into another folder") from error
     try:
+        if file is not None:
+            remove_leftovers(path)
         yield
     finally:
         if file is not None:

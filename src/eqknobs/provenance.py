@@ -98,7 +98,7 @@ def corpus_files(folder: str | Path) -> list[str]:
         for name in names
         if os.path.splitext(name)[1].lower() in read
     ]
-    return [*found, str(Path(folder).absolute().parent / "SPEAKERS.TXT")]
+    return [*found, str(Path(folder).parent / "SPEAKERS.TXT")]
 
 
 class Digests:

@@ -145,13 +145,11 @@ def test_cache_of_another_model_is_refused(world, tmp_path):
 
 def test_changed_audio_is_refused(world, tmp_path):
     clips = world.clips("test")
-    clips = clips.assign(path=clips["path"].to_list()[::-1])
-    with (
-        world.open() as cache,
-        open_codec(world.cfg, cache) as model,
-        pytest.raises(EqknobsError, match="not what the cache holds"),
-    ):
-        render_conditions(model, SITE, clips, cache, [Condition("x", {})], tmp_path / "o", tmp_path / "s.csv")
+    swapped = clips.assign(path=clips["path"].to_list()[::-1])
+    drawn_again = swapped.assign(sha256=clips["sha256"].to_list()[::-1])
+    for table, said in ((swapped, "changed since the manifest was drawn"), (drawn_again, "not what the cache holds")):
+        with world.open() as cache, open_codec(world.cfg, cache) as model, pytest.raises(EqknobsError, match=said):
+            render_conditions(model, SITE, table, cache, [Condition("x", {})], tmp_path / "o", tmp_path / "s.csv")
 
 
 def test_codec_stage(world, tmp_path):
