@@ -20,7 +20,7 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise EqknobsError(f"{path}: no such audio file; restore it or rebuild the manifest")
+        raise EqknobsError(f"{path}: no such audio file; restore it or name another")
     try:
         with sf.SoundFile(path) as file:
             promised, file_rate, log = file.frames, file.samplerate, file.extra_info
@@ -47,7 +47,9 @@ def read_clip(clip: Any, rate: int) -> np.ndarray:
     Raises EqknobsError also when the file is not the one that the manifest was drawn from.
     """
     path = Path(clip.path)
-    if path.is_file() and file_sha256(path) != clip.sha256:
+    if not path.is_file():
+        raise EqknobsError(f"{path}: no such audio file; restore it, or run again, and the manifest is drawn anew")
+    if file_sha256(path) != clip.sha256:
         raise EqknobsError(f"{path}: changed since the manifest was drawn; run again, and the manifest is drawn anew")
     return read_audio(path, rate)
 

@@ -12,14 +12,14 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import pandas as pd
 
-from eqknobs.errors import EqknobsError
+from eqknobs.errors import EqknobsError, counted
 
 LOCK_POLL_SECONDS = 0.2
 
@@ -159,6 +159,17 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"id": str, "speaker": str, "text": str, "transcript": str}).fillna(
         {"text": "", "transcript": ""}
     )
+
+
+def require_renders(index_csv: str | Path, files: Iterable[str]) -> None:
+    """Raise EqknobsError if sounds that an index of renders names are gone from beside it."""
+    folder = Path(index_csv).parent
+    gone = sorted({file for file in files if not (folder / file).is_file()})
+    if gone:
+        raise EqknobsError(
+            f"{folder / gone[0]}: no such render (of {counted(len(gone), 'file')} gone that {index_csv} names); "
+            "run again, and its stage renders them anew"
+        )
 
 
 def require_free_disk(folder: str | Path, needed: int) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from eqknobs.config import bundled, bundled_speech, decodes, parse_target
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.headlines import ARMS, MAPS, PROPERTIES, SPACES, label
-from eqknobs.io import atomic_path, read_csv, read_json, unused_name
+from eqknobs.io import atomic_path, read_csv, read_json, require_renders, unused_name
 from eqknobs.tables import voices
 
 matplotlib.use("Agg")
@@ -455,6 +455,7 @@ def _players(
     players = []
     for clip in clips:
         rows = index[index["id"] == clip]
+        require_renders(folder / "index.csv", rows["file"])
         sound = {row["condition"]: sf.read(folder / row["file"], dtype="float32") for row in rows.to_dict("records")}
         reference = rows.loc[rows["arm"] == "original", "condition"]
         peak = _peak(*sound[reference.iloc[0] if len(reference) else rows["condition"].iloc[0]])
@@ -515,6 +516,7 @@ def _copy_sounds(run_dir: Path, targets: list[str], clips: dict[str, list[str]],
                     continue
                 index = read_csv(source / "index.csv")
                 index = index[index["id"].isin(clips[target])]
+                require_renders(source / "index.csv", index["file"])
                 rows = []
                 for condition, files in index.groupby("condition", sort=False):
                     links = []
