@@ -56,6 +56,8 @@ def _mend(error: jsonschema.ValidationError) -> str:
             float(value)
         except ValueError:
             return f"{value!r} is not of type {error.validator_value}"
+        if "e" not in value.lower():
+            return f"{value!r} was read as text, not as a number; leave out the quotes"
         return (
             f"{value!r} was read as text, not as a number; YAML wants a dot in an exponent: "
             f"write {float(value)!r} without quotes"
