@@ -4,10 +4,11 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.judges import judge_originals
+from eqknobs.pieces import Pieces
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]})
+    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]}, Pieces())
 
 
 if __name__ == "__main__":
