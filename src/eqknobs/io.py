@@ -167,7 +167,7 @@ def require_renders(index_csv: str | Path, files: Iterable[str]) -> None:
     gone = sorted({file for file in files if not (folder / file).is_file()})
     if gone:
         raise EqknobsError(
-            f"{folder / gone[0]}: no such render (of {counted(len(gone), 'file')} gone that {index_csv} names); "
+            f"{folder / gone[0]}: no such render ({counted(len(gone), 'file')} gone of those that {index_csv} names); "
             "run again, and its stage renders them anew"
         )
 
