@@ -2,18 +2,25 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 from snakemake.resources import Resource
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from eqknobs.config import decodes, parse_target, stage_config, validate
+from eqknobs.config import decodes, describe, parse_target, settle, stage_config
 from eqknobs.errors import EqknobsError
+from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files
+from eqknobs.strict_yaml import read_yaml
 
 try:
-    validate(config)
+    # Snakemake's own reader takes the last of two equal keys without a word.
+    for file in workflow.configfiles:
+        read_yaml(file)
+    settle(config, workflow.config_settings.config)
     if workflow.is_main_process:
+        logger.info(describe(config, corpus_files))
         check_memory(config)
 except EqknobsError as error:
     raise WorkflowError(str(error)) from None

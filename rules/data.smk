@@ -1,3 +1,12 @@
+onstart:
+    if config["data"]["source"] == "librispeech":
+        if any(job.rule.name == "manifest" for job in workflow.dag.needrun_jobs()):
+            try:
+                require_access(config)
+            except EqknobsError as error:
+                raise WorkflowError(str(error)) from None
+
+
 rule manifest:
     input:
         labels=label_files,

@@ -182,7 +182,9 @@ def read_clip(clip: Any, rate: int) -> np.ndarray:
     Raises EqknobsError also when the file is not the one that the manifest was drawn from.
     """
     path = Path(clip.path)
-    if path.is_file() and file_sha256(path) != clip.sha256:
+    if not path.is_file():
+        raise EqknobsError(f"{path}: no such audio file; restore it, or run again, and the manifest is drawn anew")
+    if file_sha256(path) != clip.sha256:
         raise EqknobsError(f"{path}: changed since the manifest was drawn; run again, and the manifest is drawn anew")
     return read_audio(path, rate)
 

@@ -7,12 +7,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from eqknobs.errors import EqknobsError
+from eqknobs.errors import EqknobsError, counted
 
 LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
@@ -64,6 +65,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _remove(temporary)
 
 
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what an `atomic_path` of a killed process left beside `path`; only for its one writer (`writer_lock`)."""
+    path = Path(path)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp*"):
+        _remove(stale)
+
+
 @contextmanager
 def writer_lock(path: str | Path, wait_seconds: float | None = None) -> Iterator[None]:
     """Hold the one right to write `path` (file or folder) against other processes and threads while the block runs.
@@ -84,8 +92,7 @@ def writer_lock(path: str | Path, wait_seconds: float | None = None) -> Iterator
         raise EqknobsError(f"{lock}: cannot be written ({error.strerror}); write into another folder") from error
     try:
         if file is not None:
-            for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp*"):
-                _remove(left)
+            remove_leftovers(path)
         yield
     finally:
         if file is not None:
@@ -123,6 +130,21 @@ def _acquire(lock: Path, path: Path, wait_seconds: float | None) -> TextIO | Non
             print(f"{path}: this file system knows no locks; let only one run write it", file=sys.stderr, flush=True)
             lock.unlink(missing_ok=True)
             return None
+
+
+def unused_name(name: str, taken: set[str]) -> str:
+    """A file name like `name` that every file system takes, different from all in `taken`, to which it is added.
+
+    Letters, digits, ".", "_", "+" and "-" stay. Where others were replaced, the name was cut to 200 bytes or differs
+    from an earlier one by case only, a hash of `name` keeps it apart: equal names get one file, others never.
+    """
+    stem, dot, suffix = name.rpartition(".") if "." in name else (name, "", "")
+    plain = re.sub(r"[^\w.+-]+", "-", stem)
+    short = plain.encode()[:200].decode(errors="ignore")
+    if short != stem or f"{short}{dot}{suffix}".casefold() in taken:
+        short = f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    taken.add(f"{short}{dot}{suffix}".casefold())
+    return f"{short}{dot}{suffix}"
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -184,6 +206,17 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         if not (is_numeric_dtype(cells) or (pd.to_numeric(cells, "coerce").notna() | cells.isin(NO_NUMBERS)).all()):
             raise EqknobsError(f"{path}: column {name} holds text where numbers belong; remove the file and run again")
     return table.fillna({"text": "", "transcript": ""})
+
+
+def require_renders(index_csv: str | Path, files: Iterable[str]) -> None:
+    """Raise EqknobsError if sounds that an index of renders names are gone from beside it."""
+    folder = Path(index_csv).parent
+    gone = sorted({file for file in files if not (folder / file).is_file()})
+    if gone:
+        raise EqknobsError(
+            f"{folder / gone[0]}: no such render ({counted(len(gone), 'file')} gone of those that {index_csv} names); "
+            "run again, and its stage renders them anew"
+        )
 
 
 def read_text_csv(path: str | Path) -> pd.DataFrame:

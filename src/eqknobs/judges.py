@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eqknobs.audio import read_audio, read_clip
 from eqknobs.errors import EqknobsError
-from eqknobs.io import file_sha256, read_csv, write_csv
+from eqknobs.io import file_sha256, read_csv, require_renders, write_csv
 from eqknobs.models import gpu_lock, pick_device
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import content
@@ -218,6 +218,7 @@ def judge_renders(
     """
     index = read_csv(index_csv)
     index = index[index["judged"].astype(bool)]
+    require_renders(index_csv, index["file"])
     originals = read_csv(originals_csv).set_index("id")
     clips = {clip.id: clip for clip in read_csv(manifest_csv).itertuples()}
     missing = sorted(set(index["id"]) - set(originals.index))

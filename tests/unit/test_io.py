@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,17 @@ import torch
 from safetensors.torch import save_file
 
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, read_csv, read_text_csv, require_free_disk, write_csv, writer_lock
+from eqknobs.io import (
+    atomic_path,
+    read_csv,
+    read_text_csv,
+    remove_leftovers,
+    require_free_disk,
+    require_renders,
+    unused_name,
+    write_csv,
+    writer_lock,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +144,39 @@ def test_the_lock_goes_with_the_block_and_a_folder_that_cannot_be_written_is_one
         writer_lock(tmp_path / "file" / "x"),
     ):
         pass
+
+
+def test_other_names_are_other_files():
+    ids = ["C minor", "C# minor", "C? minor", "C-minor", "c-minor", "Ç", "a" * 250, "a" * 249 + "b", ".", "", "x/../y"]
+    taken: set[str] = set()
+    names = [unused_name(f"{name}.flac", taken) for name in ids]
+    assert len({name.casefold() for name in names}) == len(ids)
+    assert names[3] == "C-minor.flac" and names[5] == "Ç.flac" and names[1] != "C-minor.flac"
+    assert all(re.fullmatch(r"[\w.+-]+", name) and len(name.encode()) < 230 for name in names)
+    assert [unused_name(f"{name}.flac", again) for again in [set()] for name in ids] == names
+    plain = "tiny-mimi.encoder_transformer__steering__centroid.sae_probe-topk.alpha2__101-1101-0000.flac"
+    assert unused_name(plain, set()) == plain
+
+
+def test_leftovers_of_one_path_go_and_no_others(tmp_path):
+    (tmp_path / ".out.12345678.tmp").mkdir()
+    (tmp_path / ".out.12345678.tmp" / "half").write_text("x")
+    (tmp_path / ".a[b].csv.12345678.tmp.csv").write_text("x")
+    (tmp_path / ".outer.12345678.tmp").mkdir()
+    (tmp_path / "out").mkdir()
+    remove_leftovers(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a[b].csv.12345678.tmp.csv", ".outer.12345678.tmp", "out"]
+    with writer_lock(tmp_path / "a[b].csv"):  # whoever may write it may also tidy up
+        assert not (tmp_path / ".a[b].csv.12345678.tmp.csv").exists()
+
+
+def test_missing_renders_are_called_renders(tmp_path):
+    (tmp_path / "a.flac").write_text("x")
+    require_renders(tmp_path / "index.csv", ["a.flac"])
+    with pytest.raises(
+        EqknobsError, match=r"b.flac: no such render \(2 files gone of those .*; run again, and its stage"
+    ):
+        require_renders(tmp_path / "index.csv", ["c.flac", "a.flac", "b.flac", "b.flac"])
 
 
 # --- tables ---

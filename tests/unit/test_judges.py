@@ -157,6 +157,9 @@ def test_judging(clips, tmp_path):
     write_csv(tmp_path / "short.csv", originals[:1])
     with pytest.raises(EqknobsError, match="no transcript of"):
         judge_renders(files[0], tmp_path / "short.csv", files[2], tmp_path / "none.csv", CFG)
+    (tmp_path / "out/ruined" / f"{clips['id'][1]}.flac").unlink()
+    with pytest.raises(EqknobsError, match=r"no such render .* run again, and its stage renders them anew"):
+        judge_renders(*files, tmp_path / "none.csv", CFG)
     assert not (tmp_path / "none.csv").exists()
 
 

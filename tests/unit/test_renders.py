@@ -174,3 +174,24 @@ def test_codec_stage(world, tmp_path):
     scored = spliced[(spliced["id"] == row["id"]) & (spliced["sae"] == "topk")].iloc[0]
     assert scored["tokens"] == before.size and scored["tokens_flipped"] == (before != after).sum() > 0
     assert signal.loc[signal["path"] != "sae", "tokens"].isna().all()
+
+
+def test_ids_that_differ_in_special_characters_get_files_of_their_own(world, tmp_path, monkeypatch):
+    ids, load = iter(["C# minor", "C minor", "c-minor", *map(str, range(99))]), renders.load_clip
+    monkeypatch.setattr(renders, "load_clip", lambda *args: load(*args))
+    clips = world.clips("test").head(3)
+    names = {row.id: next(ids) for row in clips.itertuples()}
+    back = {new: old for old, new in names.items()}
+    renamed = clips.assign(id=clips["id"].map(names))
+    monkeypatch.setattr(
+        renders, "load_clip", lambda model, cache, row: load(model, cache, row._replace(id=back[row.id]))
+    )
+    with world.open() as cache, open_codec(world.cfg, cache) as model:
+        files = (tmp_path / "out", tmp_path / "signal.csv")
+        render_conditions(model, SITE, renamed, cache, [Condition("x", {}, codec=False, keep=True)], *files)
+    index = read_csv(tmp_path / "out/index.csv")
+    assert index["file"].str.lower().nunique() == len(clips) > 1
+    for row, clip in zip(index.itertuples(), clips.itertuples()):
+        np.testing.assert_allclose(
+            read_audio(tmp_path / "out" / row.file, RATE), read_audio(clip.path, RATE), atol=1e-4
+        )

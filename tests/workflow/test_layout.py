@@ -51,7 +51,8 @@ def test_every_documented_file_is_planned_and_every_planned_file_documented() ->
     patterns = {re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(path)) + "$"): path for path, _ in documented}
     planned = {output.removeprefix("results/demo/") for output in outputs("config.yaml")}
     for output in planned:
-        if not output.endswith(("sae.safetensors", "log.csv")):  # documented beside their config.json
+        # Documented beside their config.json, and the folder of the page.
+        if not output.endswith(("sae.safetensors", "log.csv", "report")):
             assert any(p.match(output) for p in patterns), f"{output} is not in docs/layout.md"
     for pattern, path in patterns.items():
         assert any(pattern.match(output) for output in planned), f"docs/layout.md names {path}, which nothing makes"

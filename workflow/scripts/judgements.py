@@ -2,9 +2,9 @@
 
 from typing import Any
 
+import eqknobs.script
 from eqknobs.judges import judge_renders
 from eqknobs.pieces import Pieces
-from eqknobs.script import run
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
@@ -13,4 +13,4 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, snakemake)  # noqa: F821
+    eqknobs.script.run(main, snakemake)  # noqa: F821
