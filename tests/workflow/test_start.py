@@ -2,9 +2,11 @@
 
 import http.server
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +105,21 @@ def test_the_line_on_the_run_stays_out_of_what_is_piped_on(mode: str) -> None:
     done = snakemake(ROOT, "--nolock", mode)
     line = "Run demo: folder resources/corpus (224 sound files), up to 240 clips and 20 min; "
     assert line not in done.stdout and done.stderr.count(line) == 1
+
+
+def test_the_way_back_after_a_kill_is_what_readme_says(tmp_path: Path) -> None:
+    folder = copy_workflow(tmp_path / "work")
+    write_config(folder)
+    env = {**os.environ, "PYTHONPATH": str(folder / "src"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "manifests"]
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        end = time.monotonic() + 60
+        while not list((folder / ".snakemake/locks").glob("*")) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    again = snakemake(folder, *command[3:], check=False)
+    assert again.returncode != 0 and "--unlock" in again.stdout + again.stderr
+    assert "    snakemake --unlock\n" in (ROOT / "README.md").read_text()
+    snakemake(folder, "--unlock")
+    snakemake(folder, *command[3:])
+    assert (folder / "results/small/manifest/manifest.csv").exists()
