@@ -32,7 +32,7 @@ rule all:
         TRAINED if "codec_training" in config else f"{RUN}/report/index.html",
 
 
-# Milestones: `snakemake caches` stops after the activation caches, and so on.
+# Milestones: `snakemake caches --cores 2` stops after the activation caches and their labels, and so on.
 rule manifests:
     input:
         f"{RUN}/manifest/manifest.csv",

@@ -2,7 +2,8 @@
 
 The work file gets its whole layout first (every frame count is known before encoding). After that only raw
 bytes at known offsets change: the frames of one utterance, then the counter of finished utterances. So HDF5's
-metadata is never half-written, and the finished file has the same bytes however often work was interrupted.
+metadata is never half-written, and on one machine the finished file has the same bytes however often work was
+interrupted.
 
 A finished cache keeps a second name, `.<name>.kept`, since Snakemake deletes an output before it is made again: clips
 whose sound is unchanged are then copied from it. HDF5's own file locks are off: whoever looks into a file meanwhile

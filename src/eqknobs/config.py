@@ -22,9 +22,10 @@ import yaml
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.strict_yaml import parse_yaml, read_yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
-DEFAULT = ROOT / "config" / "config.yaml"
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = (PACKAGE / "config.schema.json").is_file()  # installed from a wheel, which holds copies (see setup.py)
+SCHEMA = (PACKAGE if SHIPPED else PACKAGE.parents[1] / "workflow/schemas") / "config.schema.json"
+DEFAULT = (PACKAGE if SHIPPED else PACKAGE.parents[1] / "config") / "config.yaml"
 STEERING_VECTORS = ("saes", "codebooks", "binning", "low_bin", "high_bin", "clamp_features")
 STEERING_CALIBRATION = (*STEERING_VECTORS, "val_clips", "shift", "tolerance", "alpha_max")
 STEERING_RENDER = (*STEERING_VECTORS, "clips", "alphas", "other_alpha")
@@ -251,6 +252,8 @@ def _check_relations(config: dict[str, Any]) -> None:
     needed = "subset" if data["source"] == "librispeech" else "path"
     if data[needed] is None:
         raise EqknobsError(f"config: data.{needed}: is null, but data.source {data['source']!r} needs it")
+    if data.get("speaker_from") == "labels" and not data["labels"]:
+        raise EqknobsError("config: data.labels: is null, but data.speaker_from names it; give a CSV")
     if abs(sum(data["splits"].values()) - 1) > 1e-6:
         raise EqknobsError("config: data.splits: the three shares must add up to 1")
 

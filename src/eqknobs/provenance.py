@@ -89,15 +89,10 @@ def content(path: str | Path) -> str:
 
 def corpus_files(folder: str | Path) -> list[str]:
     """What the manifest is drawn from in a folder: sound files, transcripts and SPEAKERS.TXT (also right above it)."""
-    from eqknobs.data import AUDIO_SUFFIXES, UNSUPPORTED_SUFFIXES  # here: it imports what reads sound
+    from eqknobs.corpus import AUDIO_SUFFIXES, UNSUPPORTED_SUFFIXES, walk  # here: it imports pandas
 
     read = AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES | {".txt"}
-    found = [
-        os.path.join(base, name)
-        for base, _, names in os.walk(folder)
-        for name in names
-        if os.path.splitext(name)[1].lower() in read
-    ]
+    found = [str(file) for file in walk(Path(folder))[0] if file.suffix.lower() in read]
     return [*found, str(Path(folder).parent / "SPEAKERS.TXT")]
 
 

@@ -256,12 +256,12 @@ def test_real_speech_is_labelled_in_seconds_and_pitch_fits_the_sex():
     import torch
 
     from eqknobs.audio import read_audio
-    from eqknobs.data import _librispeech_sexes
+    from eqknobs.corpus import librispeech_sexes
 
     labels.pitch_track(np.zeros(640, np.float32), 16000, 640, 1)  # imports and weights
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sexes = _librispeech_sexes(LIBRISPEECH)
+    sexes = librispeech_sexes(LIBRISPEECH)
     pitches: dict[str, list[float]] = {"F": [], "M": []}
     seconds, began = 0.0, time.process_time()
     for path in sorted(LIBRISPEECH.rglob("*.flac"))[:8]:

@@ -139,3 +139,13 @@ def test_what_a_corpus_is_drawn_from(tmp_path: Path) -> None:
         (folder / name).touch()
     names = {Path(file).name for file in corpus_files(folder)}
     assert names == {"a.flac", "b.WAV", "c.trans.txt", "d.m4a", "SPEAKERS.TXT"}
+
+
+def test_speech_behind_a_link_belongs_to_the_corpus(tmp_path):
+    for name in ("corpus/a/1.wav", "elsewhere/2.flac"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("sound")
+    (tmp_path / "corpus" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "round").symlink_to(tmp_path / "corpus")
+    names = [str(Path(file).relative_to(tmp_path)) for file in corpus_files(tmp_path / "corpus")]
+    assert names == ["corpus/a/1.wav", "corpus/b/2.flac", "SPEAKERS.TXT"]

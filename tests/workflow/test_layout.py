@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -196,19 +195,3 @@ def test_conda_environments_follow_the_lock() -> None:
 
     for path, text in files().items():
         assert path.read_text() == text, "run: python tools/make_env.py"
-
-
-def documented_commands() -> list[str]:
-    """Every `snakemake …` line of README and docs that a dry run can stand for."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "config").iterdir())]
-    lines = [line for page in pages for line in page.read_text().splitlines()]
-    found = {m[1].split("   #")[0].strip() for line in lines if (m := re.match(r"(?:    |#   )(snakemake .+)", line))}
-    return sorted(command for command in found if not re.search(r"--(report|lint|unlock)", command))
-
-
-@pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands_run(command: str) -> None:
-    done = snakemake(ROOT, "--nolock", *([] if "graph" in command else ["-n"]), *shlex.split(command)[1:], check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    if "-n" not in command and "graph" not in command:
-        assert "--cores" in command  # without -n it would not start

@@ -82,6 +82,10 @@ def remove(pattern: str) -> Callable[[Path], None]:
     return lambda folder: sorted(folder.glob(pattern))[0].unlink()
 
 
+def lose_weights(folder: Path) -> None:
+    remove(f"results/small/saes/{TARGET}/topk/seed0/sae.safetensors")(folder)
+
+
 def other_weights(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
@@ -184,8 +188,9 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "labels: a cell, time kept": (replace("resources/corpus/labels.csv", another_accent), EVERYTHING),
     "model touched": (lambda folder: (folder / WEIGHTS).touch(), set()),
     "other weights, time kept": (replace(WEIGHTS, other_weights), FROM_CACHE | JUDGED),
-    "SAE weights lost": (
-        remove(f"results/small/saes/{TARGET}/topk/seed0/sae.safetensors"),
+    "SAE weights lost, which nothing is to read": (lose_weights, set()),
+    "SAE weights lost, and a stage that reads them is to run": (
+        lambda folder: (lose_weights(folder), edit_config(lambda c: c["codec"].update(clips=1))(folder)),
         {("sae", "topk 0")} | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "a steered sound lost": (remove(f"results/small/renders/{TARGET}/steering/*/*.flac"), STEERING_RENDERS | TABLES),
@@ -261,7 +266,7 @@ def test_a_replaced_archive_is_drawn_from_again(tmp_path: Path) -> None:
     snakemake(folder, "--cores", "1", "manifests")
     before = manifest.read_text()
     (folder / "speech.tar").touch()
-    assert "Nothing to be done" in snakemake(folder, "--cores", "1", "manifests").stdout
+    assert "Nothing to be done" in snakemake(folder, "--cores", "1", "manifests").stderr
     pack("101 102 104")
     os.utime(folder / "speech.tar", (1e9, 1e9))
     snakemake(folder, "--cores", "1", "manifests")
