@@ -1,6 +1,7 @@
 """The package from its wheel, away from the checkout: every subcommand works with what the wheel holds."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,15 @@ def test_schema_and_defaults_are_copies_of_the_one_source(site):
     )
     added = {Path("eqknobs") / source.name for source in (SCHEMA, DEFAULT)}
     assert {path for path in theirs ^ (ours | added) if path.suffix != ".pyc"} == set()
+
+
+def test_no_subcommand_is_left_out_below(site, tmp_path):
+    commands = re.findall(r"^    ([a-z]\S*)", eqknobs(site, tmp_path, "--help"), re.M)
+    assert sorted(commands) == ["clean", "export-sae", "talk", "vram"]
+
+
+def test_clean(site, tmp_path):
+    assert eqknobs(site, tmp_path, "clean").startswith("removed 0 piece(s)")
 
 
 def test_vram(site, tmp_path):

@@ -47,6 +47,7 @@ WAYS = {
     "snakemake --cores 1 --resources gpu=1 --configfile config/moshiko.yaml": DRY,
     "snakemake --cores 1 --resources gpu=1 --configfile config/personaplex.yaml": DRY,
     "snakemake --cores 1 --configfile config/train-tiny-mimi.yaml": DRY,
+    "eqknobs clean": REAL,
     "eqknobs export-sae": HELP,
     "eqknobs talk": HELP,
     "eqknobs vram": HELP,
