@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from eqknobs import metrics, stats
 from eqknobs.audio import read_audio
+from eqknobs.evidence import stats
 from eqknobs.io import read_text_csv, write_csv
-from eqknobs.judges import SpeakerEncoder, Transcriber, similarity, word_errors
 from eqknobs.models import load_model
+from eqknobs.sound import metrics
+from eqknobs.sound.judges import SpeakerEncoder, Transcriber, similarity, word_errors
 
 SITE, RATE = "encoder_transformer", 16000
 

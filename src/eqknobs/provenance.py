@@ -52,7 +52,7 @@ def imported_files(path: Path) -> frozenset[Path]:
 def code_inputs(script: str | Path) -> list[str]:
     """A script and its transitive in-package imports, relative to the working directory where they are below it.
 
-    Data files that a module reads (`report.html.j2` beside `report.py`) belong to it by their stem.
+    Data files that a module reads (`page.html.j2` beside `page.py`) belong to it by their stem.
     """
     todo, seen = [Path(script).resolve()], set()
     while todo:
@@ -89,7 +89,7 @@ def content(path: str | Path) -> str:
 
 def corpus_files(folder: str | Path) -> list[str]:
     """What the manifest is drawn from in a folder: sound files, transcripts and SPEAKERS.TXT (also right above it)."""
-    from eqknobs.corpus import AUDIO_SUFFIXES, UNSUPPORTED_SUFFIXES, walk  # here: it imports pandas
+    from eqknobs.corpus.files import AUDIO_SUFFIXES, UNSUPPORTED_SUFFIXES, walk  # here: it imports pandas
 
     read = AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES | {".txt"}
     found = [str(file) for file in walk(Path(folder))[0] if file.suffix.lower() in read]

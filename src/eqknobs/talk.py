@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from eqknobs.audio import read_audio, write_flac
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.models import gpu_lock, load_model, pick_device
+from eqknobs.models import load_model
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import Dialogue, Prompt, Sampling

@@ -1,4 +1,4 @@
-"""The tables and the summary once more, from the raw scores by plain pandas, without `eqknobs.tables`."""
+"""The tables and the summary once more, from the raw scores by plain pandas, without `eqknobs.report.tables`."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eqknobs.stats import bootstrap_weights
+from eqknobs.evidence.stats import bootstrap_weights
 
 RATIOS = {
     "wer": ("errors", "words"),

@@ -19,9 +19,9 @@ import soundfile as sf
 import torch
 from transformers import EncodecConfig, EncodecModel, MimiConfig, MimiModel
 
-from eqknobs import activations
-from eqknobs.activations import ActivationCache, cache_activations
 from eqknobs.audio import read_audio
+from eqknobs.corpus import activations
+from eqknobs.corpus.activations import ActivationCache, cache_activations
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256
 from eqknobs.models import load_model
@@ -181,7 +181,7 @@ def test_constant_dimension_has_a_std_above_zero(world, tmp_path, monkeypatch):
 
 SLOW = """
 import json, sys, time
-from eqknobs.activations import cache_activations
+from eqknobs.corpus.activations import cache_activations
 from eqknobs.models.mimi import Mimi
 encode = Mimi.encode
 def slow(self, wav, site):

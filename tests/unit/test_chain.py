@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import EncodecConfig, EncodecModel
 
-from eqknobs.activations import ActivationCache, cache_activations
-from eqknobs.data import build_manifest
+from eqknobs.corpus.activations import ActivationCache, cache_activations
+from eqknobs.corpus.labels import write_labels
+from eqknobs.corpus.manifest import build_manifest
 from eqknobs.io import read_csv, read_json, write_csv
-from eqknobs.labels import write_labels
-from eqknobs.probes import fit_probes
 from eqknobs.sae import train_sae
-from eqknobs.steering import calibrate_steering, render_steering
+from eqknobs.stages.probes.compute import fit_probes
+from eqknobs.stages.steering.compute import calibrate_steering, render_steering
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = {

@@ -9,9 +9,9 @@ import soundfile as sf
 import torch
 from transformers import AutoFeatureExtractor, MimiModel
 
-from eqknobs import codec_training as ct
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_json
+from eqknobs.stages.codec_training import training as ct
 
 MODEL = {
     "sampling_rate": 16000,

@@ -9,8 +9,8 @@ import pytest
 import soundfile as sf
 import yaml
 
-from eqknobs import data
 from eqknobs.config import DEFAULT, validate
+from eqknobs.corpus import manifest as data
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, write_csv
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from test_data import CFG, librispeech
 
-from eqknobs import fetching
-from eqknobs.data import build_manifest
+from eqknobs.corpus import fetching
+from eqknobs.corpus.manifest import build_manifest
 from eqknobs.errors import EqknobsError
 
 # --- archives ---
@@ -342,7 +342,7 @@ def test_published_checksums_cover_all_subsets():
 FETCH = """
 import json, sys
 from pathlib import Path
-from eqknobs import fetching
+from eqknobs.corpus import fetching
 fetching.LIBRISPEECH_MD5["dev-clean"] = sys.argv[2]
 fetching._CHUNK = 1 << 12
 cfg = {"source": "librispeech", "subset": "dev-clean", "url": sys.argv[1], "timeout_seconds": 20}

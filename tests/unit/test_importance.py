@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tiny_world import WIDTH, make_world
 
-from eqknobs.importance import (
+from eqknobs.io import read_csv, read_json
+from eqknobs.stages.importance.compute import (
     ablation,
     composition,
     importance_conditions,
@@ -12,7 +13,6 @@ from eqknobs.importance import (
     removal_orders,
     render_importance,
 )
-from eqknobs.io import read_csv, read_json
 
 CFG = {"codebooks": 4, "removed": [0.25, 0.5], "word_removed": [0.5], "random_sets": 5, "word_random_sets": 2}
 CFG |= {"modes": ["mean", "zero"], "seed": 0}

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eqknobs import judges
 from eqknobs.audio import read_audio, write_flac
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256, read_csv, write_csv
-from eqknobs.judges import (
+from eqknobs.pieces import Pieces
+from eqknobs.sound import judges
+from eqknobs.sound.judges import (
     RATE,
     SpeakerEncoder,
     Transcriber,
@@ -20,7 +21,6 @@ from eqknobs.judges import (
     similarity,
     word_errors,
 )
-from eqknobs.pieces import Pieces
 
 CORPUS = Path(__file__).parents[2] / "resources/corpus"
 CFG = {"asr": "tiny.en", "beam": 1, "device": "cpu"}

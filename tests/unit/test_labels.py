@@ -10,7 +10,7 @@ import scipy.signal
 import soundfile as sf
 import soxr
 
-from eqknobs import labels
+from eqknobs.corpus import labels
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256, read_csv, write_csv
 
@@ -256,7 +256,7 @@ def test_real_speech_is_labelled_in_seconds_and_pitch_fits_the_sex():
     import torch
 
     from eqknobs.audio import read_audio
-    from eqknobs.corpus import librispeech_sexes
+    from eqknobs.corpus.files import librispeech_sexes
 
     labels.pitch_track(np.zeros(640, np.float32), 16000, 640, 1)  # imports and weights
     threads = torch.get_num_threads()

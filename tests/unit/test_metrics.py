@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from eqknobs import metrics
+from eqknobs.sound import metrics
 
 RATE = 16000
 

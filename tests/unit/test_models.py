@@ -29,8 +29,9 @@ from transformers import (
     WhisperModel,
 )
 
+from eqknobs.device import gpu_lock
 from eqknobs.errors import EqknobsError
-from eqknobs.models import gpu_lock, load_model
+from eqknobs.models import load_model
 
 BUNDLED = Path(__file__).parents[2] / "resources/models/tiny-mimi"
 RATE = 16000
@@ -505,7 +506,7 @@ def test_loading_errors_are_one_clear_line(folders, tmp_path, monkeypatch):
 
 HOLD_LOCK = """
 import sys, time
-from eqknobs.models import gpu_lock
+from eqknobs.device import gpu_lock
 with gpu_lock("cuda"), gpu_lock("cuda"):  # nested: must not wait for itself
     print(sys.argv[1], "in", file=open("log", "a"))
     time.sleep(0.3)

@@ -13,7 +13,7 @@ import torch
 from moshi_world import KYUTAI, TOKENIZER, hub_tensors, write_codec, write_kyutai, write_persona
 from safetensors.torch import load_file, save_file
 
-from eqknobs.activations import cache_activations
+from eqknobs.corpus.activations import cache_activations
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256
 from eqknobs.models import load_model

@@ -7,13 +7,13 @@ import pytest
 import scipy.sparse
 from synthetic import write_cache, write_labels
 
-import eqknobs.probes as probes
-import eqknobs.spaces as spaces_module
-from eqknobs.activations import ActivationCache
+import eqknobs.stages.probes.compute as probes
+import eqknobs.stages.probes.spaces as spaces_module
+from eqknobs.corpus.activations import ActivationCache
 from eqknobs.errors import EqknobsError
-from eqknobs.probes import bin_edges, fit_probes, load_probe, to_classes
 from eqknobs.sae import SAE, make_config, new_sae
-from eqknobs.spaces import make_spaces, top_k
+from eqknobs.stages.probes.compute import bin_edges, fit_probes, load_probe, to_classes
+from eqknobs.stages.probes.spaces import make_spaces, top_k
 
 D, FRAMES, LAG = 16, 70, 1
 CFG = {"bins": 20, "lags": [-2, -1, 0, 1, 2], "l2": [0.001, 0.1], "device": "cpu"}

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 from tiny_world import RATE, SITE, make_world
 
-from eqknobs import renders
 from eqknobs.audio import read_audio
-from eqknobs.codec import render_codec
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv
-from eqknobs.renders import Condition, load_clip, open_codec, pick_clips, render_conditions
 from eqknobs.sae import SAE
+from eqknobs.sound import renders
+from eqknobs.sound.renders import Condition, load_clip, open_codec, pick_clips, render_conditions
+from eqknobs.stages.codec.compute import render_codec
 
 METRICS = "centroid_hz centroid_original_hz centroid_correlation_frame loudness_db loudness_change_db".split()
 METRICS += ["f0_error_cents", "mel_distance", "latent_sq_error", "latent_sq_total"]

@@ -12,10 +12,10 @@ import pytest
 import soundfile as sf
 from results_fixture import ALPHAS, TARGET, make_results, tables_cfg
 
-import eqknobs.report as report
+import eqknobs.report.page as report
 from eqknobs.errors import EqknobsError
-from eqknobs.report import PUBLISHED, write_report
-from eqknobs.tables import write_tables
+from eqknobs.report.page import PUBLISHED, write_report
+from eqknobs.report.tables import write_tables
 
 
 @pytest.fixture(scope="module")

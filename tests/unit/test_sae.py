@@ -7,12 +7,13 @@ import pytest
 import torch
 from synthetic import write_cache
 
-from eqknobs.activations import ActivationCache
+from eqknobs.corpus.activations import ActivationCache
 from eqknobs.errors import EqknobsError
-from eqknobs.sae import SAE, VARIANTS, make_config, match_features, new_sae, score_saes, train_grid, train_sae, training
+from eqknobs.sae import SAE, VARIANTS, make_config, new_sae, train_grid, train_sae, training
 from eqknobs.sae.rms_l1 import rms_normalise
 from eqknobs.sae.training import Trainer, epoch_order
 from eqknobs.sae.unit_norm import geometric_median
+from eqknobs.stages.saes.compute import match_features, score_saes
 
 D, PLANTED, ACTIVE = 24, 48, 3
 MEAN, STD = np.linspace(-8, 8, D), np.linspace(0.5, 4, D)

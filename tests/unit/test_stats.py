@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from eqknobs.errors import EqknobsError
-from eqknobs.stats import bootstrap_weights, holm, interval, paired_difference, ratio_interval
+from eqknobs.evidence.stats import bootstrap_weights, holm, interval, paired_difference, ratio_interval
 
 
 def test_weights_resample_speakers_then_their_utterances():

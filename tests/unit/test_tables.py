@@ -12,9 +12,9 @@ from recompute import check_summary, check_table, holm, read
 from results_fixture import ALPHAS, TARGET, make_results, tables_cfg
 
 from eqknobs.errors import EqknobsError
-from eqknobs.headlines import headlines
-from eqknobs.stats import holm as library_holm
-from eqknobs.tables import COLUMNS, codec_table, compare, with_holm, words_rule, write_tables
+from eqknobs.evidence.stats import holm as library_holm
+from eqknobs.report.headlines import headlines
+from eqknobs.report.tables import COLUMNS, codec_table, compare, with_holm, words_rule, write_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,13 +10,13 @@ import torch
 from synthetic import write_labels
 from transformers import MimiConfig, MimiModel
 
-from eqknobs.activations import ActivationCache, cache_activations
 from eqknobs.audio import write_flac
+from eqknobs.corpus.activations import ActivationCache, cache_activations
+from eqknobs.corpus.labels import centroid_and_rms
 from eqknobs.io import file_sha256, read_csv, write_csv
-from eqknobs.labels import centroid_and_rms
 from eqknobs.models import load_model
-from eqknobs.probes import bin_edges
 from eqknobs.sae import make_config, new_sae
+from eqknobs.stages.probes.compute import bin_edges
 
 RATE, WIDTH, FEATURES, CLASSES = 16000, 32, 48, 4
 SITE = "encoder_transformer"

@@ -90,7 +90,7 @@ def test_stage_slices_are_plain_sorted_json() -> None:
 
 def test_code_inputs_follow_imports_and_find_the_pages_template() -> None:
     names = {Path(path).name for path in code_inputs(ROOT / "workflow/scripts/report.py")}
-    assert {"report.py", "report.html.j2", "io.py", "errors.py"} <= names
+    assert {"page.py", "page.html.j2", "io.py", "errors.py"} <= names
     assert "sae.py" not in {Path(p).name for p in code_inputs(ROOT / "workflow/scripts/manifest.py")}
 
 

@@ -30,8 +30,8 @@ def page(tmp_path_factory):
         return Path(given).resolve() / "report" / "index.html"
     from results_fixture import TARGET, make_results, tables_cfg
 
-    from eqknobs.report import write_report
-    from eqknobs.tables import write_tables
+    from eqknobs.report.page import write_report
+    from eqknobs.report.tables import write_tables
 
     root = tmp_path_factory.mktemp("browser")
     config = make_results(root)

@@ -170,12 +170,12 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING),
     "a target added": (edit_config(new_target), ADDED_TARGET),
-    "library: steering": (edit_file("src/eqknobs/steering.py", CODE), STEERING | TABLES),
-    "library: report": (edit_file("src/eqknobs/report.py", CODE), {("report", "")}),
-    "library: data": (edit_file("src/eqknobs/data.py", CODE), EVERYTHING),
+    "library: steering": (edit_file("src/eqknobs/stages/steering/compute.py", CODE), STEERING | TABLES),
+    "library: report": (edit_file("src/eqknobs/report/page.py", CODE), {("report", "")}),
+    "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING),
     "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
     "code, time kept": (
-        replace("src/eqknobs/report.py", lambda data: data + CODE.encode()),
+        replace("src/eqknobs/report/page.py", lambda data: data + CODE.encode()),
         {("report", "")},
     ),
     "a sound replaced, time kept": (replace(CLIP, lambda data: data[:-1] + b"?"), EVERYTHING),
@@ -194,7 +194,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         {("sae", "topk 0")} | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "a steered sound lost": (remove(f"results/small/renders/{TARGET}/steering/*/*.flac"), STEERING_RENDERS | TABLES),
-    "library: not used by any stage": (edit_file("src/eqknobs/codec_training.py", CODE), set()),
+    "library: not used by any stage": (edit_file("src/eqknobs/stages/codec_training/training.py", CODE), set()),
 }
 
 

@@ -63,7 +63,7 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])
 def test_three_renders_heard_again_give_the_same_words(target):
     from eqknobs.audio import read_audio
-    from eqknobs.judges import Transcriber, word_errors
+    from eqknobs.sound.judges import Transcriber, word_errors
 
     judge = Transcriber({**merged("judges"), "device": "cpu"})
     originals = read(RUN / "scores" / "originals.csv").set_index("id")

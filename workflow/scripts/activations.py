@@ -3,7 +3,7 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.activations import cache_activations
+from eqknobs.corpus.activations import cache_activations
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.codec import render_codec
+from eqknobs.stages.codec.compute import render_codec
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.codec_training import train
+from eqknobs.stages.codec_training.training import train
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.importance import render_importance
+from eqknobs.stages.importance.compute import render_importance
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.judges import judge_renders
 from eqknobs.pieces import Pieces
+from eqknobs.sound.judges import judge_renders
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

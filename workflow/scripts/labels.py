@@ -3,7 +3,7 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.labels import write_labels
+from eqknobs.corpus.labels import write_labels
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.data import build_manifest, fetch
+from eqknobs.corpus.manifest import build_manifest, fetch
 from eqknobs.errors import counted
 from eqknobs.io import write_csv
 

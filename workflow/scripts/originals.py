@@ -3,8 +3,8 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.judges import judge_originals
 from eqknobs.pieces import Pieces
+from eqknobs.sound.judges import judge_originals
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

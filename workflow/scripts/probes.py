@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.probes import fit_probes
+from eqknobs.stages.probes.compute import fit_probes
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

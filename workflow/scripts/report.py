@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.report import write_report
+from eqknobs.report.page import write_report
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.sae import score_saes
+from eqknobs.stages.saes.compute import score_saes
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.steering import calibrate_steering
+from eqknobs.stages.steering.compute import calibrate_steering
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

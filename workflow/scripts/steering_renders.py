@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.steering import render_steering
+from eqknobs.stages.steering.compute import render_steering
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.tables import write_tables
+from eqknobs.report.tables import write_tables
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

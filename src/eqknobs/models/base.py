@@ -13,8 +13,9 @@ import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.models import Site, pick_device
+from eqknobs.models import Site
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Made at construction, used in training only, and absent from some published encoders.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eqknobs.activations import ActivationCache
+from eqknobs.corpus.activations import ActivationCache
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv, write_csv
-from eqknobs.models import gpu_lock, pick_device
 from eqknobs.sae.base import SAEConfig, make_config, new_sae
 
 ADAM_EPS = 6.25e-10  # Gao et al. 2024, appendix A.3

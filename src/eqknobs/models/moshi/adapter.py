@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.models import Site, pick_device
+from eqknobs.models import Site
 from eqknobs.models.base import Pretrained, gpu_memory, inference, one_line
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net

@@ -244,7 +244,7 @@ def check(config: dict[str, Any]) -> None:
             if device != "cpu":
                 require(model, config["data"]["max_seconds"], config["hardware"]["vram_gb"])
         except EqknobsError:
-            from eqknobs.models import pick_device  # asks torch, whose import takes seconds
+            from eqknobs.device import pick_device  # asks torch, whose import takes seconds
 
             if device == "cuda" or pick_device(device) == "cuda":
                 raise

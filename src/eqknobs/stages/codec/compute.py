@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from eqknobs.activations import ActivationCache
+from eqknobs.corpus.activations import ActivationCache
 from eqknobs.io import read_csv
-from eqknobs.renders import Condition, open_codec, pick_clips, render_conditions
 from eqknobs.sae import SAE
+from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions
 
 
 def codec_conditions(codebooks: list[int], saes: dict[str, SAE]) -> list[Condition]:

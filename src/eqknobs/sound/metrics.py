@@ -1,13 +1,13 @@
 """Signal metrics of a clip, and between a clip and its original. Levels are in dB, frequencies in Hz.
 
-All use the probes' own definitions (`eqknobs.labels`) on windows of 40 ms every 20 ms; pitch every 40 ms.
+All use the probes' own definitions (`eqknobs.corpus.labels`) on windows of 40 ms every 20 ms; pitch every 40 ms.
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-from eqknobs.labels import _mel_power, centroid_and_rms, energetic_mask, pitch_track
+from eqknobs.corpus.labels import _mel_power, centroid_and_rms, energetic_mask, pitch_track
 
 FLOOR_DB = 40.0  # frames this far below the clip's loudest are left out of averages
 MEL_FLOOR_DB = 80.0  # mel bands this far below the reference's loudest are taken as equal

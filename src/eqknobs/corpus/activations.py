@@ -26,9 +26,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, file_sha256, read_csv, require_free_disk
-from eqknobs.models import Model, gpu_lock, load_model, pick_device
+from eqknobs.models import Model, load_model
 
 
 def cache_activations(

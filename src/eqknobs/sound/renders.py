@@ -1,6 +1,6 @@
 """The one way to make sound: clip -> (filter) -> activations -> edit -> rest of the codec -> signal metrics, FLAC.
 
-Judging words and voices is another stage (`eqknobs.judges`), so that a change of judge renders nothing again.
+Judging words and voices is another stage (`eqknobs.sound.judges`), so that a change of judge renders nothing again.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from eqknobs import metrics
-from eqknobs.activations import ActivationCache
 from eqknobs.audio import read_clip, write_flac
+from eqknobs.corpus.activations import ActivationCache
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, unused_name, write_csv
-from eqknobs.models import Model, gpu_lock, load_model, pick_device
+from eqknobs.models import Model, load_model
+from eqknobs.sound import metrics
 
 Edit = Callable[[np.ndarray], np.ndarray]
 Filter = Callable[[np.ndarray, int], np.ndarray]
@@ -105,7 +106,7 @@ def edited(model: Model, site: str, clip: Clip, condition: Condition) -> np.ndar
 
 
 def signal_metrics(original: np.ndarray, wav: np.ndarray, rate: int, pitch: bool) -> dict[str, float]:
-    """Signal metrics of a render [samples] against the untouched clip; see `eqknobs.metrics` for each."""
+    """Signal metrics of a render [samples] against the untouched clip; see `eqknobs.sound.metrics` for each."""
     loudness = metrics.loudness_db(wav, rate)
     return {
         "centroid_hz": metrics.clip_centroid(wav, rate),

@@ -19,9 +19,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from eqknobs.audio import read_audio, read_clip
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256, read_csv, require_renders, write_csv
-from eqknobs.models import gpu_lock, pick_device
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import content
 

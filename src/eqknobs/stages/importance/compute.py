@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from eqknobs.activations import ActivationCache
+from eqknobs.corpus.activations import ActivationCache
 from eqknobs.io import read_csv, write_json
-from eqknobs.probes import load_probe
-from eqknobs.renders import Condition, open_codec, pick_clips, render_conditions
 from eqknobs.sae import SAE
+from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions
+from eqknobs.stages.probes.compute import load_probe
 
 EXPENDABLE, CRITICAL = 0.3, 0.7  # the blog's thresholds on the normalised map
 BINNING = "equal_width"  # of the centroid probe behind the maps, as in the blog

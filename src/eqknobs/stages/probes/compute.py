@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eqknobs.activations import ActivationCache
+from eqknobs.corpus.activations import ActivationCache
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, write_csv
-from eqknobs.models import gpu_lock, pick_device
-from eqknobs.spaces import Matrix, make_spaces
+from eqknobs.stages.probes.spaces import Matrix, make_spaces
 
 BATCH = 256
 # Of a probe of width 1; divided by √width, so that a step moves the logits alike in every space. Within half a point of

@@ -32,14 +32,14 @@ import pandas as pd
 import scipy.signal
 from tqdm import tqdm
 
-from eqknobs import metrics
-from eqknobs.activations import ActivationCache
+from eqknobs.corpus.activations import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, read_json, write_csv, write_json
 from eqknobs.models import Model
-from eqknobs.probes import labelled_frames, load_probe, to_classes
-from eqknobs.renders import Clip, Condition, edited, load_clip, open_codec, pick_clips, render_conditions
 from eqknobs.sae import SAE
+from eqknobs.sound import metrics
+from eqknobs.sound.renders import Clip, Condition, edited, load_clip, open_codec, pick_clips, render_conditions
+from eqknobs.stages.probes.compute import labelled_frames, load_probe, to_classes
 
 BLOCK = 4096  # frames worked on at a time
 FILTER_ORDER = 4  # of one pass; filtering forwards and backwards doubles it

@@ -22,9 +22,9 @@ import soxr
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip
+from eqknobs.device import gpu_lock
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv
-from eqknobs.models import gpu_lock
 
 if TYPE_CHECKING:
     import torch

@@ -23,9 +23,9 @@ from PIL import Image
 
 from eqknobs.config import bundled, bundled_speech, decodes, parse_target
 from eqknobs.errors import EqknobsError, counted
-from eqknobs.headlines import ARMS, MAPS, PROPERTIES, SPACES, label
 from eqknobs.io import atomic_path, read_csv, read_json, require_renders, unused_name
-from eqknobs.tables import voices
+from eqknobs.report.headlines import ARMS, MAPS, PROPERTIES, SPACES, label
+from eqknobs.report.tables import voices
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -740,7 +740,7 @@ def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         run=cfg["run"]["name"],
         cfg=cfg,
         models=models,

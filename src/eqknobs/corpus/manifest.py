@@ -10,7 +10,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from eqknobs.audio import audio_seconds, read_audio
-from eqknobs.corpus import (
+from eqknobs.corpus.fetching import fetch
+from eqknobs.corpus.files import (
     LAYOUTS,
     UNSUPPORTED_SUFFIXES,
     Transcripts,
@@ -24,7 +25,6 @@ from eqknobs.corpus import (
     walk,
 )
 from eqknobs.errors import EqknobsError
-from eqknobs.fetching import fetch
 from eqknobs.io import file_sha256
 
 __all__ = ["MANIFEST_COLUMNS", "SPLITS", "build_manifest", "fetch", "require_sound"]
@@ -42,8 +42,8 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
 
     Manifest: `id, path, speaker, sex, accent, seconds, split, sha256, text`; rejected: `path, reason`, a row for every
     file that could not be used, whatever went wrong with it. Speakers come from the layouts of LibriSpeech, LibriTTS
-    or VCTK (`eqknobs.corpus.LAYOUTS`), from one folder a speaker, or from what `speaker_from` names; sexes and texts
-    from the files that lie beside the sound (`SPEAKERS.TXT`, `*.trans.txt`, `*.normalized.txt`); the CSV `labels`
+    or VCTK (`eqknobs.corpus.files`), from one folder a speaker, or from what `speaker_from` names; sexes and
+    texts from the files that lie beside the sound (`SPEAKERS.TXT`, `*.trans.txt`, `*.normalized.txt`); the CSV `labels`
     (keyed by `id`, `path` or `speaker`) has the last word. The draw goes round the speakers, up to `max_utterances` and
     `max_minutes`; its order and the splits follow from a hash of `seed` and the name, so that a file more or less does
     not reshuffle the others. All files' headers are checked, drawn files are decoded. Splits share no speaker, nor any

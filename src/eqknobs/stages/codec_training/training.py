@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
 from eqknobs.audio import read_samples
-from eqknobs.corpus import walk
+from eqknobs.corpus.files import walk
+from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
-from eqknobs.models import pick_device
 
 WINDOWS = (1024, 512, 256, 128)  # samples
 MEL_BANDS = (80, 64, 40, 20)

@@ -1,7 +1,7 @@
 """Tables and headlines, computed from the raw per-clip scores and from nothing else.
 
 Every mean and ratio is `sum(numerator) / sum(denominator)` over clips, and every interval resamples speakers, then
-utterances inside each drawn speaker (`eqknobs.stats`). Columns: docs/tables.md.
+utterances inside each drawn speaker (`eqknobs.evidence.stats`). Columns: docs/tables.md.
 """
 
 import math
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eqknobs import stats
 from eqknobs.config import bundled, decodes, parse_target
 from eqknobs.errors import EqknobsError
-from eqknobs.headlines import UNMEASURABLE, headlines
+from eqknobs.evidence import stats
 from eqknobs.io import read_csv, read_json, write_csv, write_json
+from eqknobs.report.headlines import UNMEASURABLE, headlines
 
 # How each measure is made of per-clip columns: (numerator, denominator or None for the mean over clips, better).
 MEASURES = {
