@@ -33,7 +33,7 @@ import torch
 from sae_contestants import MODULES, Contestant, Task, family, installed_version, makers
 from torch import Tensor
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = [

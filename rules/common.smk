@@ -11,7 +11,8 @@ from eqknobs.config import decodes, describe, parse_target, settle, stage_config
 from eqknobs.errors import EqknobsError
 from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
-from eqknobs.provenance import DIGESTS, code_inputs, corpus_files
+from eqknobs.models import KINDS
+from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
 
 try:
@@ -94,18 +95,18 @@ def gpu(wildcards):
 
 
 def model_files(wildcards):
-    """What is read of a model in a local folder, and of its codec: other weights, other activations."""
+    """The code of a model's kind, and what is read of it in a local folder, and of its codec: other weights, other
+    activations."""
     model = config["models"][parse_target(wildcards.target)[0]]
     folders = [Path(model[key]) for key in ("path", "codec") if key in model]
-    return ancient(
-        [
-            str(file)
-            for folder in folders
-            for file in sorted(folder.glob("*"))
-            if file.suffix in (".safetensors", ".json", ".model")
-            and file.name != "training.json"
-        ]
-    )
+    weights = [
+        str(file)
+        for folder in folders
+        for file in sorted(folder.glob("*"))
+        if file.suffix in (".safetensors", ".json", ".model")
+        and file.name != "training.json"
+    ]
+    return ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
 
 
 def training_records(wildcards):

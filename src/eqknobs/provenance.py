@@ -36,7 +36,8 @@ def _module_file(name: str) -> Path | None:
 def imported_files(path: Path) -> frozenset[Path]:
     """The files of this package that a Python file imports, itself not included.
 
-    Imports inside functions count; `from eqknobs.x import y` counts x, and y where y is a module.
+    Imports inside functions count; `from eqknobs.x import y` counts x, and y where y is a module, and the packages
+    that they are in.
     """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -44,7 +45,9 @@ def imported_files(path: Path) -> frozenset[Path]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    found = {_module_file(name) for name in names if name.split(".")[0] == "eqknobs"}
+    # Importing a.b.c runs a/__init__.py and a/b/__init__.py too.
+    parents = {name.rsplit(".", level)[0] for name in names for level in range(name.count(".") + 1)}
+    found = {_module_file(name) for name in parents if name.split(".")[0] == "eqknobs"}
     return frozenset(file for file in found if file is not None)
 
 
@@ -63,6 +66,11 @@ def code_inputs(script: str | Path) -> list[str]:
     data = {f for module in seen for f in module.parent.glob(f"{module.stem}.*") if f.suffix in (".j2", ".css", ".js")}
     here = Path.cwd()
     return sorted(str(f.relative_to(here)) if f.is_relative_to(here) else str(f) for f in seen | data)
+
+
+def module_inputs(name: str) -> list[str]:
+    """As `code_inputs`, of a module of this package by its dotted name."""
+    return code_inputs(_module_file(name))
 
 
 def content(path: str | Path) -> str:

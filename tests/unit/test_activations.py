@@ -21,7 +21,8 @@ from transformers import EncodecConfig, EncodecModel, MimiConfig, MimiModel
 
 from eqknobs.audio import read_audio
 from eqknobs.corpus import activations
-from eqknobs.corpus.activations import ActivationCache, cache_activations
+from eqknobs.corpus.activations import cache_activations
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256
 from eqknobs.models import load_model

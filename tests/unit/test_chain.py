@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import EncodecConfig, EncodecModel
 
-from eqknobs.corpus.activations import ActivationCache, cache_activations
+from eqknobs.corpus.activations import cache_activations
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.corpus.labels import write_labels
 from eqknobs.corpus.manifest import build_manifest
 from eqknobs.io import read_csv, read_json, write_csv

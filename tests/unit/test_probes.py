@@ -9,7 +9,7 @@ from synthetic import write_cache, write_labels
 
 import eqknobs.stages.probes.compute as probes
 import eqknobs.stages.probes.spaces as spaces_module
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.sae import SAE, make_config, new_sae
 from eqknobs.stages.probes.compute import bin_edges, fit_probes, load_probe, to_classes

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from eqknobs import provenance
-from eqknobs.provenance import Digests, content, corpus_files
+from eqknobs.models import KINDS
+from eqknobs.provenance import Digests, content, corpus_files, module_inputs
 
 
 @pytest.fixture
@@ -149,3 +150,20 @@ def test_speech_behind_a_link_belongs_to_the_corpus(tmp_path):
     (tmp_path / "corpus" / "round").symlink_to(tmp_path / "corpus")
     names = [str(Path(file).relative_to(tmp_path)) for file in corpus_files(tmp_path / "corpus")]
     assert names == ["corpus/a/1.wav", "corpus/b/2.flac", "SPEAKERS.TXT"]
+
+
+def test_the_code_of_a_stage_is_what_its_imports_run() -> None:
+    """Packages on the way count, models of a kind do not: they are inputs where a model is loaded."""
+
+    def names(files: list[str]) -> set[str]:
+        return {str(Path(file).resolve().relative_to(provenance.PACKAGE)) for file in files}
+
+    base = names(module_inputs("eqknobs.sae.base"))
+    assert {"sae/base.py", "sae/__init__.py", "sae/topk.py", "__init__.py"} <= base
+    kinds = {module.split(":")[0] for module in KINDS.values()}
+    assert all(module_inputs(kind) for kind in kinds)
+    for name in ("corpus.activations", "corpus.labels", "sound.judges", "sae", "stages.probes.compute"):
+        found = names(module_inputs(f"eqknobs.{name}"))
+        assert not {file for file in found if file.startswith("models/") and file != "models/__init__.py"}, name
+    assert "models/moshi/network.py" not in names(module_inputs("eqknobs.models.mimi"))
+    assert {"models/mimi.py", "models/moshi/network.py"} <= names(module_inputs("eqknobs.models.moshi.adapter"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from synthetic import write_cache
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.sae import SAE, VARIANTS, make_config, new_sae, train_grid, train_sae, training
 from eqknobs.sae.rms_l1 import rms_normalise

@@ -8,7 +8,7 @@ import torch
 from synthetic import write_cache, write_labels
 from tiny_world import CLASSES, RATE, make_world
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, read_json
 from eqknobs.sae import SAE, make_config, new_sae

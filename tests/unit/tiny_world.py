@@ -11,7 +11,8 @@ from synthetic import write_labels
 from transformers import MimiConfig, MimiModel
 
 from eqknobs.audio import write_flac
-from eqknobs.corpus.activations import ActivationCache, cache_activations
+from eqknobs.corpus.activations import cache_activations
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.corpus.labels import centroid_and_rms
 from eqknobs.io import file_sha256, read_csv, write_csv
 from eqknobs.models import load_model

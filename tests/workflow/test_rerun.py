@@ -173,6 +173,13 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: steering": (edit_file("src/eqknobs/stages/steering/compute.py", CODE), STEERING | TABLES),
     "library: report": (edit_file("src/eqknobs/report/page.py", CODE), {("report", "")}),
     "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING),
+    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED),
+    "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), set()),
+    "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
+    "library: one variant of SAEs, which all load": (
+        edit_file("src/eqknobs/sae/topk.py", CODE),
+        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+    ),
     "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
     "code, time kept": (
         replace("src/eqknobs/report/page.py", lambda data: data + CODE.encode()),

@@ -1,6 +1,7 @@
 """Models behind one protocol: read activations at a site, continue the model from edited ones."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +55,17 @@ class Model(Protocol):
         ...
 
 
+# The only list of kinds. Named, not imported, so that a stage depends on the code of the kind in use and on no other's.
+KINDS = {
+    "mimi": "eqknobs.models.mimi:Mimi",
+    "encodec": "eqknobs.models.encodec:Encodec",
+    "dac": "eqknobs.models.dac:Dac",
+    "hubert": "eqknobs.models.hubert:Hubert",
+    "whisper": "eqknobs.models.whisper:Whisper",
+    "moshi": "eqknobs.models.moshi.adapter:Moshi",
+}
+
+
 def load_model(cfg_model: dict) -> Model:
     """Load a model from a folder or from the hub.
 
@@ -65,12 +77,8 @@ def load_model(cfg_model: dict) -> Model:
     Raises EqknobsError: unknown kind, no such folder or hub model, folder without weights, pickled weights,
     weights that do not fit the architecture, no GPU.
     """
-    from eqknobs.models import hf, mimi  # here, because they import transformers, which takes seconds
-    from eqknobs.models.moshi import adapter as moshi
-
-    adapters = {"mimi": mimi.Mimi, **hf.ADAPTERS, "moshi": moshi.Moshi}
-    if cfg_model["kind"] not in adapters:
-        raise EqknobsError(
-            f"models.{cfg_model['name']}.kind: unknown kind {cfg_model['kind']!r}; choose one of {', '.join(adapters)}"
-        )
-    return adapters[cfg_model["kind"]](cfg_model)
+    kind = cfg_model["kind"]
+    if kind not in KINDS:
+        raise EqknobsError(f"models.{cfg_model['name']}.kind: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    module, name = KINDS[kind].split(":")  # imported when asked for: transformers takes seconds
+    return getattr(import_module(module), name)(cfg_model)

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,63 @@ class Pretrained:
                 f"model {self.name} takes {self.min_codebooks} to {self.n_codebooks} codebooks, not {count}"
             )
         return count
+
+
+class ConvCodec(Pretrained, ABC):
+    """A codec whose only site is `encoder`, the output [frames, width] of its convolutional encoder."""
+
+    decodes = True
+    chunk_seconds = 20.0
+
+    def _set_site(self, hop: int, context: float) -> None:
+        rate = self.sample_rate / hop
+        path = self.resolve("encoder")
+        self.sites = {"encoder": Site("encoder", path, self.config.hidden_size, hop, rate, context)}
+
+    def _in_chunks(self, stack: Callable[[Tensor], Tensor], wave: Tensor) -> Tensor:
+        """Apply convolutions with one output a hop to [1, 1, samples]; equal to applying them at once."""
+        hop = self.sites["encoder"].hop
+        frames = wave.shape[-1] // hop
+        step = max(1, round(self.chunk_seconds * self.sites["encoder"].frame_rate))
+        context = math.ceil(convolution_reach(self.net.encoder) / hop) + 1
+        out = []
+        for start in range(0, frames, step):
+            left = max(0, start - context)
+            piece = stack(wave[..., left * hop : (start + step + context) * hop])
+            out.append(piece[..., start - left : start - left + min(step, frames - start)])
+        return torch.cat(out, dim=-1)
+
+    def _encode(self, wave: Tensor) -> Tensor:
+        return self._in_chunks(self.net.encoder, wave)
+
+    @abstractmethod
+    def _quantise(self, latents: Tensor, codebooks: int) -> tuple[Tensor, Tensor]:
+        """Dequantised latents [1, width, frames] and codes [codebooks, frames]."""
+
+    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
+        with inference():
+            wave = self._wave(wav, self.site(site).hop)
+            return self._encode(wave[None, None])[0].T.contiguous().cpu().numpy()
+
+    def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
+        """Waveform [samples]. Decoded in one piece, so memory grows with the clip."""
+        with inference():
+            latents = self._acts(acts, site).transpose(1, 2)
+            if codebooks is not None:
+                latents = self._quantise(latents, self._codebooks(codebooks))[0]
+            return fit(self.net.decoder(latents)[0, 0], samples)
+
+    def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        with inference():
+            return self._quantise(self._acts(acts, site).transpose(1, 2), self._codebooks(codebooks))[1].cpu().numpy()
+
+
+class LayeredEncoder(Pretrained):
+    """An encoder-only model with sites `layer.<i>`, the outputs of its transformer layers."""
+
+    def _set_sites(self, layers: str, count: int, width: int, hop: int, context: float) -> None:
+        rate = self.sample_rate / hop
+        self.sites = {
+            f"layer.{i}": Site(f"layer.{i}", self.resolve(f"{layers}.{i}"), width, hop, rate, context)
+            for i in range(count)
+        }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv, write_csv

@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip, write_flac
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, unused_name, write_csv

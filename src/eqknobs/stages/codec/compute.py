@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import read_csv
 from eqknobs.sae import SAE
 from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions

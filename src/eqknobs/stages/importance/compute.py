@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import read_csv, write_json
 from eqknobs.sae import SAE
 from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import scipy.sparse
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.sae import SAE
 

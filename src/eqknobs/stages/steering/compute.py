@@ -32,7 +32,7 @@ import pandas as pd
 import scipy.signal
 from tqdm import tqdm
 
-from eqknobs.corpus.activations import ActivationCache
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, read_json, write_csv, write_json
 from eqknobs.models import Model
