@@ -36,8 +36,7 @@ def _module_file(name: str) -> Path | None:
 def imported_files(path: Path) -> frozenset[Path]:
     """The files of this package that a Python file imports, itself not included.
 
-    Imports inside functions count; `from eqknobs.x import y` counts x, and y where y is a module, and the packages
-    that they are in.
+    Imports inside functions count; `from eqknobs.x import y` counts x, and y where y is a module.
     """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -45,9 +44,7 @@ def imported_files(path: Path) -> frozenset[Path]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    # Importing a.b.c runs a/__init__.py and a/b/__init__.py too.
-    parents = {name.rsplit(".", level)[0] for name in names for level in range(name.count(".") + 1)}
-    found = {_module_file(name) for name in parents if name.split(".")[0] == "eqknobs"}
+    found = {_module_file(name) for name in names if name.split(".")[0] == "eqknobs"}
     return frozenset(file for file in found if file is not None)
 
 
@@ -63,6 +60,8 @@ def code_inputs(script: str | Path) -> list[str]:
         if file not in seen:
             seen.add(file)
             todo += imported_files(file)
+            # Importing a.b.c runs a/__init__.py and a/b/__init__.py too.
+            todo += [folder / "__init__.py" for folder in file.parents if folder.is_relative_to(PACKAGE)]
     data = {f for module in seen for f in module.parent.glob(f"{module.stem}.*") if f.suffix in (".j2", ".css", ".js")}
     here = Path.cwd()
     return sorted(str(f.relative_to(here)) if f.is_relative_to(here) else str(f) for f in seen | data)
