@@ -323,9 +323,9 @@ def plain(value: Any) -> Any:
 
 
 def model_config(config: dict[str, Any], target: str) -> dict[str, Any]:
-    """What `eqknobs.models.load_model` takes, for the model of a target."""
+    """What `eqknobs.models.load_model` takes, for the model of a target; the device is added when the job runs."""
     name, _ = parse_target(target)
-    return {"name": name, "device": config["hardware"]["device"], **config["models"][name]}
+    return {"name": name, **config["models"][name]}
 
 
 def decodes(config: dict[str, Any], target: str) -> bool:
@@ -347,9 +347,10 @@ def bundled_speech(config: dict[str, Any]) -> bool:
 def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dict[str, Any]:
     """The slice of the configuration that one job depends on, as sorted plain JSON values.
 
-    `stage` is the name of a rule; `wildcards` are the job's. Raises KeyError for a stage that is not one.
+    `stage` is the name of a rule; `wildcards` are the job's. The device is none of it: where something was computed
+    does not decide what it is (`eqknobs.script` adds it). Raises KeyError for a stage that is not one.
     """
-    seed, device = config["run"]["seed"], config["hardware"]["device"]
+    seed = config["run"]["seed"]
     target = wildcards.get("target", "")
     steering, probes = config["steering"], config["probes"]
 
@@ -357,19 +358,18 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
         return {"model": model_config(config, target), "site": parse_target(target)[1]}
 
     slices = {
-        "codec_training": lambda: {**config["codec_training"], "seed": seed, "device": device},
+        "codec_training": lambda: {**config["codec_training"], "seed": seed},
         "manifest": lambda: {"data": config["data"], "seed": seed},
         "activations": model,
         "labels": lambda: config["labels"],
         "sae": lambda: {
             "sae": {k: v for k, v in config["saes"][wildcards["sae"]].items() if k != "grid"},
             "seed": int(wildcards["seed"]),
-            "device": device,
         },
-        "sae_grid": lambda: {"sae": config["saes"][wildcards["sae"]], "seed": seed, "device": device},
+        "sae_grid": lambda: {"sae": config["saes"][wildcards["sae"]], "seed": seed},
         "sae_scores": lambda: {"seed": seed},
-        "probes": lambda: {**probes, "property": wildcards["property"], "seed": seed, "device": device},
-        "originals": lambda: {"judges": config["judges"], "device": device},
+        "probes": lambda: {**probes, "property": wildcards["property"], "seed": seed},
+        "originals": lambda: {"judges": config["judges"]},
         "codec_renders": lambda: {**model(), **config["codec"]},
         "steering_calibration": lambda: {
             **model(),
@@ -384,7 +384,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
             "seed": seed,
         },
         "importance_renders": lambda: {**model(), **config["importance"], "seed": seed},
-        "judgements": lambda: {"judges": config["judges"], "device": device},
+        "judgements": lambda: {"judges": config["judges"]},
         "tables": lambda: {
             **config["tables"],
             "seed": seed,
@@ -395,6 +395,6 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
             "saes": bool(config["saes"]),
             "bundled_speech": bundled_speech(config),
         },
-        "report": lambda: {"config": config},
+        "report": lambda: {"config": {key: value for key, value in config.items() if key != "hardware"}},
     }
     return plain(slices[stage]())

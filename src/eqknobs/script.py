@@ -69,13 +69,22 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
             _run_logged(main, snakemake, file)
 
 
+def _on_device(snakemake: Any) -> dict[str, Any]:
+    """The job's slice of the configuration with the device that it is to run on, which is no part of the slice."""
+    cfg = dict(snakemake.params.cfg)
+    device = snakemake.config["hardware"]["device"]
+    if "model" in cfg:
+        cfg["model"] = {**cfg["model"], "device": device}
+    return {**cfg, "device": device}
+
+
 def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None:
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
     try:
         with one_line_errors():
             try:
-                main(snakemake.input, snakemake.output, dict(snakemake.params.cfg))
+                main(snakemake.input, snakemake.output, _on_device(snakemake))
             except OSError:
                 traceback.print_exc(file=file)
                 raise

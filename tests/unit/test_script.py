@@ -28,7 +28,8 @@ def main(inputs, outputs, cfg):
         print("writing", flush=True)
         time.sleep(60)
 
-job = N(threads=1, resources={{}}, log=["job.log"], input=[], output=["out"], params=N(cfg={{}}))
+job = N(threads=1, resources={{}}, log=["job.log"], input=[], output=["out"], params=N(cfg={{}}),
+        config={{"hardware": {{"device": "cpu"}}}})
 eqknobs.script.run(main, job)
 """
 
@@ -37,7 +38,13 @@ def job(folder: Path) -> SimpleNamespace:
     """Snakemake's job object, as far as a script sees it."""
     out = [str(folder / "out.txt")]
     return SimpleNamespace(
-        threads=1, resources={}, log=[folder / "logs/x.log"], input=[], output=out, params=SimpleNamespace(cfg={})
+        threads=1,
+        resources={},
+        log=[folder / "logs/x.log"],
+        input=[],
+        output=out,
+        params=SimpleNamespace(cfg={}),
+        config={"hardware": {"device": "cpu"}},
     )
 
 

@@ -111,9 +111,7 @@ def test_a_moshi_model_may_say_all_or_nothing() -> None:
         moshi(config, **keys)
         validate(config)
         found = stage_config(config, "activations", target="m.heads.0")
-        assert found["model"] == {"device": "cpu", "kind": "moshi", "name": "m", "path": "owner/name"} | keys | {
-            "revision": None
-        }
+        assert found["model"] == {"kind": "moshi", "name": "m", "path": "owner/name"} | keys | {"revision": None}
 
 
 @pytest.mark.parametrize(

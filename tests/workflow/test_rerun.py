@@ -135,6 +135,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         ),
         set(),
     ),
+    "the machine": (edit_config(lambda c: c["hardware"].update(device="auto", vram_gb=24)), set()),
     "SAE width": (
         edit_config(lambda c: c["saes"]["topk"].update(d_sae=384)),
         {("sae", "topk 0"), ("sae", "topk 1")} | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,

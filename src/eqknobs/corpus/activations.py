@@ -42,7 +42,7 @@ def cache_activations(
 
     HDF5: `activations` float32 [N, width] (contiguous), `frame_times` seconds [N] (centre of the hop),
     `utterances/{id,speaker,split,sha256,start,frames,samples}`, `done` (finished utterances); attributes model,
-    revision, site, module_path, frame_rate (Hz), hop (samples), sample_rate, manifest_sha256, versions
+    revision, site, module_path, frame_rate (Hz), hop (samples), sample_rate, device, manifest_sha256, versions
     (JSON), identity (hash of all that decides how a clip is encoded), train_frames, mean and std (float64 [width],
     over the train frames); of a moshi also codec_revision.
 
@@ -56,9 +56,9 @@ def cache_activations(
         manifest = read_csv(manifest_csv)
         if not (manifest["split"] == "train").any():
             raise EqknobsError(f"{manifest_csv} has no utterance in split train; the normaliser needs some")
-        attributes = _attributes(model, target_site) | {"manifest_sha256": file_sha256(manifest_csv)}
-        identity = _hash([cfg_model, cfg, _attributes(model, target_site), model.device])
-        attributes["identity"] = identity
+        attributes = _attributes(model, target_site)
+        identity = _hash([_deviceless(cfg_model), _deviceless(cfg or {}), attributes])
+        attributes |= {"identity": identity, "manifest_sha256": file_sha256(manifest_csv)}
         work = out.with_name(f"{out.name}.part-{_hash([identity, attributes['manifest_sha256']])[:12]}.h5")
         kept = out.with_name(f".{out.name}.kept")
         known = _known_clips([p for p in (work, out, kept, *_parts(out)) if p.exists()], identity)
@@ -91,11 +91,17 @@ def _attributes(model: Model, site_name: str) -> dict[str, Any]:
         "frame_rate": site.frame_rate,
         "hop": site.hop,
         "sample_rate": model.sample_rate,
+        "device": model.device,
         "versions": json.dumps({name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}),
     }
     if codec := getattr(model, "codec", None):  # of a speech LM: other codes, other activations
         found["codec_revision"] = codec.revision
     return found
+
+
+def _deviceless(cfg: dict) -> dict:
+    """Without what was asked for as device: `auto` and `cpu` may be the same one, which the attributes tell."""
+    return {k: _deviceless(v) if isinstance(v, dict) else v for k, v in cfg.items() if k != "device"}
 
 
 def _hash(value: Any) -> str:
