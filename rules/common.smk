@@ -62,30 +62,25 @@ def script_of(stage):
 def cfg(stage, **outside):
     """The one parameter of a rule: its slice of the configuration, and digests of what it reads from outside results/.
 
-    `outside` names functions of the wildcards that list files; the code of the stage is always among the digests.
+    `outside` names functions of the wildcards that list files, or tell a digest themselves; the code of the stage is
+    always among the digests.
     """
 
     def parameter(wildcards):
-        content = {
-            name: DIGESTS.of(files(wildcards)) for name, files in outside.items()
-        }
-        content["code"] = DIGESTS.of(code_inputs(script_of(stage)))
+        content = {"code": code_inputs(script_of(stage))}
+        content |= {name: found(wildcards) for name, found in outside.items()}
+        for name, files in content.items():
+            content[name] = files if isinstance(files, str) else DIGESTS.of(files)
         slice = stage_config(config, stage, **dict(wildcards))
         return {**slice, "content": dict(sorted(content.items()))}
 
     return parameter
 
 
-def sound_cfg(stage):
-    """As `cfg`, of a stage that renders `stage`: its sounds are made again when some of them are gone."""
-
-    def parameter(wildcards):
-        made = cfg(stage, model=model_files)(wildcards)
-        index = f"{RUN}/renders/{wildcards.target}/{stage.removesuffix('_renders')}/index.csv"
-        made["content"]["sounds"] = DIGESTS.of_sounds(index)
-        return made
-
-    return parameter
+def sounds_of(stage):
+    """A mark of a stage's renders, which are made again when some of them are gone."""
+    index = f"{RUN}/renders/{{}}/{stage}/index.csv"
+    return lambda wildcards: DIGESTS.of_sounds(index.format(wildcards.target))
 
 
 def code(script):

@@ -24,7 +24,7 @@ rule codec_renders:
     resources:
         gpu=gpu,
     params:
-        cfg=sound_cfg("codec_renders"),
+        cfg=cfg("codec_renders", model=model_files, sounds=sounds_of("codec")),
     message:
         "Render the codec round trips of {wildcards.target}"
     script:
@@ -83,7 +83,7 @@ rule steering_renders:
     resources:
         gpu=gpu,
     params:
-        cfg=sound_cfg("steering_renders"),
+        cfg=cfg("steering_renders", model=model_files, sounds=sounds_of("steering")),
     message:
         "Render steered sound from {wildcards.target}"
     script:
@@ -112,7 +112,7 @@ rule importance_renders:
     resources:
         gpu=gpu,
     params:
-        cfg=sound_cfg("importance_renders"),
+        cfg=cfg("importance_renders", model=model_files, sounds=sounds_of("importance")),
     message:
         "Map importance in {wildcards.target} and ablate"
     script:

@@ -33,6 +33,8 @@ WAYS = {
     "make test-kernels": DRY,
     "make test-slow": DRY,
     "snakemake -n": REAL,
+    "snakemake --unlock": REAL,
+    "snakemake -n --config run='{seed: 3}' saes='{topk: {k: 16}, jumprelu: null}' sae_seeds='[0, 1, 2]'": REAL,
     "snakemake --lint": REAL,
     "snakemake --rulegraph mermaid-js": REAL,
     "snakemake --report report.zip": REAL,

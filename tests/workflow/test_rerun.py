@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,3 +271,25 @@ def test_a_replaced_archive_is_drawn_from_again(tmp_path: Path) -> None:
     os.utime(folder / "speech.tar", (1e9, 1e9))
     snakemake(folder, "--cores", "1", "manifests")
     assert manifest.read_text() != before and "/104/" in manifest.read_text()
+
+
+def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run: Path) -> None:
+    snakemake(finished_run, "--report", "report.zip")
+    with zipfile.ZipFile(finished_run / "report.zip") as packed:
+        names = set(packed.namelist())
+        (page,) = (name for name in names if name.endswith("/index.html"))
+        links = set(re.findall(r'href="([^"#:]+)"', packed.read(page).decode()))
+        assert len(links) > 20 and all(link.startswith("audio/") for link in links)
+        folder = page.removesuffix("index.html")
+        assert {folder + link for link in links} == names - {page, "report/report.html"}
+        sound = packed.read(folder + min(links))
+    assert sound == (finished_run / "results/small/report" / min(links)).read_bytes()
+
+
+def test_a_page_that_is_gone_is_written_again(pristine: Path) -> None:
+    page = pristine / "results/small/report/index.html"
+    kept = page.rename(page.with_suffix(".kept"))
+    try:
+        assert planned(pristine) == {("report", "")}
+    finally:
+        kept.rename(page)
