@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 
 # Kernels that add up sums in other orders, as other processors do; MKL's COMPATIBLE differs most from Intel's own.
 KERNELS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem
-NOT_NUMERIC := audio corpus data installed io judges moshi_memory moshi_speed report sae_benchmark
+NOT_NUMERIC := audio config corpus data fetching installed io judges moshi_memory moshi_speed one_writer pieces \
+    provenance report sae_benchmark script
 NUMERIC = $(filter-out $(NOT_NUMERIC:%=tests/unit/test_%.py),$(wildcard tests/unit/test_*.py))
 
 .PHONY: demo test test-kernels test-slow lint format clean

@@ -2,16 +2,6 @@
 TRAINED = f"{RUN}/model/model.safetensors"
 
 
-def training_files(wildcards):
-    """The speech that the codec learns from, and the codec that it starts as."""
-    training = config["codec_training"]
-    start = Path(training["start"]).glob("*") if "start" in training else []
-    return [
-        *start,
-        *(file for folder in training["data"] for file in corpus_files(folder)),
-    ]
-
-
 rule codec_training:
     input:
         script=code("codec_training.py"),

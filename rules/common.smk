@@ -130,3 +130,13 @@ def speech_files(wildcards):
     if source == "librispeech":
         return []
     return corpus_files(path) if source == "folder" else [path]
+
+
+def training_files(wildcards):
+    """The speech that the codec learns from, and the codec that it starts as."""
+    training = config["codec_training"]
+    start = Path(training["start"]).glob("*") if "start" in training else []
+    return [
+        *start,
+        *(file for folder in training["data"] for file in corpus_files(folder)),
+    ]

@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "tests/unit"))
 from moshi_world import PERSONA, write_codec, write_kyutai, write_persona
 from test_sae_export import write_sae
 
-PROGRAMS = r"(?:snakemake|eqknobs|make|python|pip|bash|hf|\.venv(?:-peers)?/bin/\w+)"
+PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:snakemake|eqknobs|make|python|pip|bash|hf|\.venv(?:-peers)?/bin/\w+)"
 NO_COMMANDS = {"mermaid", "yaml", "text"}  # languages of fenced blocks
 PAGES = [*ROOT.glob("*.md"), *(p for f in ("config", "docs", "benchmarks") for p in sorted((ROOT / f).rglob("*.md")))]
 
@@ -35,6 +35,7 @@ WAYS = {
     "snakemake -n": REAL,
     "snakemake --unlock": REAL,
     "snakemake -n --config run='{seed: 3}' saes='{topk: {k: 16}, jumprelu: null}' sae_seeds='[0, 1, 2]'": REAL,
+    "EQKNOBS_REHASH=1 snakemake …": "env EQKNOBS_REHASH=1 snakemake -n",
     "snakemake --lint": REAL,
     "snakemake --rulegraph mermaid-js": REAL,
     "snakemake --report report.zip": REAL,
