@@ -756,8 +756,8 @@ def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir
         spaces=SPACES,
         versions=_versions(),
         files=_copy_sounds(run_dir, sounding, clips, out_dir),
-        style=(HERE / "report.css").read_text(),
-        script=(HERE / "report.js").read_text(),
+        style=(HERE / "page.css").read_text(),
+        script=(HERE / "page.js").read_text(),
         players=_script_json({s["name"]: s["players"] for s in sections}),
         media=_script_json(media.items),
     )
