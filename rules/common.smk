@@ -78,10 +78,21 @@ def cfg(stage, **outside):
     return parameter
 
 
+def really_runs():
+    """Not a dry run, nor --summary, --dag and their like."""
+    return workflow.executor_plugin is not None and not workflow.dryrun
+
+
+def page_sounds(wildcards):
+    return DIGESTS.of_sounds(f"{RUN}/report/index.html", really_runs())
+
+
 def sounds_of(stage):
     """A mark of a stage's renders, which are made again when some of them are gone."""
     index = f"{RUN}/renders/{{}}/{stage}/index.csv"
-    return lambda wildcards: DIGESTS.of_sounds(index.format(wildcards.target))
+    return lambda wildcards: DIGESTS.of_sounds(
+        index.format(wildcards.target), really_runs()
+    )
 
 
 def code(script):
@@ -103,8 +114,9 @@ def model_files(wildcards):
         str(file)
         for folder in folders
         for file in sorted(folder.glob("*"))
-        if file.suffix in (".safetensors", ".json", ".model")
-        and file.name != "training.json"
+        if file.suffix in (".safetensors", ".model")
+        or file.name in ("config.json", "preprocessor_config.json")
+        or file.name.endswith(".index.json")
     ]
     return ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
 
@@ -116,6 +128,12 @@ def training_records(wildcards):
         for t in TARGETS
     ]
     return ancient(sorted({str(record) for record in records if record.is_file()}))
+
+
+def asr_files(wildcards):
+    """The speech recogniser, where it is a folder."""
+    folder = Path(config["judges"]["asr"])
+    return ancient(sorted(str(file) for file in folder.glob("*") if file.is_file()))
 
 
 def label_files(wildcards):

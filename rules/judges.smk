@@ -1,6 +1,7 @@
 rule originals:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
+        asr=asr_files,
         script=code("originals.py"),
     output:
         f"{RUN}/scores/originals.csv",
@@ -14,7 +15,7 @@ rule originals:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("originals"),
+        cfg=cfg("originals", asr=asr_files),
     message:
         "Transcribe the untouched test clips"
     script:
@@ -28,6 +29,7 @@ rule judgements:
         # The index may stay the same when the sound behind it changes; its signal scores do not.
         signal=f"{RUN}/scores/{{target}}.{{stage}}.signal.csv",
         originals=f"{RUN}/scores/originals.csv",
+        asr=asr_files,
         script=code("judgements.py"),
     output:
         f"{RUN}/scores/{{target}}.{{stage}}.words.csv",
@@ -41,7 +43,7 @@ rule judgements:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("judgements"),
+        cfg=cfg("judgements", asr=asr_files),
     message:
         "Judge words and voice of {wildcards.target}, {wildcards.stage}"
     script:

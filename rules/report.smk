@@ -82,7 +82,7 @@ rule report:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("report"),
+        cfg=cfg("report", sounds=page_sounds),
     message:
         "Write the report"
     script:

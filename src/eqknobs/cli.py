@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from eqknobs.errors import EqknobsError, one_line_errors
+from eqknobs.errors import EqknobsError, counted, one_line_errors
 
 
 def _add_export_sae(commands: Any) -> None:
@@ -116,7 +116,7 @@ def _clean(args: argparse.Namespace) -> None:
     if not 0 <= args.days < float("inf"):
         raise EqknobsError(f"--days: must be 0 or more, got {args.days:g}")
     count, size = prune(STORE, args.days)
-    print(f"removed {count} piece(s) of {STORE} ({size / 1e6:.1f} MB)")
+    print(f"removed {counted(count, 'piece')} of {STORE} ({size / 1e6:.1f} MB)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ stages whose slice holds it.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -92,6 +93,17 @@ def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> No
     for key, value in config.items():
         config[key] = _whole(value)
     validate(config)
+    _own_speech(config["data"])
+
+
+def _own_speech(data: dict[str, Any]) -> None:
+    """One spelling of a path; and the labels of the bundled corpus, the default, do not go with other speech."""
+    if data["path"]:
+        data["path"] = os.path.normpath(data["path"])
+    default = read_yaml(DEFAULT)["data"]
+    other = data["source"] != default["source"] or data["path"] != os.path.normpath(default["path"] or "")
+    if other and data["labels"] == default["labels"]:
+        data["labels"] = None
 
 
 def _at(value: Any, path: Iterable[Any]) -> Any:

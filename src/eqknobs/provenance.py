@@ -7,14 +7,18 @@ of imported modules. So each rule's parameter holds digests of the contents: oth
 import ast
 import csv
 import hashlib
+import html
 import json
 import os
+import re
+import stat
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 PACKAGE = Path(__file__).resolve().parent
 STORE = Path(".snakemake/eqknobs-digests.json")
@@ -73,14 +77,15 @@ def module_inputs(name: str) -> list[str]:
 
 
 def content(path: str | Path) -> str:
-    """Digest of what a file says: of code without comments and layout, of a table its cells, of all else its bytes.
+    """Digest of what a file says: of code without comments, docstrings and layout, of a table its cells, of all else
+    its bytes.
 
     Code and tables that cannot be parsed count by their bytes.
     """
     path = Path(path)
     try:
         if path.suffix == ".py":
-            said = ast.dump(ast.parse(path.read_bytes()))
+            said = ast.dump(_without_docstrings(ast.parse(path.read_bytes())))
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 said = json.dumps([[cell.strip() for cell in row] for row in csv.reader(file) if any(row)])
@@ -94,12 +99,20 @@ def content(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and ast.get_docstring(node, clean=False) is not None:
+            body[0] = ast.Pass()
+    return tree
+
+
 def corpus_files(folder: str | Path) -> list[str]:
     """What the manifest is drawn from in a folder: sound files, transcripts and SPEAKERS.TXT (also right above it)."""
-    from eqknobs.corpus.files import AUDIO_SUFFIXES, UNSUPPORTED_SUFFIXES, walk  # here: it imports pandas
+    from eqknobs.corpus.files import AUDIO_SUFFIXES, TEXT_ENDS, UNSUPPORTED_SUFFIXES, walk  # here: it imports pandas
 
-    read = AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES | {".txt"}
-    found = [str(file) for file in walk(Path(folder))[0] if file.suffix.lower() in read]
+    read = tuple(AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES | set(TEXT_ENDS))
+    found = [str(file) for file in walk(Path(folder))[0] if file.name.lower().endswith(read)]
     return [*found, str(Path(folder).parent / "SPEAKERS.TXT")]
 
 
@@ -148,8 +161,9 @@ class Digests:
         marks: dict[str, list] = {}
         for name in sorted({str(file) for file in files}):
             with suppress(OSError):
-                stat = os.stat(name)
-                marks[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+                found = os.stat(name)
+                if stat.S_ISREG(found.st_mode):  # reading a pipe would wait for its writer
+                    marks[name] = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         known = self._section("files")
         changed = [name for name, mark in marks.items() if known.get(name, [None])[:-1] != mark]
         amount, read = sum(marks[name][0] for name in changed), {}
@@ -169,21 +183,29 @@ class Digests:
             whole.update(f"{name}\0{value}\0".encode(errors="surrogateescape"))
         return whole.hexdigest()[:16]
 
-    def of_sounds(self, index_csv: str | Path) -> str:
-        """A mark of a folder of renders that changes when sounds which its index names were lost, and then stays.
+    def of_sounds(self, index: str | Path, keep: bool = True) -> str:
+        """A mark of a folder of sounds that changes when some that its index names were lost, and then stays.
 
-        Sounds are no outputs of their own, as nobody knows their names beforehand; so that lost ones are made again,
-        the rule that makes them has this mark in its parameter.
+        index: the table of a stage's renders, or the report's page. keep: not in a dry run, after which the lost sound
+        may come back. Sounds are no outputs of their own, as nobody knows their names beforehand; so that lost ones are
+        made again, the rule that makes them has this mark in its parameter.
         """
-        index = Path(index_csv)
-        if index.is_file():
-            with index.open(encoding="utf-8", newline="") as file:
-                names = [row["file"] for row in csv.DictReader(file) if row.get("file")]
-            if not all((index.parent / name).is_file() for name in names):
-                lost = f"{index.stat().st_mtime_ns}"
-                if self._section("marks").get(str(index)) != [lost]:
-                    self._keep("marks", {str(index): [lost]})
-        return "".join(self._section("marks").get(str(index), []))
+        index = Path(index)
+        mark = self._section("marks").get(str(index), [])
+        if index.is_file() and not all((index.parent / name).is_file() for name in _sounds(index)):
+            lost = [f"{index.stat().st_mtime_ns}"]
+            if keep and mark != lost:
+                self._keep("marks", {str(index): lost})
+            mark = lost
+        return "".join(mark)
+
+
+def _sounds(index: Path) -> set[str]:
+    """Sounds that an index names, relative to its folder."""
+    if index.suffix == ".html":
+        return {unquote(html.unescape(name)) for name in re.findall(r'href="(audio/[^"]+)"', index.read_text())}
+    with index.open(encoding="utf-8", newline="") as file:
+        return {row["file"] for row in csv.DictReader(file) if row.get("file")}
 
 
 DIGESTS = Digests()

@@ -256,3 +256,16 @@ def test_bundled_speech_is_known_by_what_is_read(monkeypatch):
     assert not bundled_speech(config)
     config["data"] |= {"source": "folder", "path": "resources-of-mine"}
     assert not bundled_speech(config)
+
+
+def test_the_bundled_labels_do_not_go_with_other_speech(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for text, labels, path in (
+        ("data: {path: speech/}", None, "speech"),
+        ("data: {path: ./resources//corpus/}", "resources/corpus/labels.csv", "resources/corpus"),
+        ("data: {path: speech, labels: mine.csv}", "mine.csv", "speech"),
+        ("data: {source: librispeech, subset: dev-clean}", None, "resources/corpus"),
+    ):
+        file.write_text(text)
+        data = read_config(file)["data"]
+        assert (data["labels"], data["path"]) == (labels, path), text

@@ -1,5 +1,6 @@
 """Word errors, the recogniser, the speaker encoder, and the judging of rendered clips."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,33 @@ def test_judging(clips, tmp_path):
     with pytest.raises(EqknobsError, match=r"no such render .* run again, and its stage renders them anew"):
         judge_renders(*files, tmp_path / "none.csv", CFG)
     assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_clip_without_a_text_has_no_errors_against_it(clips, tmp_path):
+    """Or the words that were heard of it would count as errors of the others."""
+    clips = clips[:2].assign(text=["", clips["text"][1]])
+    write_csv(tmp_path / "manifest.csv", clips)
+    judge_originals(tmp_path / "manifest.csv", tmp_path / "originals.csv", CFG)
+    originals = read_csv(tmp_path / "originals.csv")
+    assert originals["transcript"].str.len().gt(3).all()
+    assert originals[["words_text", "errors_text"]].isna().all(axis=1).tolist() == [True, False]
+    path, id = clips["path"][0], clips["id"][0]
+    write_flac(tmp_path / "out/x.flac", read_audio(path, RATE), RATE)
+    index = pd.DataFrame([{"id": id, "condition": "x", "file": "x.flac", "judged": True}])
+    write_csv(tmp_path / "out/index.csv", index)
+    files = tmp_path / "out/index.csv", tmp_path / "originals.csv", tmp_path / "manifest.csv"
+    judge_renders(*files, tmp_path / "words.csv", CFG)
+    words = read_csv(tmp_path / "words.csv")
+    assert words[["words_text", "errors_text"]].isna().all(axis=None) and (words["words"] > 3).all()
+
+
+def test_a_recogniser_is_all_files_of_its_folder(tmp_path):
+    packaged = Transcriber(CFG).weights.parent
+    shutil.copytree(packaged, tmp_path / "asr")
+    before = Transcriber(CFG | {"asr": str(tmp_path / "asr")}).identity
+    other = next(path for path in sorted((tmp_path / "asr").iterdir()) if path.suffix in (".json", ".txt"))
+    other.write_text(other.read_text() + " ")
+    assert Transcriber(CFG | {"asr": str(tmp_path / "asr")}).identity != before
 
 
 def test_a_known_sound_is_not_judged_again(clips, tmp_path, monkeypatch):

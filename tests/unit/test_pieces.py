@@ -72,8 +72,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     Pieces().json("kind", 1, lambda: "a")
     main(["clean"])
-    assert "removed 0 piece(s)" in capsys.readouterr().out and len(files(tmp_path)) == 1
+    assert "removed 0 pieces" in capsys.readouterr().out and len(files(tmp_path)) == 1
     main(["clean", "--days", "0"])
-    assert "removed 1 piece(s)" in capsys.readouterr().out and not files(tmp_path)
+    assert "removed 1 piece " in capsys.readouterr().out and not files(tmp_path)
     with pytest.raises(SystemExit, match="--days: must be 0 or more"):
         main(["clean", "--days", "-1"])

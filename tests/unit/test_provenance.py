@@ -120,6 +120,10 @@ def test_lost_sounds_change_the_mark_once(tmp_path: Path) -> None:
     sound.parent.mkdir()
     sound.touch()
     assert Digests(store).of_sounds(index) == ""
+    sound.rename(tmp_path / "away")
+    assert Digests(store).of_sounds(index, keep=False)
+    (tmp_path / "away").rename(sound)
+    assert Digests(store).of_sounds(index) == ""  # a dry run is forgotten
     sound.unlink()
     lost = Digests(store).of_sounds(index)
     assert lost and Digests(store).of_sounds(index) == lost
@@ -133,9 +137,33 @@ def test_lost_sounds_change_the_mark_once(tmp_path: Path) -> None:
     assert Digests(store).of_sounds(index) not in ("", lost)
 
 
+def test_lost_sounds_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "index.html"
+    page.write_text('<a href="#a">x</a><a href="audio/a%20b&amp;c.flac">a</a><a href="https://x.org/audio/y">b</a>')
+    assert Digests(tmp_path / "store").of_sounds(page)
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio/a b&c.flac").touch()
+    assert Digests(tmp_path / "other").of_sounds(page) == ""
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    assert Digests(tmp_path / "store").of([tmp_path / "pipe.wav"])
+
+
+def test_docstrings_are_no_content(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text('"""One."""\ndef f():\n    """Two."""\n    return "three"\n')
+    before = content(file)
+    file.write_text('"""1."""\ndef f():\n    """2.\n    """\n    return "three"\n')
+    assert content(file) == before
+    file.write_text('"""One."""\ndef f():\n    """Two."""\n    return "four"\n')
+    assert content(file) != before
+
+
 def test_what_a_corpus_is_drawn_from(tmp_path: Path) -> None:
     folder = tmp_path / "speech"
-    for name in ("1/a.flac", "1/b.WAV", "1/c.trans.txt", "1/d.m4a", "1/e.csv", "1/.f.swp"):
+    for name in ("1/a.flac", "1/b.WAV", "1/c.trans.txt", "1/notes.txt", "1/d.m4a", "1/e.csv", "1/.f.swp"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     names = {Path(file).name for file in corpus_files(folder)}

@@ -60,7 +60,7 @@ def edit_config(change: Callable[[dict], object]) -> Callable[[Path], None]:
 def edit_file(name: str, text: str) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / name
-        path.write_text(path.read_text() + text)
+        path.write_text((path.read_text() if path.exists() else "") + text)
 
     return edit
 
@@ -189,6 +189,12 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "a sound replaced, time kept": (replace(CLIP, lambda data: data[:-1] + b"?"), EVERYTHING),
     "a sound added": (lambda folder: shutil.copy2(folder / CLIP, folder / "resources/corpus/101/new.flac"), EVERYTHING),
     "a sound removed": (remove(CLIP), EVERYTHING),
+    "a note beside the speech": (edit_file("resources/corpus/101/readme.txt", "x"), set()),
+    "a docstring": (replace("src/eqknobs/io.py", lambda data: data.replace(b'"""', b'"""Said otherwise: ', 1)), set()),
+    "another spelling of a path": (
+        edit_config(lambda c: c["data"].update(path="./resources//corpus/")),
+        {("report", "")},
+    ),
     "a transcript": (edit_file("resources/corpus/101/1101/101-1101.trans.txt", "x"), EVERYTHING),
     "an undrawn file of another kind": (edit_file("resources/corpus/README.md", "x"), set()),
     "sounds touched": (lambda folder: [path.touch() for path in folder.glob("resources/corpus/*/*/*.flac")], set()),
@@ -201,6 +207,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         lambda folder: (lose_weights(folder), edit_config(lambda c: c["codec"].update(clips=1))(folder)),
         {("sae", "topk 0")} | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
     ),
+    "a sound of the page lost": (remove("results/small/report/audio/*"), {("report", "")}),
     "a steered sound lost": (remove(f"results/small/renders/{TARGET}/steering/*/*.flac"), STEERING_RENDERS | TABLES),
     "library: not used by any stage": (edit_file("src/eqknobs/stages/codec_training/training.py", CODE), set()),
 }

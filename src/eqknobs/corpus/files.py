@@ -13,6 +13,7 @@ from eqknobs.io import read_text_csv
 
 AUDIO_SUFFIXES = {".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 UNSUPPORTED_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
+TEXT_ENDS = (".trans.txt", ".normalized.txt", ".original.txt", "speakers.txt")  # what is read beside them, lower case
 UNMATCHED_SHARE = 0.2  # of the rows of a labels CSV
 LAYOUTS = {
     "LibriSpeech": "LibriSpeech (<speaker>/<chapter>/<speaker>-<chapter>-*)",

@@ -36,8 +36,8 @@ def _ask(name: str, key: str, path: str, revision: str | None) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
-    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-        return
+    if try_to_load_from_cache(path, "config.json", revision=revision) is not None:
+        return  # the file, or the hub's word that there is none (early Moshi checkpoints)
     try:
         get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision))
     except GatedRepoError as error:

@@ -4,6 +4,7 @@ Both run on 16 kHz audio read back from the FLACs of a render stage; one functio
 """
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -56,6 +57,12 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     return found.substitutions + found.deletions + found.insertions, words
 
 
+def text_errors(text: str, transcript: str) -> tuple[float, float]:
+    """(word errors, words) of a transcript against the corpus text; NaN where the corpus has no text of the clip."""
+    errors, words = word_errors(text, transcript)
+    return (errors, words) if words else (math.nan, math.nan)
+
+
 def _verified(path: Path, sha256: str, package: str) -> Path:
     if not path.is_file() or file_sha256(path) != sha256:
         raise EqknobsError(f"{path} is not the pinned file of {package}; install {package} again")
@@ -64,6 +71,12 @@ def _verified(path: Path, sha256: str, package: str) -> Path:
 
 def _sound_hash(wav: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(wav, np.float32).tobytes()).hexdigest()
+
+
+def _folder_hash(folder: Path) -> str:
+    """Of names and contents: a recogniser is its weights, its tokeniser and its configuration."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(repr([(path.name, file_sha256(path)) for path in files]).encode()).hexdigest()
 
 
 def _download(name: str) -> str:
@@ -98,7 +111,7 @@ class Transcriber:
         # Which transcript a sound gets: the same words, whoever asks and when.
         self.identity = [
             content(__file__),
-            TINY_EN_SHA256 if packaged else self._loaded(lambda: file_sha256(self.weights)),
+            TINY_EN_SHA256 if packaged else self._loaded(lambda: _folder_hash(self.weights.parent)),
             [self.beam, self.device, self.compute],
             [version(name) for name in ("faster-whisper", "ctranslate2")],
         ]
@@ -187,7 +200,8 @@ def judge_originals(
 ) -> None:
     """Transcribe the untouched test clips. cfg, pieces: see `Transcriber`.
 
-    CSV: id, speaker, split, transcript, text, words_text, errors_text (of the transcript against the corpus text).
+    CSV: id, speaker, split, transcript, text, words_text, errors_text (of the transcript against the corpus text; empty
+    where there is none).
     """
     manifest = read_csv(manifest_csv)
     clips = manifest[manifest["split"] == "test"].sort_values("id")
@@ -196,7 +210,7 @@ def judge_originals(
         judge = Transcriber(cfg, pieces)
         for clip in tqdm(clips.itertuples(), desc="transcribe originals", total=len(clips), unit="clip"):
             transcript = judge.transcribe(read_clip(clip, RATE))
-            errors, words = word_errors(clip.text, transcript)
+            errors, words = text_errors(clip.text, transcript)
             rows.append((clip.id, clip.speaker, clip.split, transcript, clip.text, words, errors))
     columns = "id speaker split transcript text words_text errors_text".split()
     write_csv(out_csv, pd.DataFrame(rows, columns=columns))
@@ -233,7 +247,7 @@ def judge_renders(
             transcript, voice = judge.transcribe(wav), encoder.embed(wav)
             original = originals.loc[row.id]
             errors, words = word_errors(original["transcript"], transcript)
-            errors_text, words_text = word_errors(original["text"], transcript)
+            errors_text, words_text = text_errors(original["text"], transcript)
             about = (row.id, original["speaker"], original["split"], row.condition, transcript)
             scores = (words, errors, words_text, errors_text, similarity(untouched[row.id], voice))
             rows.append(about + scores)
