@@ -107,7 +107,7 @@ class Transcriber:
         elif "/" in self.asr and self.asr.startswith((".", "/", "~")) and not Path(self.asr).is_dir():
             raise EqknobsError(f"judges.asr: no folder {self.asr}; give a faster-whisper folder or a size")
         else:
-            self.weights = self._loaded(lambda: Path(_download(self.asr)) / "model.bin")
+            self.weights = self._loaded(lambda: (Path(_download(self.asr)) / "model.bin").resolve(strict=True))
         # Which transcript a sound gets: the same words, whoever asks and when.
         self.identity = [
             content(__file__),
