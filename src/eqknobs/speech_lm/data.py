@@ -178,22 +178,21 @@ class Sequences:
         return torch.cat([prompt, frames], 1), prompt.shape[1]
 
     def copying(self, rng: random.Random, ease: float) -> tuple[Tensor, int]:
-        """A sequence without sound: words of the prompt said again. Random words or, half of them, the grammar's.
+        """A sequence without sound: words of the prompt said again.
 
-        ease 1: one to three random words, one right after the other; 0: up to nine, as far apart as in speech.
+        ease 1: random words, one in every frame; 0: as far apart as in speech, half of them sentences of the grammar.
         """
-        most = max(3, round(9 * (1 - ease)))
         if rng.random() < 0.5 * (1 - ease):
             text = grammar.sentence(rng)
             while grammar.part_of(text) != "train":
                 text = grammar.sentence(rng)
         else:
-            text = " ".join(rng.sample(self.words, rng.randint(1 if most == 3 else 3, most)))
+            text = " ".join(rng.sample(self.words, rng.randint(5, 11)))
         loose = rng.random() > ease
-        starts, at = [], rng.choice((1, 1, 2))
+        starts, at = [], 1
         for word in text.split():
             starts.append(at)
-            at += rng.choice(self.durations.get(word, [4])) if loose else rng.choice((1, 1, 2))
+            at += rng.choice(self.durations.get(word, [4])) if loose else 1
         frames = torch.full((self.config.streams, at + 3), -1)
         frames[self.config.user] = torch.tensor(self.config.silence)[:, None]
         frames[0] = self.monologue(text, starts, at + 3)

@@ -29,6 +29,7 @@ from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net, save_net
 from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.network import MoshiNet
+from eqknobs.speech_lm.circuit import write_copying
 from eqknobs.speech_lm.data import SPECIAL, Sequences, collate, encode_speech, read_clips, sounds, write_tokeniser
 
 TEXT_WEIGHT = 3.0
@@ -37,7 +38,7 @@ TOKENISER = "tokenizer_words.model"
 
 
 def new_net(config: MoshiConfig, seed: int) -> MoshiNet:
-    """A network whose streams add up to about one, with small outputs; words begin by predicting themselves.
+    """A network whose streams add up to about one, with small outputs, and that copies its prompt (`circuit`).
 
     With PyTorch's embeddings of variance 1 the sum of the streams drowns each of them.
     """
@@ -51,7 +52,8 @@ def new_net(config: MoshiConfig, seed: int) -> MoshiNet:
         for name, weight in net.named_parameters():
             if "out_proj" in name or "linear_out" in name or name.startswith("linears"):
                 weight.mul_(0.3)
-        net.text_linear.weight.copy_(0.5 * net.text_emb.weight[: config.text_card])
+    if config.dim >= 128:
+        write_copying(net, SPECIAL)
     return net
 
 
@@ -94,7 +96,7 @@ def batch_of(step: int, cfg: dict[str, Any], sequences: Sequences) -> tuple[Tens
     """The batch of a step: before `copy_steps` without sound; then clips of about one length, and some without sound."""
     rng = random.Random(f"{cfg['seed']}-{step}")
     if step < cfg["copy_steps"]:
-        ease = max(0.0, 1 - step / (cfg["copy_easy"] * cfg["copy_steps"]))
+        ease = min(1.0, max(0.0, 2 - step / (cfg["copy_easy"] * cfg["copy_steps"])))  # easy, then a line to hard
         return collate([sequences.copying(rng, ease) for _ in range(cfg["copy_batch"])])
     size, clips = cfg["batch"], sequences.clips
     epoch, place = divmod(step - cfg["copy_steps"], max(1, len(clips) // size))
@@ -250,7 +252,7 @@ def export(net: MoshiNet, out: Path, cfg: dict[str, Any], tokeniser: Path, log: 
         **({"before": json.loads(before.read_text())} if before and before.is_file() else {}),
     }
     finished = out.with_name(f"{out.name}.new")
-    save_net(copy.deepcopy(net).half(), finished, tokeniser)
+    save_net(copy.deepcopy(net).half(), finished, tokeniser, os.path.relpath(cfg["codec"], out))
     write_json(finished / "training.json", facts)
     pd.DataFrame(log).to_csv(finished / "log.csv", index=False, float_format="%.5g", lineterminator="\n")
     out.mkdir(parents=True, exist_ok=True)

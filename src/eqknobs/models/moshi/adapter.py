@@ -14,7 +14,7 @@ from eqknobs.models import Site, pick_device
 from eqknobs.models.base import Pretrained, gpu_memory, inference, one_line
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
-from eqknobs.models.moshi.config import FRAME_RATE, Nf4
+from eqknobs.models.moshi.config import FRAME_RATE, Nf4, codec_of
 from eqknobs.models.moshi.generate import (
     GREEDY,
     Prompt,
@@ -41,7 +41,7 @@ class Moshi(Pretrained):
     round: the agent speaks the clip, the user's stream is PersonaPlex's sine). Frame t is the column that carries the
     clip's frame t: its first code and, as acoustic codes come one column later, the other seven of frame t - 1.
 
-    cfg, beside the usual: codec (folder or hub id of a Mimi model, kyutai/mimi), codec_revision, dtype (float32,
+    cfg, beside the usual: codec (folder or hub id of a Mimi model; see `codec_of`), codec_revision, dtype (float32,
     bfloat16 or float16), nf4 (true, or {linears, block, double}), stream (user or agent).
     """
 
@@ -61,7 +61,8 @@ class Moshi(Pretrained):
         with gpu_memory():
             self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
         self.config = self.net.config
-        codec = {"name": f"{self.name}.codec", "path": cfg.get("codec") or "kyutai/mimi", "device": self.device}
+        path = codec_of(cfg, self.files.config, f"models.{self.name}")
+        codec = {"name": f"{self.name}.codec", "path": path, "device": self.device}
         self.codec = Mimi(codec | {"kind": "mimi", "revision": cfg.get("codec_revision")})
         self.sample_rate = self.codec.sample_rate
         place = self.codec.site("encoder_transformer")
@@ -144,8 +145,8 @@ class Moshi(Pretrained):
         with one_line(f"models.{self.name}.path: cannot read {self.files.tokenizer}; fetch it again"):
             return sentencepiece.SentencePieceProcessor(model_file=str(self.files.tokenizer))
 
-    def prompt(self, text: str | None = None, voice: str | Path | np.ndarray | None = None) -> Prompt:
-        """PersonaPlex's prompt; voice: a `.pt` file or a waveform [samples], which is brought to -24 LUFS.
+    def prompt(self, text: str | None = None, voice: str | Path | np.ndarray | Tensor | None = None) -> Prompt:
+        """PersonaPlex's prompt; voice: a `.pt` file, a waveform [samples], which is brought to -24 LUFS, or its codes.
 
         Neither: no prompt at all.
         """
@@ -153,7 +154,9 @@ class Moshi(Pretrained):
             return Prompt()
         tokens = self.tokeniser().encode(system_text(text)) if text else None
         if isinstance(voice, np.ndarray):
-            return persona_prompt(tokens, self.config, voice_codes=self.codes(normalised(voice, self.sample_rate)))
+            voice = self.codes(normalised(voice, self.sample_rate))
+        if isinstance(voice, Tensor):
+            return persona_prompt(tokens, self.config, voice_codes=voice)
         stored = None if voice is None else load_voice(voice, self.config)
         return persona_prompt(tokens, self.config, voice=stored)
 

@@ -187,16 +187,16 @@ def _read_packed(
     return packed_linear(file.get_tensor(source).to(device), state, dtype)
 
 
-def save_net(net: MoshiNet, folder: str | Path, tokenizer: Path | None = None) -> None:
+def save_net(net: MoshiNet, folder: str | Path, tokenizer: Path | None = None, codec: str | None = None) -> None:
     """Write a folder that `load_net` reads back bit for bit: heads that are left, packed weights, pruned ones.
 
-    tokenizer: the sentencepiece model to put beside the weights. An earlier folder there is replaced.
+    tokenizer: the sentencepiece model to put beside the weights; codec: the codec's folder relative to this one. An earlier folder there is replaced.
     """
     state: dict[str, Tensor] = {}
     for name, value in net.state_dict().items():
         state[name] = value.detach().cpu().contiguous()
-    sounds = {"silence": list(net.config.silence), "sine": list(net.config.sine)}
-    raw = raw_config(net.config) | {"eqknobs": {"heads": [list(kept) for kept in net.heads]} | sounds}
+    ours = {"heads": [list(kept) for kept in net.heads], "codec": codec}
+    raw = raw_config(net.config) | {"eqknobs": ours | {"silence": list(net.config.silence), "sine": list(net.config.sine)}}
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         save_file(state, temporary / "model.safetensors")

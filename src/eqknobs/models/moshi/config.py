@@ -153,6 +153,18 @@ def read_raw(path: Path, where: str) -> dict[str, Any]:
     return raw
 
 
+def codec_of(model: dict[str, Any], config_file: Path | None, where: str) -> str:
+    """Folder or hub id of a model's codec: `codec` of its configuration, else what its own config.json says.
+
+    That is `eqknobs.codec`, a folder relative to the model's; a model of kyutai's or NVIDIA's says nothing and has
+    kyutai/mimi. Raises EqknobsError, naming `where`, for an unreadable config.json.
+    """
+    if model.get("codec") or config_file is None:
+        return str(model.get("codec") or "kyutai/mimi")
+    named = read_raw(config_file, where).get("eqknobs", {}).get("codec")
+    return str(config_file.parent / named) if named else "kyutai/mimi"
+
+
 def heads_left(raw: dict[str, Any], config: MoshiConfig, where: str) -> tuple[tuple[int, ...], ...]:
     """Layer by layer, the numbers of the heads that a saved model has left; of one from the hub, all.
 

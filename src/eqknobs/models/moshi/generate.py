@@ -152,7 +152,8 @@ class Dialogue:
 
     Feeding the prompts is part of making the object; then `step` takes one frame after another. Prompts end together:
     a row with a shorter one begins later and sees nothing of the columns before, so that it says what it would say
-    alone. The KV cache holds the conversation or the model's context, whichever is shorter.
+    alone. The KV cache holds the conversation or the model's context, whichever is shorter. `text` [B, frames]: a
+    monologue that the agent is made to have.
     """
 
     @torch.inference_mode()
@@ -163,6 +164,7 @@ class Dialogue:
         batch: int = 1,
         prompt: Prompt | Sequence[Prompt] | None = None,
         sampling: Sampling = GREEDY,
+        text: Tensor | None = None,
     ):
         prompts = [prompt or Prompt()] * batch if prompt is None or isinstance(prompt, Prompt) else list(prompt)
         if len(prompts) != batch:
@@ -177,6 +179,8 @@ class Dialogue:
         self.grid = torch.full(shape, UNKNOWN, device=net.device)
         for row, prompt in enumerate(prompts):
             _write(self.grid[row, :, first[row] :], net, prompt)
+        if text is not None:
+            self.grid[:, 0, self.place : self.last] = text
         x = net.embed(self.grid[:, :, : self.place])
         for row, prompt in enumerate(prompts):
             if prompt.voice is not None:
@@ -226,15 +230,19 @@ def _write(grid: Tensor, net: MoshiNet, prompt: Prompt) -> None:
 
 
 def generate(
-    net: MoshiNet, user: Tensor, prompt: Prompt | Sequence[Prompt] | None = None, sampling: Sampling = GREEDY
+    net: MoshiNet,
+    user: Tensor,
+    prompt: Prompt | Sequence[Prompt] | None = None,
+    sampling: Sampling = GREEDY,
+    text: Tensor | None = None,
 ) -> Reply:
     """Let the agent converse with users whose codes [B, 8, T] are given, after one prompt or one each.
 
-    Raises EqknobsError for another shape, or another number of prompts.
+    text [B, T]: its monologue, if it is not to choose it. Raises EqknobsError for another shape, or another number of prompts.
     """
     if user.ndim != 3 or user.shape[1] != net.config.codebooks or not user.shape[2]:
         raise EqknobsError(f"the user's codes must be [batch, {net.config.codebooks}, frames], got {list(user.shape)}")
     batch, _, frames = user.shape
-    dialogue = Dialogue(net, frames, batch, prompt, sampling)
+    dialogue = Dialogue(net, frames, batch, prompt, sampling, text)
     replies = [dialogue.step(frame) for frame in user.to(net.device).unbind(-1)]
     return Reply(torch.cat([r.text for r in replies], -1), torch.cat([r.codes for r in replies], -1))

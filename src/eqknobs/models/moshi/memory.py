@@ -20,6 +20,7 @@ from eqknobs.models.moshi.config import (
     FRAME_RATE,
     MoshiConfig,
     Nf4,
+    codec_of,
     heads_left,
     read_config,
     read_raw,
@@ -298,10 +299,12 @@ def _files(path: str, revision: str | None, where: str) -> tuple[Path, Path] | N
 def _codec_bytes(model: dict[str, Any]) -> int:
     """Bytes of the codec in float32: by its file's header where it is in a folder, else those of kyutai/mimi."""
     total = 0
-    for path in sorted(Path(str(model.get("codec") or "kyutai/mimi")).glob("model*.safetensors")):
+    where = f"models.{model['name']}"
+    files = _files(str(model["path"]), model.get("revision"), where)
+    for path in sorted(Path(codec_of(model, files and files[0], where)).glob("model*.safetensors")):
         try:
             with safe_open(path, framework="np") as file:
                 total += 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except Exception as error:  # OSError, SafetensorError
-            raise EqknobsError(f"models.{model['name']}.codec: cannot read {path} ({error}); fetch it again") from error
+            raise EqknobsError(f"{where}.codec: cannot read {path} ({error}); fetch it again") from error
     return total or MIMI_BYTES
