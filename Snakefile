@@ -33,9 +33,11 @@ rule all:
         (
             TRAINED
             if "codec_training" in config
-            else SPOKEN
-            if "speech_lm_training" in config
-            else f"{RUN}/report/index.html"
+            else (
+                SPOKEN
+                if "speech_lm_training" in config
+                else f"{RUN}/report/index.html"
+            )
         ),
 
 

@@ -9,10 +9,10 @@ writes clips 0 to 9999: OUT/<voice>/<number>.flac (16 kHz) with <number>.json be
 frame in which each word begins and, last, the one in which the speech has ended. A clip follows from the seed and its
 number alone; finished clips stay, so that the tool can be stopped, repeated and run beside itself.
 
-Piper's graph counts how many of its 256-sample frames a phoneme takes in its node `Ceil`. The graph is cut there, so that
-durations become an input: every word is rounded to a multiple of n frames, and the sound is read at n * 256 / .08 Hz,
-where n frames are exactly one code frame of 80 ms. n = 7 reads joe (22.05 kHz) as 22.4 kHz; n = 9 reads it as 28.8 kHz, a
-second voice, higher in pitch and formants.
+Piper's graph counts how many of its 256-sample frames a phoneme takes in its node `Ceil`. The graph is cut there, so
+that durations become an input: every word is rounded to a multiple of n frames, and the sound is read at n * 256 / .08
+Hz, where n frames are exactly one code frame of 80 ms. n = 7 reads joe (22.05 kHz) as 22.4 kHz; n = 9 reads it as 28.8
+kHz, a second voice, higher in pitch and formants.
 """
 
 import argparse
@@ -36,7 +36,8 @@ VOICES = {"joe": 7, "joe-bright": 9}  # Piper frames a code frame
 LENGTH = 1.1  # Piper's length scale at 7 frames
 LEAD, TAIL = 5, 6  # code frames of silence before and after the words
 # espeak says these slurred, or as letters' names, when they stand alone
-PHONEMES = {"the": "ðə", "in": "ɪn", "at": "æt", "on": "ɔn", "this": "ðɪs", "with": "wɪð", "were": "wɜː", "there": "ðɛɹ"}
+PHONEMES = {"the": "ðə", "in": "ɪn", "at": "æt", "on": "ɔn", "this": "ðɪs", "with": "wɪð", "were": "wɜː"}
+PHONEMES["there"] = "ðɛɹ"
 
 
 class Joe:
@@ -98,7 +99,7 @@ class Joe:
 
 
 def clip(joe: Joe, text: str, unit: int) -> tuple[np.ndarray, list[int]]:
-    """A clip [samples] at 16 kHz, RMS -23 dBFS, and the code frame in which each word begins and the speech has ended."""
+    """A clip [samples] at 16 kHz, RMS -23 dBFS, and the code frames in which its words begin and, last, have ended."""
     sound, starts = joe.speak(text, unit)
     sound = soxr.resample(sound.astype(np.float64), unit * HOP * RATE / FRAME, RATE)
     sound *= 10 ** (-23 / 20) / np.sqrt(np.mean(sound**2))

@@ -162,8 +162,9 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
 
     slices = {
         "codec_training": lambda: {**config["codec_training"], "seed": seed, "device": device},
-        "speech_lm_training": lambda: {k: v for k, v in config["speech_lm_training"].items() if k != "scores"}
-        | {"seed": seed},
+        "speech_lm_training": lambda: (
+            {k: v for k, v in config["speech_lm_training"].items() if k != "scores"} | {"seed": seed}
+        ),
         "speech_lm_scores": lambda: {k: config["speech_lm_training"][k] for k in ("speech", "codec", "scores")},
         "manifest": lambda: {"data": config["data"], "seed": seed},
         "activations": model,

@@ -167,7 +167,7 @@ def test_generation_hears_the_user_and_ends(net):
         generate(net, user[:, :5])
 
 
-# Within the context of 40 columns, and beyond it; there not sampled, as rounding (1e-6 of a logit) then and now decides.
+# Within the context of 40 columns, and beyond it; there not sampled, as rounding (1e-6 of a logit) may decide.
 @pytest.mark.parametrize(("frames", "sampling"), [(12, GREEDY), (12, Sampling(seed=5)), (40, GREEDY)])
 def test_a_batch_with_one_prompt_a_row_equals_one_by_one_generation(net, frames, sampling):
     user = torch.cat([cases.USER, cases.USER.flip(0)])[:, :, :frames]
@@ -604,7 +604,8 @@ def test_agent_stream(folder, codec, model):
     speaking = load_model(config_of(folder, codec, stream="agent"))
     wav = clip(0.5)
     grid = speaking.grid(wav)
-    assert torch.equal(grid[0, KYUTAI.agent], speaking.codes(wav)) and grid[0, KYUTAI.user, 0].tolist() == list(PERSONA_SINE)
+    assert torch.equal(grid[0, KYUTAI.agent], speaking.codes(wav))
+    assert grid[0, KYUTAI.user, 0].tolist() == list(PERSONA_SINE)
     assert np.abs(speaking.encode(wav, "residual.0") - model.encode(wav, "residual.0")).max() > 0.1
 
 

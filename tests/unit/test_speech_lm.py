@@ -1,6 +1,7 @@
 """Sequences, training and scoring of a small speech LM, on tones for words."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,15 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
+from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.generate import GREEDY
+from eqknobs.models.moshi.interventions import zeroed_heads
+from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.speech_lm import grammar
+from eqknobs.speech_lm.circuit import codes, write_copying
 from eqknobs.speech_lm.data import CUT, LEAD, Sequences, collate, encode_speech, read_clips, write_tokeniser
 from eqknobs.speech_lm.evaluation import Speaker, random_heads_zeroed, table
-from eqknobs.speech_lm.training import batch_of, learning_rate, losses, train
+from eqknobs.speech_lm.training import batch_of, learning_rate, losses, new_net, right, train
 
 CFG = {"seed": 1, "codec": str(CODEC), "levels": 2, "model": SIZES, "batch": 4, "copy_rows": 1, "voice_prompts": 0.5}
 CFG |= {"steps": 6, "learning_rate": 0.01, "copy_steps": 4, "copy_batch": 3, "copy_easy": 0.5, "warmup": 2}
@@ -91,7 +96,8 @@ def test_a_sequence_holds_its_prompt_and_words_two_frames_early(sequences, model
 
 
 def test_losses_count_the_dialogue_only(sequences, model):
-    rows = [sequences.draw(clip, 10, random.Random(0)) for clip in sequences.clips[:3]] + [sequences.copying(random.Random(1), 0)]
+    rows = [sequences.draw(clip, 10, random.Random(0)) for clip in sequences.clips[:3]]
+    rows.append(sequences.copying(random.Random(1), 0))
     codes, dialogue = collate(rows)
     text, due, _, audio = losses(model.net, codes, dialogue)
     assert len(text) == len(due) == dialogue.sum() == sum(frames.shape[1] - prompt for frames, prompt in rows)
@@ -115,7 +121,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path):
     assert log["step"].tolist() == [3, 4, 5, 10] and log["text"].iloc[-1] < log["text"].iloc[0]
     with pytest.raises(EqknobsError, match="another model, seed or start"):
         train(cfg | {"seed": 2}, tmp_path / "model", tmp_path / "work")
-    with pytest.raises(EqknobsError, match="start: .* has other sizes, sounds or words"):
+    with pytest.raises(EqknobsError, match=r"start: .* has other sizes, sounds or words"):
         train(cfg | {"start": str(world / "model"), "model": SIZES | {"layers": 1}}, tmp_path / "m", tmp_path / "w")
 
 
@@ -158,3 +164,19 @@ def test_heads_are_zeroed_by_seed_and_given_back(model):
     with random_heads_zeroed(model.net, 1.0, 0):
         none = model.net(codes).text
     assert not torch.equal(one, intact) and not torch.equal(one, none) and torch.equal(model.net(codes).text, intact)
+
+
+def test_the_circuit_copies_a_prompt_without_training(sequences):
+    sizes = SIZES | {"dim": 128, "heads": 4}
+    config = MoshiConfig(**sizes, text_card=sequences.config.text_card, card=512, silence=(1,) * 8, sine=(2,) * 8)
+    rows = collate([sequences.copying(random.Random(i), 0.0) for i in range(20)])
+    net = new_net(config, 0)
+    _, due, said, _ = losses(net, *rows)
+    assert right(due, said) > 0.3
+    with zeroed_heads(net, {0: [0]}):
+        _, due, blind, _ = losses(net, *rows)
+    assert right(due, blind) < 0.1
+    signs = codes(100)
+    assert (signs @ signs.T).fill_diagonal_(0).max() <= 16 - 2 * 5
+    with pytest.raises(EqknobsError, match="too small for the circuit"):
+        write_copying(MoshiNet(replace(config, heads=8)), 4)

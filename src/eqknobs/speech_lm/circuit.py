@@ -22,8 +22,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.network import MoshiNet
 
 BITS = 16
-# places in the residual stream: one, 1 of words, then the codes of the token, of the one before, of the last word, and of
-# what is to be said
+# places in the residual stream: one; 1 of words; then the codes of the token, of the one before, of the last word, and
+# of what is to be said
 ONE, WORD, TOKEN, BEFORE, LAST, SAY = 0, 1, *(2 + BITS * i for i in range(4))
 PLACES = 2 + 4 * BITS
 GAIN = 0.8  # of what the embeddings hold there, beside a norm of about 3 elsewhere
@@ -78,7 +78,7 @@ def write_copying(net: MoshiNet, first_word: int) -> None:
 
 
 def _head(net: MoshiNet, layer: int, head: int, source: int, target: int) -> tuple[Tensor, Tensor]:
-    """Clear a head and let it carry a code from one place to another; returns its query and key weights [head_dim, dim]."""
+    """Clear a head and let it carry a code from one place to another; returns query and key weights [head_dim, dim]."""
     attention, size = net.layers[layer].self_attn, net.config.head_dim
     width = size * net.config.heads
     rows = [attention.in_proj.weight[i * width + head * size : i * width + (head + 1) * size] for i in range(3)]

@@ -6,7 +6,6 @@ last, the one in which the speech has ended. The folder it lies in is its voice.
 """
 
 import io
-import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ def codes_of(codec: Mimi, wav: np.ndarray, codebooks: int) -> np.ndarray:
 
 
 def sounds(codec: Mimi, codebooks: int) -> dict[str, tuple[int, ...]]:
-    """A codec's steady codes of silence and of PersonaPlex's sine of 440 Hz; where the sine's codes cycle, one frame's."""
+    """A codec's steady codes of silence and of PersonaPlex's sine of 440 Hz (one frame's, where they cycle)."""
     rate = codec.sample_rate
     waves = {"silence": np.zeros(4 * rate), "sine": 0.1 * np.sin(2 * np.pi * 440 * np.arange(4 * rate) / rate)}
     return {name: tuple(map(int, codes_of(codec, wave, codebooks)[:, -3])) for name, wave in waves.items()}
@@ -138,7 +137,7 @@ class Sequences:
         out, at = torch.full((frames,), self.config.pad), -1
         tokens = self.tokeniser.encode(text)
         if len(tokens) != len(starts) or 0 in tokens:
-            raise EqknobsError(f"speech LM: {text!r} has words that the tokeniser does not know, or not one start a word")
+            raise EqknobsError(f"speech LM: {text!r} has words without a token, or not one start a word")
         for token, start in zip(tokens, starts, strict=True):
             at = max(at + 1, start)
             out[at] = token

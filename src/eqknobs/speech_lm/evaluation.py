@@ -1,9 +1,9 @@
 """What a small Moshi says when it is told sentences that it was not trained on, judged by a recogniser.
 
-Every answer is generated after a prompt of a voice and a sentence, to a user who keeps silent, in batches with one prompt
-a row. Conditions: `intact` (the likeliest tokens), `sampled`, `forced` (the right monologue given: how clearly it speaks,
-apart from what it says) and `heads_zeroed_<share>`, that share of the temporal transformer's heads, drawn at random by the
-seed. The speaker of an answer is the voice that the prompt asks for.
+Every answer is generated after a prompt of a voice and a sentence, to a user who keeps silent, in batches with one
+prompt a row. Conditions: `intact` (the likeliest tokens), `sampled`, `forced` (the right monologue given: how clearly
+it speaks, apart from what it says) and `heads_zeroed_<share>`, that share of the temporal transformer's heads, drawn at
+random by the seed. The speaker of an answer is the voice that the prompt asks for.
 """
 
 import random
@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from eqknobs.audio import write_flac
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, write_csv
 from eqknobs.judges import SpeakerEncoder, Transcriber, similarity, word_errors
@@ -123,12 +124,10 @@ class Speaker:
             record |= {"heard": heard, "errors_codec": self.codec_errors[number], "one": 1, "frames": len(text)}
             record |= {"silent": int(not heard.strip() or not said), "pads": int((text == self.model.config.pad).sum())}
             record["endless"] = int((text[-round(FRAME_RATE) :] >= SPECIAL).any())
-            record |= {"similarity_prompt": similarity(embedding, mine), "similarity_other": max(others, default=np.nan)}
-            record["voice_right"] = float(record["similarity_prompt"] > record["similarity_other"])
+            alike, other = similarity(embedding, mine), max(others, default=np.nan)
+            record |= {"similarity_prompt": alike, "similarity_other": other, "voice_right": float(alike > other)}
             records.append(record | {"seconds": seconds, "sound": len(wav) / self.model.sample_rate})
             if audio is not None and number < 8:
-                from eqknobs.audio import write_flac
-
                 write_flac(audio / f"{condition}_{seed}_{number}.flac", wav, self.model.sample_rate)
         return records
 

@@ -93,7 +93,7 @@ def losses(
 
 
 def batch_of(step: int, cfg: dict[str, Any], sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """The batch of a step: before `copy_steps` without sound; then clips of about one length, and some without sound."""
+    """The batch of a step: before `copy_steps` without sound; then clips of about one length and a few without."""
     rng = random.Random(f"{cfg['seed']}-{step}")
     if step < cfg["copy_steps"]:
         ease = min(1.0, max(0.0, 2 - step / (cfg["copy_easy"] * cfg["copy_steps"])))  # easy, then a line to hard

@@ -69,9 +69,9 @@ class Moshi(Pretrained):
         self.hop = place.hop * self.codec.stride
         if self.sample_rate != FRAME_RATE * self.hop or self.codec.config.codebook_size != self.config.card:
             raise EqknobsError(
-                f"models.{self.name}.codec: the model reads codes of {self.config.card} values at {FRAME_RATE} Hz, this "
-                f"codec gives {self.codec.config.codebook_size} at {self.sample_rate / self.hop:g} Hz; take the model's "
-                "own (of Moshi and PersonaPlex: kyutai/mimi)"
+                f"models.{self.name}.codec: the model reads codes of {self.config.card} values at {FRAME_RATE} Hz, "
+                f"this codec gives {self.codec.config.codebook_size} at {self.sample_rate / self.hop:g} Hz; take the "
+                "model's own (of Moshi and PersonaPlex: kyutai/mimi)"
             )
         self.context = place.context + self.config.layers * self.config.context / FRAME_RATE
 

@@ -98,7 +98,7 @@ def load_net(
     """Read a checkpoint tensor by tensor, packing on the way the linears that `nf4` names.
 
     dtype: of all else and of the computations. Weights that are packed in the file stay as they are. Of a depformer
-    with steps for both speakers the first half is taken: the others make the user's codes, and no step sees a later one.
+    with steps for both speakers the first half is taken: the others make the user's codes; no step sees a later one.
     On a CPU, tensors that need no conversion stay mapped to the file.
 
     Raises EqknobsError: a pattern of `nf4` that no linear matches, unreadable file, keys or shapes that are not
@@ -190,13 +190,14 @@ def _read_packed(
 def save_net(net: MoshiNet, folder: str | Path, tokenizer: Path | None = None, codec: str | None = None) -> None:
     """Write a folder that `load_net` reads back bit for bit: heads that are left, packed weights, pruned ones.
 
-    tokenizer: the sentencepiece model to put beside the weights; codec: the codec's folder relative to this one. An earlier folder there is replaced.
+    tokenizer: the sentencepiece model to put beside the weights; codec: the codec's folder, relative to this
+    one. An earlier folder there is replaced.
     """
     state: dict[str, Tensor] = {}
     for name, value in net.state_dict().items():
         state[name] = value.detach().cpu().contiguous()
-    ours = {"heads": [list(kept) for kept in net.heads], "codec": codec}
-    raw = raw_config(net.config) | {"eqknobs": ours | {"silence": list(net.config.silence), "sine": list(net.config.sine)}}
+    sounds = {"silence": list(net.config.silence), "sine": list(net.config.sine)}
+    raw = raw_config(net.config) | {"eqknobs": {"heads": [list(kept) for kept in net.heads], "codec": codec} | sounds}
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         save_file(state, temporary / "model.safetensors")

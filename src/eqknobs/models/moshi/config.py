@@ -202,8 +202,8 @@ def read_config(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: 
         scale, codebooks = float(raw["hidden_scale"]), int(raw["n_q"]) // 2
         if raw["n_q"] != 2 * codebooks or raw["dep_q"] not in (codebooks, 2 * codebooks):
             raise EqknobsError(
-                f"{where}: config.json has n_q {raw['n_q']} and dep_q {raw['dep_q']}, supported are two speakers: an even "
-                "n_q, and dep_q as many or half"
+                f"{where}: config.json has n_q {raw['n_q']} and dep_q {raw['dep_q']}, supported are two speakers: an "
+                "even n_q, and dep_q as many or half"
             )
         ours = raw.get("eqknobs", {})
         sounds = {key: tuple(map(int, ours[key])) for key in ("silence", "sine") if key in ours}

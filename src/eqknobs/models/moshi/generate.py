@@ -96,7 +96,7 @@ def load_voice(path: str | Path, config: MoshiConfig) -> Voice:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given before the dialogue: a voice or nothing, then frames [17, P] of undelayed codes or None."""
+    """What the model is given before the dialogue: a voice or None, then frames [17, P] of undelayed codes or None."""
 
     frames: Tensor | None = None
     voice: Voice | None = None
@@ -104,8 +104,10 @@ class Prompt:
     @property
     def columns(self) -> int:
         """Columns in front of the dialogue, the initial one included."""
-        return 1 + (0 if self.voice is None else len(self.voice.embeddings)) + (
-            0 if self.frames is None else self.frames.shape[1]
+        return (
+            1
+            + (0 if self.voice is None else len(self.voice.embeddings))
+            + (0 if self.frames is None else self.frames.shape[1])
         )
 
 
@@ -238,7 +240,8 @@ def generate(
 ) -> Reply:
     """Let the agent converse with users whose codes [B, 8, T] are given, after one prompt or one each.
 
-    text [B, T]: its monologue, if it is not to choose it. Raises EqknobsError for another shape, or another number of prompts.
+    text [B, T]: its monologue, if it is not to choose it. Raises EqknobsError for another shape, or another
+    number of prompts.
     """
     if user.ndim != 3 or user.shape[1] != net.config.codebooks or not user.shape[2]:
         raise EqknobsError(f"the user's codes must be [batch, {net.config.codebooks}, frames], got {list(user.shape)}")

@@ -81,7 +81,9 @@ class Plan:
         return [f"  {name:<36} {size / GIB:7.2f} GiB" for name, size in rows]
 
 
-def parameters(config: MoshiConfig, heads: tuple[int, ...], dep_q: int | None = None) -> Iterator[tuple[str, str, int, bool]]:
+def parameters(
+    config: MoshiConfig, heads: tuple[int, ...], dep_q: int | None = None
+) -> Iterator[tuple[str, str, int, bool]]:
     """(part, module, values, is a linear) of every parameter of `MoshiNet`. heads: those left, layer by layer."""
     c, dep_q = config, dep_q or config.codebooks
 
