@@ -2,9 +2,9 @@
 
     python benchmarks/speech_lm_answers.py [--model FOLDER] [--seconds S] [--out FILE]
 
-Greedy answers of S seconds to a silent user, each row after its own sentence of the grammar and, every other row, its
-own length. Columns of benchmarks/results/speech_lm_answers.csv: batch, threads, seconds (of sound, all rows), wall_s
-(median of three runs, the first one apart), times_real_time, equal (whether every row says what it says alone), machine.
+Greedy answers of S seconds to a silent user, each row after its own sentence of the grammar. Columns of
+benchmarks/results/speech_lm_answers.csv: batch, threads, seconds (of sound, all rows), wall_s (median of three runs, the
+first one apart), times_real_time, equal (whether every row says what it says alone), machine.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from statistics import median
 
 import pandas as pd
 import torch
+from moshi_speed import machine
 
 from eqknobs.io import write_csv
 from eqknobs.models.base import inference
@@ -22,7 +23,6 @@ from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.generate import Reply, generate
 from eqknobs.speech_lm.grammar import sentence
-from moshi_speed import machine
 
 HERE = Path(__file__).resolve().parent
 
