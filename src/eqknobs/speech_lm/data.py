@@ -90,7 +90,7 @@ def read_clips(folder: str | Path, codes: str | Path) -> dict[str, list[Clip]]:
     """All encoded clips in the order of their names, by the part that their sentence belongs to."""
     parts: dict[str, list[Clip]] = {"train": [], "val": [], "test": []}
     with np.load(codes) as stored:
-        for key in sorted(stored.files):
+        for key in sorted(stored.files, key=lambda key: key.split("/")[::-1]):
             facts = read_json(Path(folder) / f"{key}.json")
             clip = Clip(key.partition("/")[0], facts["text"], tuple(facts["frames"]), stored[key])
             parts[grammar.part_of(clip.text)].append(clip)
