@@ -3,8 +3,8 @@
     python benchmarks/speech_lm_answers.py [--model FOLDER] [--seconds S] [--out FILE]
 
 Greedy answers of S seconds to a silent user, each row after its own sentence of the grammar. Columns of
-benchmarks/results/speech_lm_answers.csv: batch, threads, seconds (of sound, all rows), wall_s (median of three runs, the
-first one apart), times_real_time, equal (whether every row says what it says alone), machine.
+benchmarks/results/speech_lm_answers.csv: batch, threads, seconds (of sound, all rows), wall_s (median of three runs,
+after a first), times_real_time, equal (whether every row says what it says alone), machine.
 """
 
 import argparse

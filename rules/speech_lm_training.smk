@@ -1,5 +1,5 @@
 # A configuration with `speech_lm_training` trains a speech LM and scores what it says (config/train-tiny-moshi.yaml).
-SPEECH_LM = f"{RUN}/model"
+SPEECH_LM = f"{RUN}/speech_lm"
 SPOKEN = f"{RUN}/tables/speech_lm.csv"
 
 

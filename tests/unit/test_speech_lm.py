@@ -26,7 +26,14 @@ from eqknobs.speech_lm.training import batch_of, learning_rate, losses, new_net,
 
 CFG = {"seed": 1, "codec": str(CODEC), "levels": 2, "model": SIZES, "batch": 4, "copy_rows": 1, "voice_prompts": 0.5}
 CFG |= {"steps": 6, "learning_rate": 0.01, "copy_steps": 4, "copy_batch": 3, "copy_easy": 0.5, "warmup": 2}
-CFG |= {"copy_learning_rate": 0.01, "decay": 0.5, "weight_decay": 0.1, "log_every": 5, "validation": 2, "bfloat16": False}
+CFG |= {
+    "copy_learning_rate": 0.01,
+    "decay": 0.5,
+    "weight_decay": 0.1,
+    "log_every": 5,
+    "validation": 2,
+    "bfloat16": False,
+}
 CFG |= {"drop": {"tokens": 0.1, "frames": 0.1, "depformer": 0.1}, "codebook_weights": [1.0] * 8}
 
 

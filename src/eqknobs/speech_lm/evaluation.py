@@ -85,10 +85,13 @@ class Speaker:
         """Word errors of what the recogniser hears in codes against a text, and that text's words."""
         return word_errors(text, self.transcriber.transcribe(self.sound(codes)))
 
-    def answers(self, batch: int, sampling: Sampling, forced: bool = False) -> Iterator[tuple[Clip, Tensor, Tensor]]:
-        """Every clip of the part with the text tokens [T] and codes [codebooks, T] that the model makes of it."""
-        for first in range(0, len(self.clips), batch):
-            rows = self.clips[first : first + batch]
+    def answers(
+        self, batch: int, sampling: Sampling, forced: bool = False, count: int | None = None
+    ) -> Iterator[tuple[Clip, Tensor, Tensor]]:
+        """The first `count` clips with the text tokens [T] and codes [codebooks, T] that the model makes of them."""
+        clips = self.clips[:count]
+        for first in range(0, len(clips), batch):
+            rows = clips[first : first + batch]
             prompts = []
             for clip in rows:
                 voice = self.sequences.voice_codes(clip.voice, VOICE_FRAMES, random.Random(clip.text))
@@ -104,13 +107,15 @@ class Speaker:
                 reply = generate(self.model.net, user.to(self.model.device), prompts, seeded, text)
             yield from zip(rows, reply.text.cpu(), reply.codes.cpu(), strict=True)
 
-    def score(self, condition: str, seed: int, batch: int, audio: Path | None = None) -> list[dict[str, Any]]:
-        """One record an answer. audio: a folder for the sound of the first eight answers."""
+    def score(
+        self, condition: str, seed: int, batch: int, audio: Path | None = None, count: int | None = None
+    ) -> list[dict[str, Any]]:
+        """One record an answer, of the first `count` clips. audio: a folder for the sound of the first eight."""
         share = float(condition.removeprefix("heads_zeroed_")) if condition.startswith("heads_zeroed_") else 0.0
         sampling = Sampling(seed=1000 * seed) if condition == "sampled" else GREEDY
         with random_heads_zeroed(self.model.net, share, seed):
             begun = time.perf_counter()
-            answers = list(self.answers(batch, sampling, condition == "forced"))
+            answers = list(self.answers(batch, sampling, condition == "forced", count))
             sounds = [self.sound(codes) for _, _, codes in answers]
             seconds = (time.perf_counter() - begun) / len(answers)
         records = []
@@ -151,8 +156,9 @@ def table(answers: pd.DataFrame, model: str, split: str, draws: int) -> pd.DataF
 def evaluate(cfg: dict[str, Any], folder: str | Path, codes: str | Path, out_csv: str | Path) -> None:
     """Score the checkpoint in `folder` and write `speech_lm.csv`, one record an answer beside it, and some sound.
 
-    cfg: speech (folder of clips), codec, scores (split, answers, conditions, seeds, batch, asr, beam, draws). `intact`
-    and `forced` have one seed.
+    cfg: speech (folder of clips), codec, scores (split, answers, zeroed_answers, conditions, seeds, batch, asr, beam,
+    draws): `zeroed_answers` for each seed of the conditions with heads zeroed, else `answers`; `intact` and `forced`
+    have one seed.
     """
     scores, out_csv = cfg["scores"], Path(out_csv)
     model = Moshi({"name": "tiny-moshi", "path": str(folder), "codec": cfg["codec"], "device": "cpu"})
@@ -164,7 +170,9 @@ def evaluate(cfg: dict[str, Any], folder: str | Path, codes: str | Path, out_csv
         audio.mkdir()
         for condition in scores["conditions"]:
             for seed in range(1 if condition in ("intact", "forced") else scores["seeds"]):
-                records += speaker.score(condition, seed, scores["batch"], audio if condition == "intact" else None)
-                print(table(pd.DataFrame(records[-len(clips) :]), "", "", 1).iloc[0, 2:15].to_dict(), flush=True)
+                count = scores["zeroed_answers"] if condition.startswith("heads") else len(clips)
+                folder = audio if condition == "intact" else None
+                records += speaker.score(condition, seed, scores["batch"], folder, count)
+                print(table(pd.DataFrame(records[-count:]), "", "", 1).iloc[0, 2:15].to_dict(), flush=True)
     write_csv(out_csv.with_name("speech_lm_answers.csv"), pd.DataFrame(records))
     write_csv(out_csv, table(pd.DataFrame(records), model.name, scores["split"], scores["draws"]))
