@@ -95,7 +95,7 @@ def test_a_sequence_holds_its_prompt_and_words_two_frames_early(sequences, model
     assert (frames[0] > 3).sum() == len(tokens) and model.monologue(frames[0]) == clip.text
     assert np.array_equal(frames[model.config.agent], clip.codes[0, :, CUT:])
     drawn, begin = sequences.draw(clip, 12, random.Random(3))
-    assert torch.equal(drawn[0, begin:], frames[0]) and clip.text == model.monologue(drawn[0, begin:])
+    assert torch.equal(drawn[0, begin : begin + len(frames[0])], frames[0]) and clip.text == model.monologue(drawn[0, begin:])
     for ease in (0.0, 1.0):
         copied, begin = sequences.copying(rng, ease)
         asked = model.monologue(copied[0, :begin]).replace("<system>", "").strip()

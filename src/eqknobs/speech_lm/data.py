@@ -167,8 +167,13 @@ class Sequences:
         return torch.from_numpy(clip.codes[0, :, begin : begin + frames].astype(np.int64))
 
     def draw(self, clip: Clip, voice_frames: int, rng: random.Random) -> tuple[Tensor, int]:
-        """A training sequence of a clip: mostly with its text as prompt; a sixth of them with somebody else talking."""
-        frames = self.spoken(clip, rng.randrange(len(clip.codes)))
+        """A training sequence of a clip, with up to 15 frames of silence behind it, so that the agent learns to end.
+
+        Mostly with its text as prompt; a sixth with somebody else talking.
+        """
+        quiet = torch.empty(self.config.streams, rng.choice((0, rng.randrange(16))), dtype=torch.long)
+        quiet[0], quiet[self.config.agent.start :] = self.config.pad, torch.tensor(2 * self.config.silence)[:, None]
+        frames = torch.cat([self.spoken(clip, rng.randrange(len(clip.codes))), quiet], 1)
         if rng.random() < 1 / 6:
             other = torch.from_numpy(rng.choice(self.clips).codes[0].astype(np.int64))[:, : frames.shape[1]]
             frames[self.config.user, : other.shape[1]] = other
@@ -192,9 +197,9 @@ class Sequences:
         for word in text.split():
             starts.append(at)
             at += rng.choice(self.durations.get(word, [4])) if loose else 1
-        frames = torch.full((self.config.streams, at + 3), -1)
+        frames = torch.full((self.config.streams, at + rng.randint(3, 15)), -1)
         frames[self.config.user] = torch.tensor(self.config.silence)[:, None]
-        frames[0] = self.monologue(text, starts, at + 3)
+        frames[0] = self.monologue(text, starts, frames.shape[1])
         prompt = self.prompt(text, None)
         return torch.cat([prompt, frames], 1), prompt.shape[1]
 
