@@ -95,7 +95,9 @@ def test_a_sequence_holds_its_prompt_and_words_two_frames_early(sequences, model
     assert (frames[0] > 3).sum() == len(tokens) and model.monologue(frames[0]) == clip.text
     assert np.array_equal(frames[model.config.agent], clip.codes[0, :, CUT:])
     drawn, begin = sequences.draw(clip, 12, random.Random(3))
-    assert torch.equal(drawn[0, begin : begin + len(frames[0])], frames[0]) and clip.text == model.monologue(drawn[0, begin:])
+    assert torch.equal(drawn[0, begin : begin + len(frames[0])], frames[0]) and clip.text == model.monologue(
+        drawn[0, begin:]
+    )
     for ease in (0.0, 1.0):
         copied, begin = sequences.copying(rng, ease)
         asked = model.monologue(copied[0, :begin]).replace("<system>", "").strip()
@@ -145,22 +147,24 @@ def test_an_epoch_holds_every_clip_once_and_rates_end_low(sequences):
 
 def test_scores_of_answers(world, model):
     parts = read_clips(world / "speech", world / "work/codes.npz")
-    asr = {"asr": "tiny.en", "beam": 1, "device": "cpu"}
-    speaker = Speaker(model, parts["test"], parts["train"], asr)
-    batched, single = (list(speaker.answers(batch, GREEDY)) for batch in (3, 1))
+    cfg = {"asr": "tiny.en", "beam": 1, "batch": 3, "temperature": 0.5}
+    speaker = Speaker(model, parts["test"], parts["train"], cfg)
+    batched = list(speaker.answers(GREEDY))
+    speaker.cfg = cfg | {"batch": 1}
+    single = list(speaker.answers(GREEDY))
     assert len(batched) == PARTS["test"]
     assert all(torch.equal(a[2], b[2]) and torch.equal(a[1], b[1]) for a, b in zip(batched, single))
-    forced = speaker.score("forced", 0, 4)
+    forced = speaker.score("forced", 0)
     assert [record["said"] for record in forced] == [clip.text for clip in parts["test"]]
     assert all(record["errors_prompt"] == 0 and record["endless"] == 0 for record in forced)
-    zeroed = speaker.score("heads_zeroed_.5", 1, 4)
+    zeroed = speaker.score("heads_zeroed_.5", 1)
     found = table(pd.DataFrame(forced + zeroed), "m", "test", 50).set_index("condition")
     assert found.loc["forced", "wer_prompt"] == 0 and found.loc["forced", "pad_share"] < 1
     words, errors = (sum(record[key] for record in zeroed) for key in ("words_monologue", "errors_monologue"))
     wer = found.loc["heads_zeroed_.5", "wer_monologue"]
     assert np.isnan(wer) if not words else wer == pytest.approx(errors / words)
     with pytest.raises(EqknobsError, match="no clip of the part"):
-        Speaker(model, [], parts["train"], asr)
+        Speaker(model, [], parts["train"], cfg)
 
 
 def test_heads_are_zeroed_by_seed_and_given_back(model):

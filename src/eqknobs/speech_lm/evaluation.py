@@ -25,7 +25,7 @@ from eqknobs.judges import SpeakerEncoder, Transcriber, similarity, word_errors
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
-from eqknobs.models.moshi.generate import GREEDY, Sampling, generate
+from eqknobs.models.moshi.generate import Sampling, generate
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.speech_lm.data import SPECIAL, Clip, Sequences, read_clips
@@ -61,15 +61,17 @@ class Speaker:
     """Lets a model say held-out sentences, and judges what it says.
 
     clips: those of the part whose sentences are said; known: clips of every voice, from which voice prompts and the
-    voices' mean embeddings are taken. Raises EqknobsError if there are no clips.
+    voices' mean embeddings are taken; cfg: asr, beam, batch (rows that are generated together) and temperature (of sound
+    and text, where it samples). Raises EqknobsError if there are no clips.
     """
 
-    def __init__(self, model: Moshi, clips: list[Clip], known: list[Clip], asr: dict[str, Any]) -> None:
+    def __init__(self, model: Moshi, clips: list[Clip], known: list[Clip], cfg: dict[str, Any]) -> None:
         if not clips or {clip.voice for clip in clips} - {clip.voice for clip in known}:
             raise EqknobsError("speech LM: no clip of the part to be scored, or none of its voices to compare with")
-        self.model, self.clips, self.tokeniser = model, clips, model.tokeniser()
-        self.sequences = Sequences(known, self.tokeniser, model.config)
-        self.transcriber, self.encoder = Transcriber(asr), SpeakerEncoder()
+        self.model, self.clips, self.cfg = model, clips, cfg
+        self.sequences = Sequences(known, model.tokeniser(), model.config)
+        judge = {"asr": cfg["asr"], "beam": cfg["beam"], "device": "cpu"}
+        self.transcriber, self.encoder = Transcriber(judge), SpeakerEncoder()
         self.frames = max(clip.codes.shape[2] for clip in clips) + round(FRAME_RATE)
         self.voices = {}
         for voice, said in sorted(self.sequences.by_voice.items()):
@@ -86,10 +88,10 @@ class Speaker:
         return word_errors(text, self.transcriber.transcribe(self.sound(codes)))
 
     def answers(
-        self, batch: int, sampling: Sampling, forced: bool = False, count: int | None = None
+        self, sampling: Sampling, forced: bool = False, count: int | None = None
     ) -> Iterator[tuple[Clip, Tensor, Tensor]]:
         """The first `count` clips with the text tokens [T] and codes [codebooks, T] that the model makes of them."""
-        clips = self.clips[:count]
+        clips, batch = self.clips[:count], self.cfg["batch"]
         for first in range(0, len(clips), batch):
             rows = clips[first : first + batch]
             prompts = []
@@ -108,14 +110,15 @@ class Speaker:
             yield from zip(rows, reply.text.cpu(), reply.codes.cpu(), strict=True)
 
     def score(
-        self, condition: str, seed: int, batch: int, audio: Path | None = None, count: int | None = None
+        self, condition: str, seed: int, audio: Path | None = None, count: int | None = None
     ) -> list[dict[str, Any]]:
         """One record an answer, of the first `count` clips. audio: a folder for the sound of the first eight."""
         share = float(condition.removeprefix("heads_zeroed_")) if condition.startswith("heads_zeroed_") else 0.0
-        sampling = Sampling(seed=1000 * seed) if condition == "sampled" else GREEDY
+        heat = self.cfg["temperature"] if condition == "sampled" else 0.0
+        sampling = Sampling(temperature=heat, text_temperature=heat, seed=1000 * seed)
         with random_heads_zeroed(self.model.net, share, seed):
             begun = time.perf_counter()
-            answers = list(self.answers(batch, sampling, condition == "forced", count))
+            answers = list(self.answers(sampling, condition == "forced", count))
             sounds = [self.sound(codes) for _, _, codes in answers]
             seconds = (time.perf_counter() - begun) / len(answers)
         records = []
@@ -156,15 +159,15 @@ def table(answers: pd.DataFrame, model: str, split: str, draws: int) -> pd.DataF
 def evaluate(cfg: dict[str, Any], folder: str | Path, codes: str | Path, out_csv: str | Path) -> None:
     """Score the checkpoint in `folder` and write `speech_lm.csv`, one record an answer beside it, and some sound.
 
-    cfg: speech (folder of clips), codec, scores (split, answers, zeroed_answers, conditions, seeds, batch, asr, beam,
-    draws): `zeroed_answers` for each seed of the conditions with heads zeroed, else `answers`; `intact` and `forced`
+    cfg: speech (folder of clips), codec, scores (split, answers, zeroed_answers, conditions, seeds, draws, and
+    those of `Speaker`): `zeroed_answers` for each seed of the conditions with heads zeroed, else `answers`; `intact` and `forced`
     have one seed.
     """
     scores, out_csv = cfg["scores"], Path(out_csv)
     model = Moshi({"name": "tiny-moshi", "path": str(folder), "codec": cfg["codec"], "device": "cpu"})
     parts = read_clips(cfg["speech"], codes)
     clips = parts[scores["split"]][: scores["answers"]]
-    speaker = Speaker(model, clips, parts["train"], {"asr": scores["asr"], "beam": scores["beam"], "device": "cpu"})
+    speaker = Speaker(model, clips, parts["train"], scores)
     records = []
     with atomic_path(out_csv.with_name("answers")) as audio:
         audio.mkdir()
@@ -172,7 +175,7 @@ def evaluate(cfg: dict[str, Any], folder: str | Path, codes: str | Path, out_csv
             for seed in range(1 if condition in ("intact", "forced") else scores["seeds"]):
                 count = scores["zeroed_answers"] if condition.startswith("heads") else len(clips)
                 folder = audio if condition == "intact" else None
-                records += speaker.score(condition, seed, scores["batch"], folder, count)
+                records += speaker.score(condition, seed, folder, count)
                 print(table(pd.DataFrame(records[-count:]), "", "", 1).iloc[0, 2:15].to_dict(), flush=True)
     write_csv(out_csv.with_name("speech_lm_answers.csv"), pd.DataFrame(records))
     write_csv(out_csv, table(pd.DataFrame(records), model.name, scores["split"], scores["draws"]))
