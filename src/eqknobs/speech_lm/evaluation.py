@@ -159,9 +159,9 @@ def table(answers: pd.DataFrame, model: str, split: str, draws: int) -> pd.DataF
 def evaluate(cfg: dict[str, Any], folder: str | Path, codes: str | Path, out_csv: str | Path) -> None:
     """Score the checkpoint in `folder` and write `speech_lm.csv`, one record an answer beside it, and some sound.
 
-    cfg: speech (folder of clips), codec, scores (split, answers, zeroed_answers, conditions, seeds, draws, and
-    those of `Speaker`): `zeroed_answers` for each seed of the conditions with heads zeroed, else `answers`; `intact` and `forced`
-    have one seed.
+    cfg: speech (folder of clips), codec, scores (split, answers, zeroed_answers, conditions, seeds, draws, and those of
+    `Speaker`): `zeroed_answers` for each seed of the conditions with heads zeroed, else `answers`; `intact` and
+    `forced` have one seed.
     """
     scores, out_csv = cfg["scores"], Path(out_csv)
     model = Moshi({"name": "tiny-moshi", "path": str(folder), "codec": cfg["codec"], "device": "cpu"})
