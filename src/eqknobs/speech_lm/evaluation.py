@@ -61,8 +61,8 @@ class Speaker:
     """Lets a model say held-out sentences, and judges what it says.
 
     clips: those of the part whose sentences are said; known: clips of every voice, from which voice prompts and the
-    voices' mean embeddings are taken; cfg: asr, beam, batch (rows that are generated together) and temperature (of sound
-    and text, where it samples). Raises EqknobsError if there are no clips.
+    voices' mean embeddings are taken; cfg: asr, beam, batch (rows that are generated together) and temperature (of
+    sound and text, where it samples). Raises EqknobsError if there are no clips.
     """
 
     def __init__(self, model: Moshi, clips: list[Clip], known: list[Clip], cfg: dict[str, Any]) -> None:
