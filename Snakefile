@@ -41,7 +41,7 @@ rule all:
         ),
 
 
-# Milestones: `snakemake caches` stops after the activation caches, and so on.
+# Milestones: `snakemake caches --cores 2` stops after the activation caches and their labels, and so on.
 rule manifests:
     input:
         f"{RUN}/manifest/manifest.csv",

@@ -15,7 +15,7 @@ rule activations:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("activations"),
+        cfg=cfg("activations", model=model_files),
     message:
         "Cache activations of {wildcards.target}"
     script:

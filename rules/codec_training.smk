@@ -19,7 +19,7 @@ rule codec_training:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("codec_training"),
+        cfg=cfg("codec_training", data=training_files),
     message:
         "Train a codec"
     script:

@@ -2,18 +2,25 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 from snakemake.resources import Resource
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from eqknobs.config import decodes, parse_target, stage_config, validate
+from eqknobs.config import decodes, describe, parse_target, settle, stage_config
 from eqknobs.errors import EqknobsError
+from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
-from eqknobs.provenance import code_inputs
+from eqknobs.provenance import DIGESTS, code_inputs, corpus_files
+from eqknobs.strict_yaml import read_yaml
 
 try:
-    validate(config)
+    # Snakemake's own reader takes the last of two equal keys without a word.
+    for file in workflow.configfiles:
+        read_yaml(file)
+    settle(config, workflow.config_settings.config)
     if workflow.is_main_process:
+        logger.info(describe(config, corpus_files))
         check_memory(config)
 except EqknobsError as error:
     raise WorkflowError(str(error)) from None
@@ -24,6 +31,13 @@ CODEC_TARGETS = [target for target in TARGETS if decodes(config, target)]
 PROPERTIES = config["probes"]["properties"]
 SAES = sorted(config["saes"] or {})  # null: caches, labels and probes only
 SEEDS = sorted(config["sae_seeds"])
+SAE_FILES = ["config.json", "sae.safetensors"]
+# Of every SAE of a target, the first seed's files.
+FIRST_SAES = expand(
+    f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/{{file}}",
+    sae=SAES,
+    file=SAE_FILES,
+)
 GRIDS = [name for name in SAES if "grid" in config["saes"][name]]
 SOUND_STAGES = ["codec", "steering", "importance"]
 ENV = "../envs/eqknobs.yaml"
@@ -41,14 +55,37 @@ wildcard_constraints:
     stage="codec|steering|importance",
 
 
-def cfg(stage):
-    """The one parameter of a rule: its slice of the configuration."""
-    return lambda wildcards: stage_config(config, stage, **dict(wildcards))
+def script_of(stage):
+    return Path(workflow.basedir) / "workflow" / "scripts" / f"{stage}.py"
+
+
+def cfg(stage, **outside):
+    """The one parameter of a rule: its slice of the configuration, and digests of what it reads from outside results/.
+
+    `outside` names functions of the wildcards that list files, or tell a digest themselves; the code of the stage is
+    always among the digests.
+    """
+
+    def parameter(wildcards):
+        content = {"code": code_inputs(script_of(stage))}
+        content |= {name: found(wildcards) for name, found in outside.items()}
+        for name, files in content.items():
+            content[name] = files if isinstance(files, str) else DIGESTS.of(files)
+        slice = stage_config(config, stage, **dict(wildcards))
+        return {**slice, "content": dict(sorted(content.items()))}
+
+    return parameter
+
+
+def sounds_of(stage):
+    """A mark of a stage's renders, which are made again when some of them are gone."""
+    index = f"{RUN}/renders/{{}}/{stage}/index.csv"
+    return lambda wildcards: DIGESTS.of_sounds(index.format(wildcards.target))
 
 
 def code(script):
-    """A script and every module of the package it imports, as inputs: editing one reruns just its stages."""
-    return code_inputs(Path(workflow.basedir) / "workflow" / "scripts" / script)
+    """A script and every module of the package it imports, as inputs; their contents are in the rule's parameter."""
+    return ancient(code_inputs(script_of(Path(script).stem)))
 
 
 def gpu(wildcards):
@@ -57,15 +94,18 @@ def gpu(wildcards):
 
 
 def model_files(wildcards):
-    """Configuration and weights of a model in a local folder, and of its codec: other weights, other activations."""
+    """What is read of a model in a local folder, and of its codec: other weights, other activations."""
     model = config["models"][parse_target(wildcards.target)[0]]
     folders = [Path(model[key]) for key in ("path", "codec") if key in model]
-    return [
-        str(file)
-        for folder in folders
-        if folder.is_dir()
-        for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    ]
+    return ancient(
+        [
+            str(file)
+            for folder in folders
+            for file in sorted(folder.glob("*"))
+            if file.suffix in (".safetensors", ".json", ".model")
+            and file.name != "training.json"
+        ]
+    )
 
 
 def training_records(wildcards):
@@ -74,10 +114,36 @@ def training_records(wildcards):
         Path(config["models"][parse_target(t)[0]]["path"]) / "training.json"
         for t in TARGETS
     ]
-    return sorted({str(record) for record in records if record.is_file()})
+    return ancient(sorted({str(record) for record in records if record.is_file()}))
 
 
 def label_files(wildcards):
     """The labels CSV, where one is configured."""
     path = config["data"]["labels"]
-    return [path] if path and Path(path).is_file() else []
+    return ancient([path] if path and Path(path).is_file() else [])
+
+
+def speech_files(wildcards):
+    """The speech on this disk; that of LibriSpeech is known by its published checksum."""
+    source, path = config["data"]["source"], config["data"]["path"]
+    if source == "librispeech":
+        return []
+    return corpus_files(path) if source == "folder" else [path]
+
+
+def speech_lm_files(wildcards):
+    """The clips that a speech LM learns from, with their word times, its codec, and the model that it starts as."""
+    training = config["speech_lm_training"]
+    folders = [training[key] for key in ("codec", "start") if key in training]
+    clips = sorted(Path(training["speech"]).glob("*/*.*"))
+    return [*(file for folder in folders for file in Path(folder).glob("*")), *clips]
+
+
+def training_files(wildcards):
+    """The speech that the codec learns from, and the codec that it starts as."""
+    training = config["codec_training"]
+    start = Path(training["start"]).glob("*") if "start" in training else []
+    return [
+        *start,
+        *(file for folder in training["data"] for file in corpus_files(folder)),
+    ]

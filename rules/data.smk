@@ -1,3 +1,12 @@
+onstart:
+    if config["data"]["source"] == "librispeech":
+        if any(job.rule.name == "manifest" for job in workflow.dag.needrun_jobs()):
+            try:
+                require_access(config)
+            except EqknobsError as error:
+                raise WorkflowError(str(error)) from None
+
+
 rule manifest:
     input:
         labels=label_files,
@@ -13,7 +22,7 @@ rule manifest:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("manifest"),
+        cfg=cfg("manifest", data=speech_files, labels=label_files),
     message:
         "Draw the manifest"
     script:

@@ -2,9 +2,7 @@ rule probes:
     input:
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=expand(
-            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
-        ),
+        saes=FIRST_SAES,
         script=code("probes.py"),
     output:
         probes=f"{RUN}/probes/{{target}}/{{property}}.npz",

@@ -8,9 +8,8 @@ rule codec_renders:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
-        saes=expand(
-            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
-        ),
+        saes=FIRST_SAES,
+        model=model_files,
         script=code("codec_renders.py"),
     output:
         index=f"{RUN}/renders/{{target}}/codec/index.csv",
@@ -25,7 +24,7 @@ rule codec_renders:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("codec_renders"),
+        cfg=cfg("codec_renders", model=model_files, sounds=sounds_of("codec")),
     message:
         "Render the codec round trips of {wildcards.target}"
     script:
@@ -37,9 +36,8 @@ rule steering_calibration:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=expand(
-            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
-        ),
+        saes=FIRST_SAES,
+        model=model_files,
         probes=expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=STEERED),
         script=code("steering_calibration.py"),
     output:
@@ -55,7 +53,7 @@ rule steering_calibration:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("steering_calibration"),
+        cfg=cfg("steering_calibration", model=model_files),
     message:
         "Calibrate every steering arm of {wildcards.target} to one shift"
     script:
@@ -67,9 +65,8 @@ rule steering_renders:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=expand(
-            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
-        ),
+        saes=FIRST_SAES,
+        model=model_files,
         probes=expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=STEERED),
         calibration=f"{RUN}/steering/{{target}}/calibration.json",
         script=code("steering_renders.py"),
@@ -86,7 +83,7 @@ rule steering_renders:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("steering_renders"),
+        cfg=cfg("steering_renders", model=model_files, sounds=sounds_of("steering")),
     message:
         "Render steered sound from {wildcards.target}"
     script:
@@ -97,9 +94,8 @@ rule importance_renders:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
-        saes=expand(
-            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/config.json", sae=SAES
-        ),
+        saes=FIRST_SAES,
+        model=model_files,
         probes=f"{RUN}/probes/{{target}}/centroid.npz",
         script=code("importance_renders.py"),
     output:
@@ -116,7 +112,7 @@ rule importance_renders:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("importance_renders"),
+        cfg=cfg("importance_renders", model=model_files, sounds=sounds_of("importance")),
     message:
         "Map importance in {wildcards.target} and ablate"
     script:

@@ -37,7 +37,7 @@ rule tables:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("tables"),
+        cfg=cfg("tables", training=training_records),
     message:
         "Compute the tables from the raw scores"
     script:
@@ -66,8 +66,13 @@ rule report:
         ),
         script=code("report.py"),
     output:
+        f"{RUN}/report/index.html",
+        # The page and its sounds, as Snakemake's own report is to hold them.
         report(
-            f"{RUN}/report/index.html", category="Report", caption="../docs/report.rst"
+            directory(f"{RUN}/report"),
+            htmlindex="index.html",
+            category="Report",
+            caption="../docs/report.rst",
         ),
     log:
         f"{RUN}/logs/report.log",

@@ -50,9 +50,10 @@ rule sae_scores:
     input:
         cache=f"{RUN}/activations/{{target}}.h5",
         saes=expand(
-            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{{seed}}/config.json",
+            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{{seed}}/{{file}}",
             sae=SAES,
             seed=SEEDS,
+            file=SAE_FILES,
         ),
         script=code("sae_scores.py"),
     output:

@@ -18,7 +18,7 @@ rule speech_lm_training:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("speech_lm_training"),
+        cfg=cfg("speech_lm_training", data=speech_lm_files),
     message:
         "Train a speech LM"
     script:
@@ -40,7 +40,7 @@ rule speech_lm_scores:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("speech_lm_scores"),
+        cfg=cfg("speech_lm_scores", data=speech_lm_files),
     message:
         "Score what the speech LM says"
     script:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from eqknobs import metrics, stats
 from eqknobs.audio import read_audio
-from eqknobs.io import write_csv
+from eqknobs.io import read_text_csv, write_csv
 from eqknobs.judges import SpeakerEncoder, Transcriber, similarity, word_errors
 from eqknobs.models import load_model
 
@@ -26,7 +26,7 @@ SITE, RATE = "encoder_transformer", 16000
 
 def corpus_clips(corpus: Path, per_voice: int) -> pd.DataFrame:
     """id, path, speaker, voice, kind (heard | unheard), text of the first clips of every voice."""
-    voices = pd.read_csv(corpus / "voices.csv", dtype=str).set_index("speaker")
+    voices = read_text_csv(corpus / "voices.csv").set_index("speaker")
     rows = []
     for transcript in sorted(corpus.rglob("*.trans.txt")):
         for line in transcript.read_text().splitlines()[:per_voice]:

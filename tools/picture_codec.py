@@ -9,9 +9,9 @@ from pathlib import Path
 import librosa
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 
 from eqknobs.audio import read_audio
+from eqknobs.io import read_csv
 from eqknobs.models import load_model
 
 SITE, RATE = "encoder_transformer", 16000
@@ -39,7 +39,7 @@ def main() -> None:
     figure = plt.figure(figsize=(11, 8.5), layout="constrained")
     grid = figure.add_gridspec(len(CLIPS) + 1, len(PATHS))
 
-    log = pd.read_csv(args.model / "log.csv")
+    log = read_csv(args.model / "log.csv")
     curve = figure.add_subplot(grid[0, :])
     curve.plot(log["step"], log["train"], color="0.7", label="training crops (noise or codebooks included)")
     curve.plot(log["step"], log["unquantised"], color="C0", label="held out, unquantised")

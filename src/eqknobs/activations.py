@@ -2,13 +2,20 @@
 
 The work file gets its whole layout first (every frame count is known before encoding). After that only raw
 bytes at known offsets change: the frames of one utterance, then the counter of finished utterances. So HDF5's
-metadata is never half-written, and the finished file has the same bytes however often work was interrupted.
+metadata is never half-written, and on one machine the finished file has the same bytes however often work was
+interrupted.
+
+A finished cache keeps a second name, `.<name>.kept`, since Snakemake deletes an output before it is made again: clips
+whose sound is unchanged are then copied from it. HDF5's own file locks are off: whoever looks into a file meanwhile
+stops nobody, and writers are kept apart in `eqknobs.script`.
 """
 
 import errno
 import hashlib
 import json
 import os
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +25,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from eqknobs.audio import read_audio
+from eqknobs.audio import read_clip
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, file_sha256, read_csv, require_free_disk
 from eqknobs.models import Model, gpu_lock, load_model, pick_device
@@ -29,45 +36,35 @@ def cache_activations(
 ) -> None:
     """Encode every utterance of a manifest and write its activations at one site.
 
-    manifest_csv: columns id, path, speaker, split. cfg_model: see `load_model`. cfg: plain values whose
+    manifest_csv: columns id, path, speaker, split, sha256. cfg_model: see `load_model`. cfg: plain values whose
     change must restart half-done work (they are only hashed).
 
     HDF5: `activations` float32 [N, width] (contiguous), `frame_times` seconds [N] (centre of the hop),
-    `utterances/{id,speaker,split,start,frames,samples}`, `done` (finished utterances); attributes model,
+    `utterances/{id,speaker,split,sha256,start,frames,samples}`, `done` (finished utterances); attributes model,
     revision, site, module_path, frame_rate (Hz), hop (samples), sample_rate, manifest_sha256, versions
-    (JSON), train_frames, mean and std (float64 [width], over the train frames); of a moshi also codec_revision.
+    (JSON), identity (hash of all that decides how a clip is encoded), train_frames, mean and std (float64 [width],
+    over the train frames); of a moshi also codec_revision.
 
-    Raises EqknobsError: unknown site, unreadable audio, NaN or infinite activations (naming the utterance),
-    no train frames, full disk. Finished utterances stay in `<out>.part-<hash>.h5` and are not encoded again.
+    Raises EqknobsError: unknown site, audio that is unreadable or not what the manifest promises, NaN or infinite
+    activations (naming the utterance), no train frames, full disk. Finished utterances stay in
+    `<out>.part-<hash>.h5`; neither they nor those of an earlier cache of the same identity are encoded again.
     """
     out = Path(out_h5)
     with gpu_lock(pick_device(cfg_model.get("device") or "auto")):
         model = load_model(cfg_model)
-        site = model.site(target_site)
         manifest = read_csv(manifest_csv)
         if not (manifest["split"] == "train").any():
             raise EqknobsError(f"{manifest_csv} has no utterance in split train; the normaliser needs some")
-        attributes = {
-            "model": model.name,
-            "revision": model.revision,
-            "site": site.name,
-            "module_path": site.path,
-            "frame_rate": site.frame_rate,
-            "hop": site.hop,
-            "sample_rate": model.sample_rate,
-            "manifest_sha256": file_sha256(manifest_csv),
-            "versions": json.dumps({name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}),
-        }
-        if codec := getattr(model, "codec", None):  # of a speech LM: other codes, other activations
-            attributes["codec_revision"] = codec.revision
-        key = json.dumps([cfg_model, cfg, attributes], sort_keys=True)
-        work = out.with_name(f"{out.name}.part-{hashlib.sha256(key.encode()).hexdigest()[:12]}.h5")
-        if not _usable(work):
-            for stale in out.parent.glob(f"{out.name}.part-*.h5"):
-                stale.unlink()
-            _lay_out(work, manifest, model, target_site, attributes)
+        attributes = _attributes(model, target_site) | {"manifest_sha256": file_sha256(manifest_csv)}
+        identity = _hash([cfg_model, cfg, _attributes(model, target_site), model.device])
+        attributes["identity"] = identity
+        work = out.with_name(f"{out.name}.part-{_hash([identity, attributes['manifest_sha256']])[:12]}.h5")
+        kept = out.with_name(f".{out.name}.kept")
+        known = _known_clips([p for p in (work, out, kept, *_parts(out)) if p.exists()], identity)
         try:
-            _fill(work, manifest, model, target_site)
+            if not work.exists() or _header(work) is None:
+                _lay_out(work, manifest, model, target_site, attributes, known)
+            _fill(work, manifest, model, target_site, known)
             _write_normaliser(work)
             os.replace(work, out)
         except OSError as error:
@@ -76,15 +73,106 @@ def cache_activations(
             raise EqknobsError(
                 f"disk full while writing {work}: free some space and run again; finished utterances are kept"
             ) from error
+        kept.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system without hard links: the next cache is made from the start
+            os.link(out, kept)
+        for stale in _parts(out):
+            stale.unlink()
 
 
-def _usable(work: Path) -> bool:
-    """Whether a work file is there and whole; anything unreadable is begun anew."""
+def _attributes(model: Model, site_name: str) -> dict[str, Any]:
+    site = model.site(site_name)
+    found = {
+        "model": model.name,
+        "revision": model.revision,
+        "site": site.name,
+        "module_path": site.path,
+        "frame_rate": site.frame_rate,
+        "hop": site.hop,
+        "sample_rate": model.sample_rate,
+        "versions": json.dumps({name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}),
+    }
+    if codec := getattr(model, "codec", None):  # of a speech LM: other codes, other activations
+        found["codec_revision"] = codec.revision
+    return found
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _parts(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.name}.part-*.h5"))
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is needed to read a cache's frames without HDF5: `done` utterances are in."""
+
+    identity: str
+    sha256: list[str]
+    start: np.ndarray
+    frames: np.ndarray
+    samples: np.ndarray
+    done: int
+    offset: int  # bytes
+    done_offset: int  # bytes
+    width: int
+
+
+def _header(path: Path) -> _Header | None:
+    """The header of a cache, finished or not; None if the file is none, or of a version that kept less.
+
+    Raises EqknobsError for a file that may not be read: what is in it is not thrown away for that.
+    """
     try:
-        with h5py.File(work, "r") as file:
-            return file["activations"].id.get_offset() is not None and "std" in file.attrs
+        with h5py.File(path, "r", locking=False) as file:
+            table, acts, done = file["utterances"], file["activations"], file["done"]
+            if "std" not in file.attrs or acts.id.get_offset() is None:
+                return None
+            return _Header(
+                file.attrs["identity"],
+                table["sha256"].asstr()[:].tolist(),
+                *(table[name][:] for name in ("start", "frames", "samples")),
+                int(done[0]),
+                acts.id.get_offset(),
+                done.id.get_offset(),
+                acts.shape[1],
+            )
+    except PermissionError as error:
+        raise EqknobsError(f"{path}: may not be read; mend its permissions, or delete it to begin anew") from error
     except (OSError, KeyError):
-        return False
+        return None
+
+
+@dataclass(frozen=True)
+class _KnownClip:
+    """Frames of a clip that was encoded before: `size` bytes of a file."""
+
+    path: Path
+    offset: int
+    size: int
+    frames: int
+    samples: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def _known_clips(paths: list[Path], identity: str) -> dict[str, _KnownClip]:
+    """Clips by the hash of their sound, from caches of the same identity."""
+    known: dict[str, _KnownClip] = {}
+    for path in paths:
+        header = _header(path)
+        if header is None or header.identity != identity:
+            continue
+        for i in range(header.done):
+            frames, row = int(header.frames[i]), 4 * header.width
+            place = header.offset + int(header.start[i]) * row
+            known.setdefault(header.sha256[i], _KnownClip(path, place, frames * row, frames, int(header.samples[i])))
+    return known
 
 
 def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -97,10 +185,20 @@ def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), dcpl=settings)
 
 
-def _lay_out(work: Path, manifest: pd.DataFrame, model: Model, site: str, attributes: dict[str, Any]) -> None:
+def _lay_out(
+    work: Path,
+    manifest: pd.DataFrame,
+    model: Model,
+    site: str,
+    attributes: dict[str, Any],
+    known: dict[str, _KnownClip],
+) -> None:
     """Write the work file with everything but the activations and the normaliser's values."""
     samples = np.array(
-        [len(read_audio(path, model.sample_rate)) for path in tqdm(manifest["path"], desc="lengths", unit="utt")],
+        [
+            known[clip.sha256].samples if clip.sha256 in known else len(read_clip(clip, model.sample_rate))
+            for clip in tqdm(manifest.itertuples(), desc="lengths", total=len(manifest), unit="utt")
+        ],
         dtype=np.int64,
     )
     frames = np.array([model.frames(int(n), site) for n in samples], dtype=np.int64)
@@ -114,7 +212,7 @@ def _lay_out(work: Path, manifest: pd.DataFrame, model: Model, site: str, attrib
         file["done"][:] = 0
         file["frame_times"] = np.concatenate([np.arange(n) + 0.5 for n in frames]) * place.hop / model.sample_rate
         text = h5py.string_dtype("utf-8")
-        for column in ("id", "speaker", "split"):
+        for column in ("id", "speaker", "split", "sha256"):
             file.create_dataset(f"utterances/{column}", data=manifest[column].astype(str).tolist(), dtype=text)
         file["utterances/start"] = np.cumsum(frames) - frames
         file["utterances/frames"] = frames
@@ -133,44 +231,45 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _fill(work: Path, manifest: pd.DataFrame, model: Model, site: str) -> None:
-    """Encode the utterances that are not in the work file yet."""
-    with h5py.File(work, "r") as file:
-        table = {name: file[f"utterances/{name}"][:] for name in ("start", "frames", "samples")}
-        acts_offset, done_offset = file["activations"].id.get_offset(), file["done"].id.get_offset()
-        done, total = int(file["done"][0]), len(file["activations"])
-    row = 4 * model.site(site).width
-    if done < len(manifest):  # the file is sparse: what is not written yet still needs its room
-        require_free_disk(work.parent, (total - int(table["start"][done])) * row)
+def _fill(work: Path, manifest: pd.DataFrame, model: Model, site: str, known: dict[str, _KnownClip]) -> None:
+    """Encode the utterances that are not in the work file yet, or copy what is known of them."""
+    header = _header(work)
+    row, total = 4 * header.width, int(header.frames.sum())
+    if header.done < len(manifest):  # the file is sparse: what is not written yet still needs its room
+        require_free_disk(work.parent, (total - int(header.start[header.done])) * row)
     descriptor = os.open(work, os.O_WRONLY)
     try:
-        rows = list(manifest[["id", "path"]].itertuples(index=False, name=None))
-        progress = tqdm(rows[done:], desc=f"activations {model.name}.{site}", total=len(rows), initial=done, unit="utt")
-        for i, (name, path) in enumerate(progress, start=done):
-            try:
-                acts = model.encode(read_audio(path, model.sample_rate), site)
-            except EqknobsError as error:
-                raise EqknobsError(f"utterance {name} ({path}): {error}") from error
-            if len(acts) != table["frames"][i]:
-                raise EqknobsError(f"utterance {name}: {path} changed while it was being cached; run again")
-            if not np.isfinite(acts).all():
-                raise EqknobsError(
-                    f"utterance {name} ({path}): {model.name}.{site} gave NaN or infinite activations; "
-                    "check the model's weights, or remove the clip"
-                )
-            _write_at(
-                descriptor,
-                acts.astype("<f4", copy=False).tobytes(),
-                acts_offset + int(table["start"][i]) * row,
-            )
-            _write_at(descriptor, np.array(i + 1, "<i8").tobytes(), done_offset)
+        clips = list(manifest.itertuples())
+        name = f"activations {model.name}.{site}"
+        progress = tqdm(clips[header.done :], desc=name, total=len(clips), initial=header.done, unit="utt")
+        for i, clip in enumerate(progress, start=header.done):
+            before = known.get(clip.sha256)
+            data = before.read() if before else _encoded(clip, model, site).tobytes()
+            if len(data) != header.frames[i] * row:
+                raise EqknobsError(f"utterance {clip.id}: {clip.path} changed while it was being cached; run again")
+            _write_at(descriptor, data, header.offset + int(header.start[i]) * row)
+            _write_at(descriptor, np.array(i + 1, "<i8").tobytes(), header.done_offset)
     finally:
         os.close(descriptor)
 
 
+def _encoded(clip: Any, model: Model, site: str) -> np.ndarray:
+    """Activations [frames, width] of a manifest row, checked."""
+    try:
+        acts = model.encode(read_clip(clip, model.sample_rate), site)
+    except EqknobsError as error:
+        raise EqknobsError(f"utterance {clip.id} ({clip.path}): {error}") from error
+    if not np.isfinite(acts).all():
+        raise EqknobsError(
+            f"utterance {clip.id} ({clip.path}): {model.name}.{site} gave NaN or infinite activations; "
+            "check the model's weights, or remove the clip"
+        )
+    return acts.astype("<f4", copy=False)
+
+
 def _write_normaliser(work: Path) -> None:
     """Mean and standard deviation of the train frames (two passes, float64), in place in the attributes."""
-    with h5py.File(work, "r+") as file:
+    with h5py.File(work, "r+", locking=False) as file:
         acts, train = file["activations"], file["utterances/split"].asstr()[:] == "train"
         spans = [
             (start, start + frames)
@@ -189,16 +288,16 @@ def _write_normaliser(work: Path) -> None:
 class ActivationCache:
     """A finished activation cache, read without loading it.
 
-    Attributes: `attrs` (dict), `utterances` (DataFrame id, speaker, split, start, frames, samples), `acts`
+    Attributes: `attrs` (dict), `utterances` (DataFrame id, speaker, split, sha256, start, frames, samples), `acts`
     (read-only memory map float32 [N, width]), `mean`, `std` (float64 [width]), `utt_of_row` (int32 [N]),
     `frame_times` (seconds [N]). Raises EqknobsError if the file is not a finished cache.
     """
 
     def __init__(self, path: str | Path):
         try:
-            with h5py.File(path, "r") as file:
+            with h5py.File(path, "r", locking=False) as file:
                 self.attrs = dict(file.attrs)
-                columns = {name: file[f"utterances/{name}"] for name in ("id", "speaker", "split")}
+                columns = {name: file[f"utterances/{name}"] for name in ("id", "speaker", "split", "sha256")}
                 numbers = {name: file[f"utterances/{name}"][:] for name in ("start", "frames", "samples")}
                 self.utterances = pd.DataFrame({k: v.asstr()[:] for k, v in columns.items()} | numbers)
                 self.frame_times = file["frame_times"][:]

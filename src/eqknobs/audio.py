@@ -1,43 +1,192 @@
 """Read and write audio files."""
 
-import re
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile as sf
 import soxr
 
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, file_sha256
+
+LARGEST_SAMPLE = 2.0  # +6 dB over full scale
+UNKNOWN_SIZE = 0x7E000000  # bytes; larger sizes stand for "unknown" (sox writes 0x7f000000, others more)
+UNKNOWN_FRAMES = 2**62  # libsndfile's length of a FLAC that does not tell
+_BLOCK = 1 << 20  # samples
+
+
+class _Data(NamedTuple):
+    """Where a file's header says how many bytes of sound follow."""
+
+    at: int  # position of the size
+    form: str  # of the size, for `struct`
+    size: int  # bytes, from `start` on
+    start: int
+    extra: int = 0  # bytes that count in the size as written, but stand before `start`
+
+
+def _find_data(file: BinaryIO) -> _Data | None:
+    """The sound's place in a WAV (RIFF, RF64, BW64, W64), AIFF, AU or CAF file; None for anything else."""
+    head = file.read(24)
+    magic = head[:4]
+    if len(head) == 24 and magic in (b".snd", b"dns."):
+        start, size = struct.unpack(form := ">II" if magic == b".snd" else "<II", head[4:12])
+        return _Data(8, form[:2], size, start)
+    kinds = {
+        b"RIFF": (12, "<I", b"data"),
+        b"RF64": (12, "<I", b"data"),
+        b"BW64": (12, "<I", b"data"),
+        b"RIFX": (12, ">I", b"data"),
+        b"FORM": (12, ">I", b"SSND"),
+        b"caff": (8, ">q", b"data"),
+        b"riff": (40, "<Q", b"data"),  # W64: names of 16 bytes, sizes that count their own header
+    }
+    if magic not in kinds:
+        return None
+    at, form, wanted = kinds[magic]
+    names, step = (16, 8) if magic == b"riff" else (4, 1 if magic == b"caff" else 2)
+    own = names + struct.calcsize(form)
+    long_size = None  # RF64 keeps it in a chunk of its own
+    while True:
+        file.seek(at)
+        if len(head := file.read(own)) < own:
+            return None
+        (size,) = struct.unpack(form, head[names:])
+        extra = own if magic == b"riff" else 0
+        if head[:4] == wanted:
+            if size == 2**32 - 1 and long_size is not None:
+                return _Data(long_size, "<Q", _unpack(file, long_size), at + own)
+            return _Data(at + names, form, size - extra, at + own, extra)
+        if head[:4] == b"ds64":
+            long_size = at + own + 8
+        if size < extra:
+            return None
+        at += own + -(-(size - extra) // step) * step
+
+
+def _unpack(file: BinaryIO, at: int) -> int:
+    file.seek(at)
+    return int.from_bytes(file.read(8), "little")
+
+
+def _whole(path: Path) -> Path | io.BytesIO:
+    """What libsndfile should open: the file, or a copy whose header tells the size that a stream's left open.
+
+    Programs that write to a pipe cannot know the length: they leave a size of 0, −1 or close to the largest
+    (0x7ffff000, 0x7fffff00, 0xffffffff …), and everything behind the header is sound. Raises EqknobsError where the
+    header promises, in earnest, more than there is.
+    """
+    with open(path, "rb") as file:
+        found = _find_data(file)
+        if found is None:
+            return path
+        there = path.stat().st_size - found.start
+        if there <= 0 or 0 < found.size <= there:
+            return path
+        if 0 < found.size < UNKNOWN_SIZE:
+            raise EqknobsError(f"{path}: cut short ({there} of {found.size} bytes); fetch it again or remove it")
+        file.seek(0)
+        content = bytearray(file.read())
+    largest = 2 ** (8 * struct.calcsize(found.form)) - 1
+    struct.pack_into(found.form, content, found.at, min(there + found.extra, largest))
+    return io.BytesIO(content)
+
+
+class _Stream(sf.SoundFile):
+    """Read forwards only: after each read soundfile seeks, which GSM and FLAC of unknown length do not take."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sf.SoundFile]:
+    if not path.is_file():
+        raise EqknobsError(f"{path}: no such audio file; restore it, or run again for a manifest without it")
+    try:
+        with _Stream(_whole(path)) as file:
+            yield file
+    except sf.LibsndfileError as error:
+        raise EqknobsError(f"{path}: not readable as audio ({error.error_string}); replace or remove it") from error
+    except OSError as error:
+        raise EqknobsError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
+
+
+def audio_seconds(path: str | Path) -> float:
+    """Length in s by a file's header; by its samples where the header leaves it open.
+
+    Raises EqknobsError when the file is missing, not audio, or visibly cut short.
+    """
+    with _opened(Path(path)) as file:
+        if file.frames < UNKNOWN_FRAMES:
+            return file.frames / file.samplerate
+        return sum(len(block) for block in _blocks(file)) / file.samplerate
+
+
+def _blocks(file: sf.SoundFile) -> Iterator[np.ndarray]:
+    """All samples, float32 [samples, channels] a block."""
+    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+        yield block
+
+
+def read_samples(path: str | Path) -> tuple[np.ndarray, int]:
+    """Samples of a file as float32 [samples, channels] in −1…1, and their rate (samples/s).
+
+    Reads every format libsndfile knows, streams of unknown length too: the bytes on disk count, not the header. A
+    float file may go over full scale, as mixdowns and lossy decoders do, but not over `LARGEST_SAMPLE`: nothing
+    but samples on an integer scale does, and which one (16, 24, 32 bits) cannot be told from the file, so that it is
+    refused, not rescaled. Raises EqknobsError for that, and when the file is missing, not audio, cut short, empty or
+    holds values that are not numbers.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        promised, rate = file.frames, file.samplerate
+        blocks = list(_blocks(file))
+    if not blocks:
+        raise EqknobsError(f"{path}: holds no samples; replace or remove it")
+    wav = np.concatenate(blocks)
+    if len(wav) < promised < UNKNOWN_FRAMES:
+        raise EqknobsError(f"{path}: cut short after {len(wav)} samples; fetch it again or remove it")
+    if not np.isfinite(wav).all():
+        raise EqknobsError(f"{path}: holds NaN or infinite samples; replace or remove it")
+    if (peak := np.abs(wav).max()) > LARGEST_SAMPLE:
+        raise EqknobsError(
+            f"{path}: samples up to {peak:g} where full scale is 1 (a 16-bit scale?); "
+            "divide them (by 32768) or convert the file to integer samples"
+        )
+    return wav, rate
 
 
 def read_audio(path: str | Path, rate: int) -> np.ndarray:
     """Samples of a file as float32 [samples], channels averaged, resampled to `rate` samples/s (soxr HQ).
 
-    Reads every format libsndfile knows. Raises EqknobsError when the file is missing, not audio, cut short,
-    empty or holds values that are not numbers.
+    Raises EqknobsError as `read_samples` does.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise EqknobsError(f"{path}: no such audio file; restore it or rebuild the manifest")
-    try:
-        with sf.SoundFile(path) as file:
-            promised, file_rate, log = file.frames, file.samplerate, file.extra_info
-            wav = file.read(dtype="float32", always_2d=True).mean(axis=1)
-    except sf.LibsndfileError as error:
-        raise EqknobsError(f"{path}: not readable as audio ({error.error_string}); replace or remove it") from error
-    # libsndfile returns what there is of a file cut short. A WAV's log then shows both sizes; the largest
-    # 32-bit size is no defect but what programs write that stream and do not know the length beforehand.
-    sizes = re.search(r"^data\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if len(wav) < promised or (sizes and int(sizes[2]) < int(sizes[1]) < 2**31 - 1):
-        raise EqknobsError(f"{path}: cut short after {len(wav)} samples; fetch it again or remove it")
-    if not np.isfinite(wav).all():
-        raise EqknobsError(f"{path}: holds NaN or infinite samples; replace or remove it")
+    wav, file_rate = read_samples(path)
+    wav = wav.mean(axis=1)
     if file_rate != rate:
         wav = soxr.resample(wav, file_rate, rate)
     if not len(wav):
         raise EqknobsError(f"{path}: holds no samples; replace or remove it")
     return wav
+
+
+def read_clip(clip: Any, rate: int) -> np.ndarray:
+    """Samples [samples] of a manifest row (its `path` and `sha256`) at `rate` samples/s, as `read_audio` gives them.
+
+    Raises EqknobsError also when the file is not the one that the manifest was drawn from.
+    """
+    path = Path(clip.path)
+    if not path.is_file():
+        raise EqknobsError(f"{path}: no such audio file; restore it, or run again, and the manifest is drawn anew")
+    if file_sha256(path) != clip.sha256:
+        raise EqknobsError(f"{path}: changed since the manifest was drawn; run again, and the manifest is drawn anew")
+    return read_audio(path, rate)
 
 
 def write_flac(path: str | Path, wav: np.ndarray, rate: int, kind: str = "FLAC") -> None:

@@ -105,11 +105,27 @@ def _talk(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _add_clean(commands: Any) -> None:
+    text = "Remove kept pieces of work (transcripts, voices) that no run used lately; results stay as they are."
+    parser = commands.add_parser("clean", help=text, description=text)
+    parser.add_argument("--days", type=float, default=30, metavar="D", help="not used for D days, default 30; 0: all")
+    parser.set_defaults(run=_clean)
+
+
+def _clean(args: argparse.Namespace) -> None:
+    from eqknobs.pieces import STORE, prune
+
+    if not 0 <= args.days < float("inf"):
+        raise EqknobsError(f"--days: must be 0 or more, got {args.days:g}")
+    count, size = prune(STORE, args.days)
+    print(f"removed {count} piece(s) of {STORE} ({size / 1e6:.1f} MB)")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_export_sae, _add_vram, _add_talk):
+    for add in (_add_export_sae, _add_vram, _add_talk, _add_clean):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors():

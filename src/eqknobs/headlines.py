@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from eqknobs.errors import counted
+
 UNMEASURABLE = "unmeasurable"
 DENSE_SHARE = 0.1  # a code with more than this share of its features active is called not sparse
 
@@ -64,7 +66,7 @@ def _range(low: float, high: float, signed: bool = False) -> str:
 
 def _of(row: dict[str, Any]) -> str:
     clips, speakers = row.get("clips", row.get("utterances")), row["speakers"]
-    return f"{clips} clips, {speakers} {'speaker' if speakers == 1 else 'speakers'}"
+    return f"{counted(clips, 'clip')}, {counted(speakers, 'speaker')}"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -103,7 +105,7 @@ def _codec(summary: dict[str, Any]) -> list[dict[str, str]]:
     if words is None:
         return []
     wer = f"{_number(words['wer'])} {_range(words['wer_low'], words['wer_high'])}"
-    text = f"The codec alone, at {words['codebooks']} codebooks, costs a word error rate of {wer}"
+    text = f"The codec alone, at {counted(words['codebooks'], 'codebook')}, costs a word error rate of {wer}"
     if not words["measurable"]:
         text += f": above {words['threshold']}, so what an edit costs in words is {UNMEASURABLE}"
     detail = f"against the recogniser's own transcript of the untouched clip; {_of(words)}"
@@ -158,7 +160,8 @@ def _steering(summary: dict[str, Any], shift: float) -> list[dict[str, str]]:
     arms = summary["steering"]
     reached = [row["arm"] for row in arms if row["calibrated"] == "reached"]
     missed = [row["arm"] for row in arms if row["calibrated"] == "unreached"]
-    text = f"{len(reached)} of {len(arms)} arms can lower the spectral centroid to {shift:g} × the codec's round trip."
+    text = f"{len(reached)} of {counted(len(arms), 'arm')} can lower the spectral centroid to {shift:g} × the codec's "
+    text += "round trip."
     if missed:
         text += f" Not reached, so not ranked: {_listed(label(arm) for arm in missed)}."
     centroids = [row["centroid_hz"] for row in arms if row["calibrated"] == "reached"]
@@ -199,8 +202,10 @@ def _importance(summary: dict[str, Any]) -> list[dict[str, str]]:
         ):
             verdict, words = _said(record)
             rival = "at random" if record["b"] == "random" else "by the raw-probe map"
-            text = f"Removing the {record['removed_dims']} dimensions the map ranks lowest {words} removing as many "
-            text += f"{rival}, in {MEASURE_NAMES[record['measure']]}."
+            text = (
+                f"Removing the {counted(record['removed_dims'], 'dimension')} the map ranks lowest {words} removing as "
+            )
+            text += f"many {rival}, in {MEASURE_NAMES[record['measure']]}."
             lines.append(_headline("importance", verdict, text, _numbers(record)))
     return lines
 

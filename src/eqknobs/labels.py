@@ -21,7 +21,7 @@ import scipy.fft
 import soxr
 from tqdm import tqdm
 
-from eqknobs.audio import read_audio
+from eqknobs.audio import read_clip
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv
 from eqknobs.models import gpu_lock
@@ -213,12 +213,12 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
 
     Writes HDF5 with the datasets of `label_utterance` [N] and `logmel` [N, cfg["n_mels"]], aligned row by row
     with the cache's `activations`, and a copy of its utterance table. Raises EqknobsError when the cache
-    names an utterance that the manifest lacks or whose audio has another length now.
+    names an utterance that the manifest lacks, or of which it or the file holds another sound now.
     """
-    paths = read_csv(manifest_csv).set_index("id")["path"]
+    clips = {clip.id: clip for clip in read_csv(manifest_csv).itertuples()}
     with (
         gpu_lock(),  # CREPE runs on the card where there is one
-        h5py.File(cache_h5, "r") as source,
+        h5py.File(cache_h5, "r", locking=False) as source,
         atomic_path(out_h5) as temporary,
         h5py.File(temporary, "w") as out,
     ):
@@ -232,16 +232,15 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
         for name in ("energetic", "voiced"):
             out.create_dataset(name, (total,), bool)
         out.create_dataset("logmel", (total, cfg["n_mels"]), np.float32, fillvalue=np.nan)
-        columns = (table["id"].asstr()[:], table["start"][:], table["frames"][:], table["samples"][:])
-        for key, start, frames, samples in tqdm(list(zip(*columns, strict=True)), desc="labels", unit="clip"):
-            if key not in paths.index:
+        columns = (table["id"].asstr()[:], table["sha256"].asstr()[:], table["start"][:], table["frames"][:])
+        for key, sha256, start, frames in tqdm(list(zip(*columns, strict=True)), desc="labels", unit="clip"):
+            if key not in clips:
                 raise EqknobsError(f"{cache_h5}: utterance {key} is not in {manifest_csv}; delete the cache and rerun")
-            wav = read_audio(paths[key], rate)
-            if len(wav) != samples:
+            if clips[key].sha256 != sha256:
                 raise EqknobsError(
-                    f"{paths[key]}: {len(wav)} samples, but {samples} when {cache_h5} was made; "
-                    "delete that file and rerun"
+                    f"{clips[key].path}: {cache_h5} was made from another sound; delete that file and rerun"
                 )
+            wav = read_clip(clips[key], rate)
             rows = slice(int(start), int(start) + int(frames))
             for name, values in label_utterance(wav, rate, Fraction(hop, rate), int(frames), cfg).items():
                 out[name][rows] = values

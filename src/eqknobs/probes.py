@@ -77,7 +77,7 @@ def labelled_frames(cache: ActivationCache, labels_h5: str | Path, name: str, la
     A frame counts if, whatever the lag, the activation paired with it lies in the same utterance. Raises EqknobsError
     if a split has no such frame.
     """
-    with h5py.File(labels_h5, "r") as file:
+    with h5py.File(labels_h5, "r", locking=False) as file:
         values = file[name][:].astype(np.float64)
         mask = file["voiced" if name == "pitch" else "energetic"][:].astype(bool)
     if len(values) != len(cache.acts):

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from eqknobs import metrics
 from eqknobs.activations import ActivationCache
-from eqknobs.audio import read_audio, write_flac
+from eqknobs.audio import read_clip, write_flac
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, write_csv
+from eqknobs.io import atomic_path, unused_name, write_csv
 from eqknobs.models import Model, gpu_lock, load_model, pick_device
 
 Edit = Callable[[np.ndarray], np.ndarray]
@@ -85,8 +85,8 @@ def pick_clips(manifest: pd.DataFrame, split: str, count: int) -> pd.DataFrame:
 def load_clip(model: Model, cache: ActivationCache, row: Any) -> Clip:
     """Audio and cached activations of a manifest row (a named tuple). Raises EqknobsError if they disagree."""
     found = cache.utterances[cache.utterances["id"] == row.id]
-    wav = read_audio(row.path, model.sample_rate)
-    if len(found) != 1 or found["samples"].item() != len(wav):
+    wav = read_clip(row, model.sample_rate)
+    if len(found) != 1 or found["sha256"].item() != row.sha256:
         raise EqknobsError(f"utterance {row.id} ({row.path}) is not what the cache holds; make the cache again")
     start, frames = int(found["start"].item()), int(found["frames"].item())
     return Clip(row.id, row.speaker, row.split, wav, np.array(cache.acts[start : start + frames]))
@@ -140,11 +140,12 @@ def render_conditions(
     keys = [condition.key for condition in conditions]
     if len(set(keys)) != len(keys):
         raise EqknobsError(f"two conditions are called {max(keys, key=keys.count)}; a key must be unique")
-    signal, index = [], []
+    signal, index, names = [], [], set()
     progress = tqdm(desc="renders", total=len(clips) * len(conditions), unit="render")
     with progress, atomic_path(out_dir) as folder:
         folder.mkdir()
         for number, row in enumerate(clips.itertuples(index=False)):
+            sound = unused_name(f"{row.id}.flac", names)
             clip = load_clip(model, cache, row)
             total = float(np.square(clip.acts - cache.mean).sum())
             known: dict[tuple, dict[str, float]] = {}  # many conditions meet at alpha = 0: measure it once
@@ -161,10 +162,10 @@ def render_conditions(
                     if same not in known:
                         known[same] = signal_metrics(clip.wav, wav, model.sample_rate, condition.pitch)
                     if listen:
-                        write_flac(folder / condition.key / f"{clip.id}.flac", wav, model.sample_rate)
+                        write_flac(folder / condition.key / sound, wav, model.sample_rate)
                 about = {"id": clip.id, "condition": condition.key, **condition.columns}
                 if listen:
-                    file = f"{condition.key}/{clip.id}.flac"
+                    file = f"{condition.key}/{sound}"
                     index.append({**about, "file": file, "judged": condition.keep})
                 flips = {}
                 if condition.tokens:

@@ -21,10 +21,11 @@ import soundfile as sf
 import yaml
 from PIL import Image
 
-from eqknobs.config import decodes, parse_target
-from eqknobs.errors import EqknobsError
+from eqknobs.config import bundled, bundled_speech, decodes, parse_target
+from eqknobs.errors import EqknobsError, counted
 from eqknobs.headlines import ARMS, MAPS, PROPERTIES, SPACES, label
-from eqknobs.io import atomic_path, read_csv, read_json
+from eqknobs.io import atomic_path, read_csv, read_json, require_renders, unused_name
+from eqknobs.tables import voices
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -258,8 +259,8 @@ def _probe_figures(table: pd.DataFrame, saes: list[str]) -> list[dict[str, str]]
             _legend(axes)
 
         caption = (
-            f"20 quantile bins; 95 % intervals over {rows['speakers'].max()} test speakers and "
-            f"{rows['utterances'].max()} clips. Log-mel is the ceiling."
+            f"20 quantile bins; 95 % intervals over {counted(rows['speakers'].max(), 'test speaker')} and "
+            f"{counted(rows['utterances'].max(), 'clip')}. Log-mel is the ceiling."
         )
         figures.append(_figure(PROPERTIES.get(name, name), bars, caption, height=2.9))
     return figures
@@ -318,7 +319,7 @@ def _steering_figures(table: pd.DataFrame, saes: list[str], shift: float) -> lis
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel("word error rate" if measure == "wer" else "speaker similarity")
 
-        note = f"Arms calibrated on val to one centroid; 95 % intervals, {matched['clips'].max()} clips."
+        note = f"Arms calibrated on val to one centroid; 95 % intervals, {counted(matched['clips'].max(), 'clip')}."
         height = 0.8 + 0.22 * len(part)
         figures.append(_figure(f"{title}, matched shift", forest, note, height=height))
     return figures
@@ -454,6 +455,7 @@ def _players(
     players = []
     for clip in clips:
         rows = index[index["id"] == clip]
+        require_renders(folder / "index.csv", rows["file"])
         sound = {row["condition"]: sf.read(folder / row["file"], dtype="float32") for row in rows.to_dict("records")}
         reference = rows.loc[rows["arm"] == "original", "condition"]
         peak = _peak(*sound[reference.iloc[0] if len(reference) else rows["condition"].iloc[0]])
@@ -504,7 +506,7 @@ def _players(
 
 def _copy_sounds(run_dir: Path, targets: list[str], clips: dict[str, list[str]], out_dir: Path) -> list[dict[str, Any]]:
     """Copy the report clips' FLACs to out_dir/audio; returns [{target, stage, rows: [{condition, files}]}]."""
-    listed = []
+    listed, names = [], set()
     with atomic_path(out_dir / "audio") as folder:
         folder.mkdir()
         for target in targets:
@@ -514,11 +516,12 @@ def _copy_sounds(run_dir: Path, targets: list[str], clips: dict[str, list[str]],
                     continue
                 index = read_csv(source / "index.csv")
                 index = index[index["id"].isin(clips[target])]
+                require_renders(source / "index.csv", index["file"])
                 rows = []
                 for condition, files in index.groupby("condition", sort=False):
                     links = []
                     for row in files.to_dict("records"):
-                        name = re.sub(r"[^\w.+-]+", "-", f"{target}/{stage}/{row['file']}".replace("/", "__"))
+                        name = unused_name(f"{target}/{stage}/{row['file']}".replace("/", "__"), names)
                         (folder / name).write_bytes((source / row["file"]).read_bytes())
                         links.append({"clip": row["id"], "href": f"audio/{name}"})
                     rows.append({"condition": condition, "files": links})
@@ -598,7 +601,7 @@ def _tables(tables: dict[str, pd.DataFrame], target: str) -> dict[str, Any]:
             {
                 "path": lambda r: (
                     (r["path"] if pd.isna(r["sae"]) else f"SAE {r['sae']}")
-                    + ("" if pd.isna(r["codebooks"]) else f", {r['codebooks']:g} codebooks")
+                    + ("" if pd.isna(r["codebooks"]) else f", {counted(int(r['codebooks']), 'codebook')}")
                 ),
                 "voices": "voices",
                 **worded,
@@ -671,6 +674,21 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _bundled_models(models: dict[str, dict[str, Any]], known_speech: bool, speakers: set[str]) -> list[dict[str, Any]]:
+    """[{name, heard, speech}] of the models that come with this project: which of the speakers each heard in its
+    training, and that speech in words. Its training.json names speakers of the bundled corpus: of another corpus
+    (known_speech False) it says nothing."""
+    found = []
+    for name, model in models.items():
+        if bundled(model["path"]):
+            record = Path(model["path"]) / "training.json"
+            training = read_json(record) if record.is_file() else {}
+            heard = [who for who, kind in voices(model).items() if kind == "heard" and who in speakers]
+            speech = training.get("config", {}).get("description", "")
+            found.append({"name": name, "heard": sorted(heard) if known_speech else [], "speech": speech})
+    return found
+
+
 def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir: Path) -> None:
     """Write `out_dir/index.html` (self-contained) and `out_dir/audio/` (lossless sound files it links to).
 
@@ -730,8 +748,9 @@ def write_report(run_dir: Path, targets: list[str], cfg: dict[str, Any], out_dir
         sections=sections,
         corpus=corpus.reset_index().to_dict("records"),
         rejected=len(read_csv(run_dir / "manifest" / "rejected.csv")),
-        bundled_speech=str(cfg["data"].get("path") or "").startswith("resources/"),
-        bundled_models=[name for name, model in models.items() if str(model.get("path")).startswith("resources/")],
+        bundled_speech=bundled_speech(cfg),
+        bundled_models=_bundled_models(models, bundled_speech(cfg), set(manifest["speaker"])),
+        counted=counted,
         published=PUBLISHED,
         published_source=PUBLISHED_SOURCE,
         spaces=SPACES,

@@ -1,12 +1,26 @@
 """What the thin scripts under `workflow/scripts` share: log, threads, and errors of one line."""
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors
+
+
+def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Ctrl-C while a script still imports its libraries, which takes seconds: each imports this module first.
+sys.excepthook = _one_line_interrupt
 
 
 class _Tee:
@@ -32,7 +46,9 @@ class _Tee:
 def run(main: Callable[..., None], snakemake: Any) -> None:
     """Call `main(input, output, cfg)` of a script with Snakemake's job object.
 
-    Everything printed goes to the terminal and to the rule's log; an EqknobsError becomes one line and exit status 1.
+    Everything printed goes to the terminal and to the rule's log. What `one_line_errors` knows becomes one line and an
+    exit status; of what the operating system refused, the log keeps the traceback. SIGTERM ends the job as Ctrl-C does,
+    so that half-written files go.
     """
     os.environ["OMP_NUM_THREADS"] = str(snakemake.threads)  # read by CTranslate2 when the judge starts
     if not snakemake.resources.get("gpu", 0):  # a job without the GPU resource must not touch the card
@@ -40,16 +56,33 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(snakemake.threads)
         sys.modules["torch"].use_deterministic_algorithms(True, warn_only=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = Path(snakemake.log[0])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        out, err = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
-        try:
-            with one_line_errors():
+    with one_line_errors():
+        from eqknobs.io import remove_leftovers, writer_lock
+
+        # An orphan of a killed Snakemake may still be at work on these very outputs: the second job waits for it.
+        with writer_lock(log), log.open("w") as file:
+            for output in map(Path, snakemake.output):
+                remove_leftovers(output)
+                remove_leftovers(output.parent)
+            _run_logged(main, snakemake, file)
+
+
+def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None:
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Tee(out, file), _Tee(err, file)
+    try:
+        with one_line_errors():
+            try:
                 main(snakemake.input, snakemake.output, dict(snakemake.params.cfg))
-        except SystemExit as stop:
-            print(stop.code, file=sys.stderr)
-            sys.exit(1)
-        finally:
-            sys.stdout, sys.stderr = out, err
+            except OSError:
+                traceback.print_exc(file=file)
+                raise
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        print(stop.code, file=sys.stderr)
+        sys.exit(1)
+    finally:
+        sys.stdout, sys.stderr = out, err

@@ -94,7 +94,7 @@ def make_spaces(
     for name, sae in saes.items():
         spaces.append(Space(f"sae:{name}", sae.config.d_sae, sae.encode, acts))
     if labels_h5 is not None:
-        with h5py.File(labels_h5, "r") as labels:
+        with h5py.File(labels_h5, "r", locking=False) as labels:
             logmel = labels["logmel"][:]
         if len(logmel) != len(acts):
             raise EqknobsError(

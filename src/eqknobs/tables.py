@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from eqknobs import stats
-from eqknobs.config import decodes, parse_target
+from eqknobs.config import bundled, decodes, parse_target
 from eqknobs.errors import EqknobsError
 from eqknobs.headlines import UNMEASURABLE, headlines
 from eqknobs.io import read_csv, read_json, write_csv, write_json
@@ -158,6 +158,8 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
 def codec_table(run_dir: Path, target: str, cfg: dict[str, Any], model: dict[str, Any]) -> pd.DataFrame:
     """What the codec alone does to speech: one row a (voices, path, codebooks, split)."""
     rows, known = read_scores(run_dir, target, "codec"), voices(model)
+    if bundled(model["path"]) and not cfg["bundled_speech"]:
+        known = {}  # it names speakers of the bundled corpus; LibriSpeech has a reader 103 too
     rows["voices"] = [known.get(speaker, "unknown") for speaker in rows["speaker"]]
     table = []
     for key, clips in _groups(rows, ["voices", "path", "codebooks", "split", "sae"]):
@@ -405,7 +407,8 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def write_tables(run_dir: Path, targets: list[str], cfg: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
     """Write `tables/*.csv` and `tables/summary.json` of a results folder.
 
-    cfg: `bootstrap` (resamples), `seed`, `unmeasurable_wer`, `steering_codebooks`, `saes` (whether there are any).
+    cfg: `bootstrap` (resamples), `seed`, `unmeasurable_wer`, `steering_codebooks`, `saes` (whether there are any),
+    `bundled_speech` (whether it is this project's own corpus, whose speakers the bundled models' training.json names).
     models: name -> its configuration
     (`kind`; `path`, whose training.json names heard and unheard voices). A model that does not decode has no codec,
     steering or importance rows. Raises EqknobsError naming a raw score file that is missing.

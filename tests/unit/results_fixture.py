@@ -283,4 +283,5 @@ def tables_cfg(config: dict[str, Any]) -> dict[str, Any]:
         "steering_codebooks": config["steering"]["codebooks"],
         "properties": config["probes"]["properties"],
         "saes": bool(config["saes"]),
+        "bundled_speech": True,
     }

@@ -15,7 +15,7 @@ def write_cache(path: Path, acts: np.ndarray, utterances: list[tuple[str, str, s
     with h5py.File(path, "w") as file:
         file.create_dataset("activations", data=acts.astype(np.float32))
         file["frame_times"] = (np.arange(len(acts)) + 0.5) / 25
-        for name, values in (("id", ids), ("speaker", speakers), ("split", splits)):
+        for name, values in (("id", ids), ("speaker", speakers), ("split", splits), ("sha256", ids)):
             file.create_dataset(f"utterances/{name}", data=list(values), dtype=text)
         file["utterances/start"] = np.cumsum(frames) - frames
         file["utterances/frames"] = frames

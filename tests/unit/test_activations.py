@@ -67,6 +67,7 @@ def world(tmp_path_factory):
         wav = 0.1 * np.random.default_rng(i).standard_normal(int(seconds * rate))
         sf.write(path, wav, rate)
         rows.append({"id": f"00{i}", "path": str(path), "speaker": f"0{i // 2}", "split": split, "text": "a b"})
+        rows[-1]["sha256"] = file_sha256(path)
     pd.DataFrame(rows).to_csv(root / "manifest.csv", index=False)
     cache_activations(root / "manifest.csv", root / "whole.h5", model_config(root / "mimi"), SITE, {"x": 1})
     return root
@@ -84,7 +85,7 @@ def test_contents(world):
     model = load_model(model_config(world / "mimi"))
     with ActivationCache(world / "whole.h5") as cache:
         table = cache.utterances
-        assert list(table.columns) == ["id", "speaker", "split", "start", "frames", "samples"]
+        assert list(table.columns) == ["id", "speaker", "split", "sha256", "start", "frames", "samples"]
         assert list(table["id"]) == [f"00{i}" for i in range(6)] and list(table["speaker"][:3]) == [
             "00",
             "00",
@@ -126,7 +127,7 @@ def test_contents(world):
         assert json.loads(attrs["versions"])["torch"] == version("torch")
         with pytest.raises(ValueError, match="read-only"):
             cache.acts[0] = 0
-    with h5py.File(world / "whole.h5") as file:
+    with h5py.File(world / "whole.h5", locking=False) as file:
         assert file["activations"].chunks is None and file["activations"].compression is None
         assert np.array_equal(file["activations"][:], ActivationCache(world / "whole.h5").acts)
     assert work_files(world) == []
@@ -256,12 +257,111 @@ def test_torn_last_write_is_done_again(world, tmp_path, monkeypatch):
 def test_work_file_of_other_settings_or_broken_is_not_used(world, tmp_path, monkeypatch):
     out = tmp_path / "cache.h5"
     work = interrupted(world, out, monkeypatch, 2)
-    other = interrupted(world, out, monkeypatch, 2, cfg={"x": 2})
-    assert work != other and work_files(tmp_path) == [other]
-    work = interrupted(world, out, monkeypatch, 2)
+    with monkeypatch.context() as patch:
+        seen = encodings(patch)
+        run(world, tmp_path / "other.h5", cfg={"x": 2})
+        assert len(seen) == 6
+    interrupted(world, out, monkeypatch, 2, cfg={"x": 2})
+    assert len(work_files(tmp_path)) == 2  # going back to x = 1 loses nothing
     work.write_bytes(work.read_bytes()[:500])
     run(world, out)
     assert out.read_bytes() == (world / "whole.h5").read_bytes() and work_files(tmp_path) == []
+
+
+# Clips whose sound is unchanged
+
+
+def encodings(monkeypatch):
+    """Lengths of the waveforms that are encoded from now on."""
+    from eqknobs.models.mimi import Mimi
+
+    encode, seen = Mimi.encode, []
+    monkeypatch.setattr(Mimi, "encode", lambda self, wav, site: seen.append(len(wav)) or encode(self, wav, site))
+    return seen
+
+
+def edited_manifest(world, folder, change):
+    """A manifest whose rows were changed, dropped or put in another order, beside copies of its sounds."""
+    table = pd.read_csv(world / "manifest.csv", dtype=str)
+    for i, path in enumerate(table["path"]):
+        shutil.copy(path, folder)
+        table.loc[i, "path"] = str(folder / Path(path).name)
+    table = change(table)
+    table = table.assign(sha256=table["path"].map(file_sha256))
+    table.to_csv(folder / "manifest.csv", index=False)
+    return table
+
+
+def test_only_changed_clips_are_encoded_again(world, tmp_path, monkeypatch):
+    def change(table):
+        sf.write(table["path"][3], 0.1 * np.random.default_rng(99).standard_normal(16100), RATE)
+        return table.drop(index=1).iloc[::-1]
+
+    edited_manifest(world, tmp_path, change)
+    whole = tmp_path / "whole/cache.h5"
+    run(world, whole, manifest=tmp_path / "manifest.csv")
+    seen = encodings(monkeypatch)
+    out = tmp_path / "cache.h5"
+    run(world, out)
+    assert len(seen) == 6
+    out.unlink()  # as Snakemake does before a job runs
+    run(world, out, manifest=tmp_path / "manifest.csv")
+    assert seen[6:] == [16100]
+    assert out.read_bytes() == whole.read_bytes()
+    out.unlink()
+    run(world, out, manifest=tmp_path / "manifest.csv", cfg={"x": 2})  # other settings: all anew
+    assert len(seen) == 7 + 5
+
+
+def test_a_half_done_cache_of_another_manifest_is_used(world, tmp_path, monkeypatch):
+    interrupted(world, tmp_path / "cache.h5", monkeypatch, 4)
+    edited_manifest(world, tmp_path, lambda table: table.iloc[1:])
+    seen = encodings(monkeypatch)
+    run(world, tmp_path / "cache.h5", manifest=tmp_path / "manifest.csv")
+    assert len(seen) == 2 and work_files(tmp_path) == []
+
+
+def test_a_sound_that_is_not_the_manifests_is_refused(world, tmp_path):
+    table = edited_manifest(world, tmp_path, lambda table: table)
+    rng = np.random.default_rng(5)
+    sf.write(table["path"][0], 0.1 * rng.standard_normal(16000), RATE)  # as long as before
+    with pytest.raises(EqknobsError, match=r"clip0\.flac: changed since the manifest was drawn"):
+        run(world, tmp_path / "cache.h5", manifest=tmp_path / "manifest.csv")
+
+
+HOLD = """
+import sys, time, h5py
+file = h5py.File(sys.argv[1], "r+")
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_half_done_cache_that_another_program_has_open_is_continued(world, tmp_path, monkeypatch):
+    work = interrupted(world, tmp_path / "cache.h5", monkeypatch, 3)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, work], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"open\n"
+        seen = encodings(monkeypatch)
+        run(world, tmp_path / "cache.h5")
+        assert len(seen) == 3
+        ActivationCache(tmp_path / "cache.h5")
+    finally:
+        other.kill()
+        other.communicate()
+    assert (tmp_path / "cache.h5").read_bytes() == (world / "whole.h5").read_bytes()
+
+
+def test_a_half_done_cache_that_may_not_be_read_is_not_thrown_away(world, tmp_path, monkeypatch):
+    work = interrupted(world, tmp_path / "cache.h5", monkeypatch, 3)
+
+    def refuse(*_args, **_keys):
+        raise PermissionError(13, "Permission denied")  # root may read all
+
+    with monkeypatch.context() as patch, pytest.raises(EqknobsError, match="may not be read"):
+        patch.setattr(h5py, "File", refuse)
+        run(world, tmp_path / "cache.h5")
+    assert work_files(tmp_path) == [work]
 
 
 # Bad input
@@ -339,7 +439,7 @@ def test_bad_manifests_sites_and_audio(world, tmp_path):
         run(world, out, manifest=tmp_path / "no_train.csv")
     cut = tmp_path / "cut.flac"
     cut.write_bytes((world / "clip0.flac").read_bytes()[:5000])
-    manifest.loc[2, "path"] = str(cut)
+    manifest.loc[2, ["path", "sha256"]] = str(cut), file_sha256(cut)
     manifest.to_csv(tmp_path / "cut.csv", index=False)
     with pytest.raises(EqknobsError, match=r"cut\.flac"):
         run(world, out, manifest=tmp_path / "cut.csv")

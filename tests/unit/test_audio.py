@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from eqknobs.audio import read_audio, write_flac
+from eqknobs.audio import audio_seconds, read_audio, write_flac
 from eqknobs.errors import EqknobsError
 
 
@@ -86,12 +86,111 @@ def test_flac_cut_anywhere_is_refused(tmp_path, share):
         read_audio(path, 16000)
 
 
-def test_wav_written_to_a_pipe_is_read(tmp_path):
-    """Programs that stream cannot know the length and leave the largest size in the header."""
-    path = tmp_path / "piped.wav"
-    sf.write(path, tone(440), 16000)
-    data = bytearray(path.read_bytes())
-    at = data.index(b"data") + 4
-    data[at : at + 4] = b"\xff\xff\xff\xff"
-    path.write_bytes(data)
-    assert len(read_audio(path, 16000)) == 16000
+# --- what the header says and what there is ---
+
+
+def header(path, kind, size):
+    """Write a second of noise as `kind` with this size in its header; a size of None leaves it as it is."""
+    wav = np.rint(3000 * np.random.default_rng(0).standard_normal(16000)).astype(np.int16)
+    name, _, order = kind.partition(" ")
+    sf.write(path, wav, 16000, format=name, subtype="PCM_16", endian=order or "FILE")
+    content = bytearray(path.read_bytes())
+    if size is not None:
+        before, width = {"AIFF": (b"SSND", 4), "RF64": (b"ds64", 8), "W64": (b"data", 8), "CAF": (b"data", 8)}.get(
+            name, (b"data", 4)
+        )
+        at = 8 if name == "AU" else content.index(before) + {"RF64": 16, "W64": 16}.get(name, 4)
+        little = order == "LITTLE" or (name in ("WAV", "WAVEX", "RF64", "W64") and not order)
+        content[at : at + width] = (size % 2 ** (8 * width)).to_bytes(width, "little" if little else "big")
+    path.write_bytes(content)
+    return wav / 32768
+
+
+KINDS = ["WAV", "WAV BIG", "WAVEX", "RF64", "W64", "AIFF", "AU", "AU LITTLE", "CAF"]
+STREAMED = [0, -1, 0x7F000000, 0x7FFFF000, 0x7FFFFF00, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+
+
+@pytest.mark.parametrize("size", STREAMED, ids=hex)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path, kind, size):
+    """Programs that write to a pipe cannot know the length; what they put in its place differs."""
+    wav = header(tmp_path / "piped", kind, size)
+    assert np.array_equal(read_audio(tmp_path / "piped", 16000), wav.astype(np.float32))
+    assert audio_seconds(tmp_path / "piped") == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [33000, 1_000_000, 0x7D000000])
+def test_a_header_that_promises_more_in_earnest_is_refused(tmp_path, kind, size):
+    header(tmp_path / "cut", kind, size)
+    for read in (audio_seconds, lambda path: read_audio(path, 16000)):
+        with pytest.raises(EqknobsError, match=r"cut: cut short \(320\d\d of \d+ bytes\)"):
+            read(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("missing", [2, 1000, 31000])
+def test_any_kind_cut_short_is_refused(tmp_path, kind, missing):
+    header(tmp_path / "cut", kind, None)
+    content = (tmp_path / "cut").read_bytes()
+    (tmp_path / "cut").write_bytes(content[: len(content) - missing])
+    with pytest.raises(EqknobsError, match="cut short"):
+        read_audio(tmp_path / "cut", 16000)
+
+
+def test_chunks_around_the_sound_are_no_sound(tmp_path):
+    wav = header(tmp_path / "a.wav", "WAV", None)
+    content = (tmp_path / "a.wav").read_bytes()
+    note = b"LIST" + (5).to_bytes(4, "little") + b"notes\0"
+    at = content.index(b"data")
+    (tmp_path / "a.wav").write_bytes(content[:at] + note + content[at:] + note)
+    assert np.array_equal(read_audio(tmp_path / "a.wav", 16000), wav.astype(np.float32))
+
+
+def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
+    path = tmp_path / "piped.flac"
+    wav = header(path, "FLAC", None)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)  # the number of samples: 36 bits
+    path.write_bytes(content)
+    assert np.array_equal(read_audio(path, 16000), wav.astype(np.float32)) and audio_seconds(path) == 1.0
+
+
+@pytest.mark.parametrize("subtype", ["GSM610", "IMA_ADPCM", "MS_ADPCM", "ULAW", "PCM_U8", "DOUBLE"])
+def test_every_coding_of_wav_is_read(tmp_path, subtype):
+    sf.write(tmp_path / "a.wav", tone(440), 16000, subtype=subtype)
+    wav = read_audio(tmp_path / "a.wav", 16000)
+    assert 16000 <= len(wav) < 17000 and len(wav) / 16000 == audio_seconds(tmp_path / "a.wav")
+    assert np.abs(np.fft.rfft(wav[:16000])).argmax() == 440 and 0.25 < wav.std() < 0.4
+
+
+def test_a_long_file_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("eqknobs.audio._BLOCK", 1000)
+    wav = header(tmp_path / "a.flac", "FLAC", None)
+    assert np.array_equal(read_audio(tmp_path / "a.flac", 16000), wav.astype(np.float32))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("peak", [2.1, 127.0, 25782.0, 2.0**31])
+def test_float_samples_on_an_integer_scale_are_refused(tmp_path, peak, channels):
+    wav = np.stack([tone(440) * 2 * peak, tone(440)], axis=1)[:, :channels]
+    sf.write(tmp_path / "a.wav", wav, 16000, subtype="FLOAT")
+    with pytest.raises(EqknobsError, match=r"a\.wav: samples up to .* where full scale is 1 .*divide them"):
+        read_audio(tmp_path / "a.wav", 16000)
+
+
+def test_a_mixdown_a_little_over_full_scale_is_taken_as_it_is(tmp_path):
+    sf.write(tmp_path / "a.wav", tone(440) * 3.6, 16000, subtype="FLOAT")
+    assert np.array_equal(read_audio(tmp_path / "a.wav", 16000), tone(440) * np.float32(3.6))
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    sf.write(tmp_path / "a.wav", tone(440), 16000)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(EqknobsError, match=r"a\.wav: cannot be read \(Permission denied\)"):
+        read_audio(tmp_path / "a.wav", 16000)

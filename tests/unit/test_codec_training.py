@@ -267,13 +267,30 @@ def test_speed_change_moves_the_frequency(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rate", "channels", "message"), [(8000, 1, "8000 Hz"), (16000, 2, "2-d")], ids=["8 kHz", "stereo"]
+    ("rate", "channels", "message"), [(8000, 1, "8000 Hz"), (16000, 2, r"2 channel")], ids=["8 kHz", "stereo"]
 )
 def test_other_audio_is_refused_by_name(tmp_path, rate, channels, message):
     for name in "ab":
         sf.write(tmp_path / f"{name}.wav", np.zeros((4000, channels)).squeeze(), rate)
     with pytest.raises(EqknobsError, match=rf"a\.wav: .*{message}"):
         ct.Speech({str(tmp_path): 1.0}, 16000)
+
+
+def test_float_files_sound_like_their_integer_twins(tmp_path):
+    wav = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    for name, kind in (("a", "FLOAT"), ("b", "PCM_16")):
+        sf.write(tmp_path / f"{name}.wav", np.rint(wav * 32768) / 32768, 16000, subtype=kind)
+    first, second = ct.Speech({str(tmp_path): 1.0}, 16000).clips
+    assert np.array_equal(first, second) and first.max() > 9000
+
+
+def test_linked_folders_of_speech_are_heard_too(tmp_path):
+    for name in ("corpus/a", "elsewhere/b", "elsewhere/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        sf.write(tmp_path / f"{name}.wav", 0.1 * np.random.default_rng(0).standard_normal(4000), 16000)
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "round").symlink_to(tmp_path / "corpus")
+    assert len(ct.Speech({str(tmp_path / "corpus"): 1.0}, 16000).clips) == 3
 
 
 def test_text_named_wav_and_empty_folders_are_refused(tmp_path):

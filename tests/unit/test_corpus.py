@@ -12,13 +12,15 @@ import pandas as pd
 import pytest
 import soundfile as sf
 
+from eqknobs.io import read_text_csv
+
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "resources" / "corpus"
 
 
 @pytest.fixture(scope="module")
 def labels() -> pd.DataFrame:
-    return pd.read_csv(CORPUS / "labels.csv", dtype=str, keep_default_na=False)
+    return read_text_csv(CORPUS / "labels.csv")
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,18 @@
-import errno
 import hashlib
-import http.server
-import io
 import os
-import tarfile
-import threading
-import time
-import zipfile
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile as sf
+import yaml
 
 from eqknobs import data
+from eqknobs.config import DEFAULT, validate
 from eqknobs.errors import EqknobsError
+from eqknobs.io import read_csv, write_csv
 
 LIBRISPEECH = Path(__file__).resolve().parents[3] / "shared" / "librispeech"
 CFG = {
@@ -140,8 +137,8 @@ def test_bad_files_are_listed_with_the_reason_and_the_rest_is_used(tmp_path):
     twin = reasons.pop("copy.flac", None) or reasons.pop("10-77-0000.flac")
     assert twin == "same content as another file"
     expected = {
-        "text.wav": "not audio",
-        "zero.flac": "not audio",
+        "text.wav": "not readable as audio",
+        "zero.flac": "not readable as audio",
         "empty.wav": "empty",
         "cut.flac": "not readable as audio",
         "silent.flac": "silent",
@@ -160,7 +157,7 @@ def test_none_left_is_an_error_that_counts_the_reasons(tmp_path):
     for i in range(3):
         clip(tmp_path / "a" / f"{i}.wav", 0.1)
     (tmp_path / "a" / "text.wav").write_text("x")
-    with pytest.raises(EqknobsError, match=r"no usable utterance left \(3 × too short; 1 × not audio\)"):
+    with pytest.raises(EqknobsError, match=r"no usable utterance left \(3 × too short; 1 × not readable as audio\)"):
         data.build_manifest(tmp_path, CFG, 0)
     (tmp_path / "void").mkdir()
     with pytest.raises(EqknobsError, match="no audio files found"):
@@ -255,312 +252,384 @@ def test_real_librispeech():
     assert share.between(share.mean() - 0.1, share.mean() + 0.1).all()
 
 
-# --- archives ---
+# --- who speaks ---
 
 
-def tar(path: Path, *members: tuple[str, bytes | tarfile.TarInfo], mode: str = "w:gz") -> Path:
-    with tarfile.open(path, mode) as file:
-        for name, content in members:
-            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if isinstance(content, bytes):
-                info.size = len(content)
-            file.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return path
+def tree(root: Path, *names: str, suffix: str = "wav") -> Path:
+    for name in names:
+        clip(root / f"{name}.{suffix}")
+    return root
 
 
-def special(name: str, kind: bytes, target: str = "") -> tuple[str, tarfile.TarInfo]:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return name, info
-
-
-def archive_cfg(path: Path) -> dict:
-    return CFG | {"source": "archive", "path": str(path)}
-
-
-@pytest.mark.parametrize("kind", ["tar.gz", "tar", "tar.xz", "zip"])
-def test_archive_is_unpacked_once_and_drawn_from(tmp_path, kind):
-    librispeech(tmp_path / "corpus", 4, 2)
-    path = tmp_path / f"my corpus.{kind}"
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as file:
-            for item in sorted((tmp_path / "corpus").rglob("*")):
-                file.write(item, item.relative_to(tmp_path / "corpus"))
-    else:
-        with tarfile.open(path, "w:" + kind.removeprefix("tar").removeprefix(".")) as file:
-            file.add(tmp_path / "corpus" / "LibriSpeech", "LibriSpeech")
-    folder = data.fetch(archive_cfg(path), tmp_path / "work")
-    manifest, rejected = data.build_manifest(folder, CFG, 0)
-    assert len(manifest) == 8 and rejected.empty and manifest.text.str.startswith("HELLO").all()
-    stamp = folder.stat().st_ino
-    assert data.fetch(archive_cfg(path), tmp_path / "work") == folder and folder.stat().st_ino == stamp
-
-
-EVIL = {
-    "traversal": [("../evil.txt", b"x")],
-    "deep traversal": [("a/b/../../../evil.txt", b"x")],
-    "backslashes": [("..\\evil.txt", b"x")],
-    "absolute": [("/tmp/eqknobs-evil.txt", b"x")],
-    "symlink": [special("a", tarfile.SYMTYPE, ".."), ("a/evil.txt", b"x")],
-    "inner symlink": [("b.txt", b"x"), special("a.txt", tarfile.SYMTYPE, "b.txt")],
-    "hard link": [special("a", tarfile.LNKTYPE, "/etc/passwd")],
-    "device": [special("null", tarfile.CHRTYPE)],
-    "fifo": [special("pipe", tarfile.FIFOTYPE)],
+READERS = ("19", "26", "32", "40")
+LAYOUTS = {
+    "LibriSpeech's archive": [f"LibriSpeech/dev-clean/{r}/{c}/{r}-{c}-0000" for r in READERS for c in ("5", "6")],
+    "its subset below another folder": [f"{r}/{c}/{r}-{c}-0000" for r in READERS for c in ("5", "6")],
+    "LibriTTS": [f"LibriTTS/dev-clean/{r}/{c}/{r}_{c}_000001_000000" for r in READERS for c in ("5", "6")],
+    "VCTK": [f"wav48_silence_trimmed/p{r}0/p{r}0_{n}_mic1" for r in READERS for n in ("001", "002")],
+    "one folder a speaker": [f"{r}/{n}" for r in READERS for n in ("a", "b")],
 }
 
 
-@pytest.mark.parametrize("members", EVIL.values(), ids=EVIL.keys())
-def test_hostile_tar_is_refused_and_leaves_nothing(tmp_path, members):
-    path = tar(tmp_path / "evil.tar.gz", ("good.txt", b"good"), *members)
-    with pytest.raises(EqknobsError, match=r"lies outside|is a link or device") as error:
-        data.fetch(archive_cfg(path), tmp_path / "work")
+@pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_reader_is_one_speaker_in_every_known_layout_and_a_line_says_which(tmp_path, capsys, names):
+    manifest, _ = data.build_manifest(tree(tmp_path, *names), CFG, 0)
+    assert set(manifest.speaker.str.removeprefix("p").str[:2]) == set(READERS) and manifest.speaker.nunique() == 4
+    assert len(manifest) == 8 and manifest.groupby("speaker").split.nunique().max() == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if "who speaks" in line)
+    assert ": 4 speakers, 8 clips" in line
+    assert re.search("LibriSpeech|LibriTTS|VCTK|one folder a speaker", line)
+
+
+def test_texts_of_libritts_are_the_normalised_ones(tmp_path):
+    tree(tmp_path, *LAYOUTS["LibriTTS"])
+    for path in tmp_path.rglob("*.wav"):
+        if "/5/" in path.as_posix():
+            path.with_suffix(".normalized.txt").write_text("One hundred.\n")
+        path.with_suffix(".original.txt").write_text("100.\n")
+    manifest, _ = data.build_manifest(tmp_path, CFG, 0)
+    assert {row.path.split("/")[-2]: row.text for row in manifest.itertuples()} == {"5": "One hundred.", "6": "100."}
+
+
+AMBIGUOUS = {
+    "reader, chapter": [f"{r}/chapter{c}/0001" for r in READERS for c in "12"],
+    "reader, chapter named as VCTK's speakers": [f"{r}/p00{c}/p00{c}_1" for r in READERS for c in "12"],
+    "reader, chapter in the file's name": [f"{r}/chapter{c}/chapter{c}_1" for r in READERS for c in "12"],
+    "dialect, speaker": [f"train/dr{d}/speaker{s}/sa1" for d in "12" for s in "34"],
+    "set, speaker": [f"{name}/{r}/a" for name in ("train", "test") for r in READERS],
+}
+
+
+@pytest.mark.parametrize("names", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_folders_in_folders_of_no_known_layout_are_refused_until_told(tmp_path, names):
+    tree(tmp_path / "corpus", *names)
+    with pytest.raises(
+        EqknobsError, match=r"8 files in folders within folders.*set data\.speaker_from|4 files in folder"
+    ):
+        data.build_manifest(tmp_path / "corpus", CFG, 0)
+    rows = "".join(f"{name}.wav,{name[:2]}\n" for name in names)
+    (tmp_path / "labels.csv").write_text(f"path,speaker\n{rows}")
+    cfg = CFG | {"labels": str(tmp_path / "labels.csv"), "splits": {"train": 0.4, "val": 0.3, "test": 0.3}}
+    if len({name[:2] for name in names}) > 2:
+        assert set(data.build_manifest(tmp_path / "corpus", cfg, 0)[0].speaker) == {name[:2] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("speaker_from", "speakers"),
+    [("parent", {"s1", "s2", "s3"}), ("grandparent", {"g1", "g2", "g3"}), ("top", {"t1", "t2", "t3"})],
+)
+def test_speaker_from_names_the_folder(tmp_path, capsys, speaker_from, speakers):
+    tree(tmp_path, *(f"t{i}/x/g{i}/s{i}/clip{n}" for i in (1, 2, 3) for n in (1, 2)), "above")
+    manifest, rejected = data.build_manifest(tmp_path, CFG | {"speaker_from": speaker_from}, 0)
+    assert set(manifest.speaker) - {tmp_path.name} == speakers
+    if speaker_from != "parent":  # that file has no such folder
+        assert rejected.reason.tolist() == [f"no speaker by data.speaker_from: {speaker_from}"]
+    assert f"data.speaker_from: {speaker_from}: " in capsys.readouterr().out
+
+
+def test_speaker_from_goes_before_a_known_layout_and_labels_before_it(tmp_path):
+    tree(tmp_path / "corpus", *LAYOUTS["LibriTTS"])
+    cfg = CFG | {"speaker_from": "parent", "splits": {"train": 0.4, "val": 0.3, "test": 0.3}}
+    with pytest.raises(EqknobsError, match=r"2 speaker\(s\)"):
+        data.build_manifest(tmp_path / "corpus", cfg, 0)
+    (tmp_path / "labels.csv").write_text("id,speaker\n" + "".join(f"{r}_5_000001_000000,Reader {r}\n" for r in READERS))
+    cfg |= {"labels": str(tmp_path / "labels.csv")}
+    assert set(data.build_manifest(tmp_path / "corpus", cfg, 0)[0].speaker) == {"6", *(f"Reader {r}" for r in READERS)}
+    manifest, rejected = data.build_manifest(tmp_path / "corpus", cfg | {"speaker_from": "labels"}, 0)
+    assert set(manifest.speaker) == {f"Reader {r}" for r in READERS} and len(manifest) == len(rejected) == 4
+    assert set(rejected.reason) == {"no speaker by data.speaker_from: labels"}
+
+
+def test_speaker_from_is_checked_with_the_configuration():
+    config = yaml.safe_load(DEFAULT.read_text())
+    for value in ("parent", "grandparent", "top", "labels", None):
+        config["data"]["speaker_from"] = value
+        validate(config)
+    config["data"] |= {"speaker_from": "labels", "labels": None}
+    with pytest.raises(EqknobsError, match=r"data\.labels: is null, but data\.speaker_from names it"):
+        validate(config)
+    config["data"]["speaker_from"] = "folder"
+    with pytest.raises(EqknobsError, match=r"data\.speaker_from: 'folder' is not one of"):
+        validate(config)
+
+
+def test_common_voice_needs_its_table(tmp_path):
+    tree(tmp_path / "cv", *(f"{part}/common_voice_en_{n}" for n in range(4) for part in ("clips", "other")))
+    with pytest.raises(EqknobsError, match=r"8 files of Common Voice, whose tables name the speakers.*data\.labels"):
+        data.build_manifest(tmp_path / "cv", CFG, 0)
+    rows = "".join(f"{part}/common_voice_en_{n}.wav,{n}\n" for n in range(4) for part in ("clips", "other"))
+    (tmp_path / "labels.csv").write_text(f"path,speaker\n{rows}")
+    manifest, _ = data.build_manifest(tmp_path / "cv", CFG | {"labels": str(tmp_path / "labels.csv")}, 0)
+    assert manifest.speaker.tolist() == [path[-5] for path in manifest.path]
+
+
+# --- labels CSV ---
+
+
+def labelled(tmp_path: Path, table: str, **cfg) -> pd.DataFrame:
+    """The manifest of tmp_path/corpus with these labels, by path below the corpus."""
+    (tmp_path / "labels.csv").write_text(table)
+    manifest, _ = data.build_manifest(tmp_path / "corpus", CFG | {"labels": str(tmp_path / "labels.csv")} | cfg, 0)
+    return manifest.assign(path=manifest.path.str.split("/corpus/").str[-1]).set_index("path")
+
+
+def test_an_id_of_several_files_is_refused_and_a_path_tells_them_apart(tmp_path):
+    tree(tmp_path / "corpus", *(f"{speaker}/00{n}" for speaker in "abc" for n in "12"))
+    with pytest.raises(EqknobsError, match=r"labels\.csv: id '001' fits 3 files \('a/001\.wav', 'b/001\.wav'.*by path"):
+        labelled(tmp_path, "id,speaker,text\n001,x,HELLO\n")
+    found = labelled(tmp_path, "path,speaker,text\na/001.wav,x,HELLO\n")
+    assert found[found.text == "HELLO"].index.tolist() == ["a/001.wav"]
+    assert found.loc["b/001.wav", ["speaker", "text"]].tolist() == ["b", ""]
+    assert set(found.id) == {row for row in found.id if re.fullmatch("00[12]-[0-9a-f]{8}", row)}
+    found = labelled(tmp_path, f"id,text\n{found.loc['c/002.wav'].id},BYE\n")
+    assert found[found.text == "BYE"].index.tolist() == ["c/002.wav"]
+
+
+def test_one_name_in_two_formats_is_told_apart_by_its_suffix(tmp_path):
+    for speaker in "abc":
+        clip(tmp_path / "corpus" / speaker / f"{speaker}1.wav")
+    clip(tmp_path / "corpus" / "a" / "a1.flac")
+    with pytest.raises(EqknobsError, match=r"id 'a1' fits 2 files"):
+        labelled(tmp_path, "id,text\na1,HELLO\n")
+    found = labelled(tmp_path, "id,text\na1.flac,HELLO\n")
+    assert found.text.to_dict() == {"a/a1.flac": "HELLO", "a/a1.wav": "", "b/b1.wav": "", "c/c1.wav": ""}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        'id, speaker, sex, text\n001, x, F, "Hello, you"\n002, y, M, Bye\n003, z, , \n',
+        'ID,Speaker,SEX,Text\n001,x,F,"Hello, you"\n002,y,M,Bye\n003,z,,\n',
+        ' id ,speaker ,sex, text \n 001 ,x , F,"Hello, you "\n002,y,M,Bye\n003,z\n,,,\n',
+        'id,speaker,sex,text\n1,x,F,"Hello, you"\n2,y,M,Bye\n3,z,,\n',
+        'id,speaker,sex,text\n001.wav,x,F,"Hello, you"\n./002.WAV,y,M,Bye\n003.flac,z,,\n',
+        'path,speaker,sex,text\n./a/001.wav,x,F,"Hello, you"\na\\002.wav,y,M,Bye\n.\\b//003.wav,z,,\n',
+        'path,speaker,sex,text\r\na/001.wav,x,F,"Hello,\r\nyou"\r\na/002.wav,y,M,Bye\r\nb/003.wav,z,,\r\n',
+    ],
+    ids=["blanks", "capitals", "blanks around", "lost zeros", "suffix", "paths of Windows", "line ends"],
+)
+def test_labels_written_a_little_otherwise_count(tmp_path, capsys, table):
+    tree(tmp_path / "corpus", "a/001", "a/002", "b/003")
+    found = labelled(tmp_path, table)
+    assert found[["speaker", "sex", "text"]].to_numpy().tolist() == [
+        ["x", "F", "Hello, you"],
+        ["y", "M", "Bye"],
+        ["z", "", ""],
+    ]
+    assert re.search(r"labels\.csv: 3 of 3 rows name 3 of 3 files by (id|path)", capsys.readouterr().out)
+
+
+def test_lost_zeros_are_found_again_only_where_one_name_fits(tmp_path, capsys):
+    tree(tmp_path / "corpus", "007/1", "008/01", "08/001", "009/2", "a/3", "b/4")
+    found = labelled(tmp_path, "speaker,accent\n7,Welsh\n8,Irish\n009,Scottish\na,US\nb,US\n")
+    assert found.accent.to_dict() == {
+        "007/1.wav": "Welsh",
+        "008/01.wav": "",
+        "08/001.wav": "",
+        "009/2.wav": "Scottish",
+        "a/3.wav": "US",
+        "b/4.wav": "US",
+    }
+    said = capsys.readouterr().out
+    assert "4 of 5 rows name 4 of 6 files by speaker, 1 of them without their leading zeros; no file for 1: '8'" in said
+
+
+def test_rows_that_match_no_file_are_counted_and_named_and_too_many_refused(tmp_path, capsys):
+    tree(tmp_path / "corpus", *(f"{speaker}/{speaker}{n}" for speaker in "abcd" for n in range(4)))
+    rows = [f"{speaker}{n},{speaker}" for speaker in "abcd" for n in range(4)]
+    labelled(tmp_path, "\n".join(["id,speaker", *rows[:-1], "x1,d", "x2,d", "x3,d"]))
+    assert "15 of 18 rows name 15 of 16 files by id; no file for 3: 'x1', 'x2', 'x3'\n" in capsys.readouterr().out
+    with pytest.raises(
+        EqknobsError, match=r"no file for 4: 'x1', 'x2', 'x3', …; 1 file without a row: 'd/d3\.wav'; mend"
+    ):
+        labelled(tmp_path, "\n".join(["id,speaker", *rows[:-1], "x1,d", "x2,d", "x3,d", "x4,d"]))
+    labelled(tmp_path, "\n".join(["id,speaker", *rows, *(f"x{i},d" for i in range(90))]))  # a table of a larger corpus
+    assert "16 of 106 rows name 16 of 16 files by id; no file for 90: 'x0'" in capsys.readouterr().out
+
+
+def test_rows_of_files_that_are_rejected_or_not_drawn_match_a_file(tmp_path, capsys):
+    tree(tmp_path / "corpus", *(f"{speaker}/{speaker}{n}" for speaker in "abc" for n in range(3)))
+    clip(tmp_path / "corpus" / "a" / "short.wav", 0.1)
+    (tmp_path / "corpus" / "a" / "apple.m4a").write_bytes(b"....ftypM4A")
+    names = [*(f"{speaker}{n}" for speaker in "abc" for n in range(3)), "short", "apple"]
+    found = labelled(tmp_path, "\n".join(["id,accent", *(f"{n},US" for n in names)]), max_utterances=3)
+    assert len(found) == 3 and "11 of 11 rows name 11 of 11 files by id\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,text\n1,a\n01.wav,b\n", r"id '1' and '01\.wav' both mean a/001\.wav; keep one row"),
+        ("id,Text,text\n001,a,b\n", r"column 'text' occurs twice"),
+        ("id,note\n001,a\n", r"no column speaker, sex, accent or text beside id"),
+        ("id,text\n", "holds no rows"),
+        ("id;speaker\n001;a\n", "only id;speaker; add one, set off by commas"),
+        ("id,text\n001,a,b\n", "not a readable UTF-8 CSV"),
+        ("id,text\n001,caf\udce9\n", "not a readable UTF-8 CSV"),
+        ("id,text\nx,a\ny,b\n", r"no row matches a file of the corpus \(id 'x', 'y'\)"),
+    ],
+)
+def test_labels_that_cannot_be_meant_are_refused(tmp_path, content, message):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    (tmp_path / "labels.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(EqknobsError, match=message) as error:
+        data.build_manifest(tmp_path / "corpus", CFG | {"labels": str(tmp_path / "labels.csv")}, 0)
     assert "\n" not in str(error.value)
-    assert [p.name for p in tmp_path.rglob("*")] == ["evil.tar.gz", "work"] or not list((tmp_path / "work").iterdir())
-    assert not list(tmp_path.rglob("evil.txt")) and not Path("/tmp/eqknobs-evil.txt").exists()
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/eqknobs-evil.txt", "C:\\evil.txt", "link"])
-def test_hostile_zip_is_refused(tmp_path, name):
-    path = tmp_path / "evil.zip"
-    with zipfile.ZipFile(path, "w") as file:
-        info = zipfile.ZipInfo(name)
-        if name == "link":
-            info.external_attr = 0o120777 << 16
-        file.writestr(info, "/etc/passwd")
-    with pytest.raises(EqknobsError, match=r"lies outside|is a link or device"):
-        data.fetch(archive_cfg(path), tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())
+def test_a_sex_that_is_not_understood_is_told(tmp_path, capsys):
+    tree(tmp_path / "corpus", "a/1", "b/2", "c/3", "d/4")
+    found = labelled(tmp_path, "speaker,sex\na,woman\nb,Female\nc,m\nd,\n")
+    assert found.sex.tolist() == ["", "F", "M", ""]
+    assert "by speaker; sex is neither F nor M: 'woman'\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["w:gz", "w", "w:xz", "zip"])
-@pytest.mark.parametrize("keep", [0.02, 0.5, 0.98])
-def test_archive_cut_short_is_refused_and_leaves_nothing(tmp_path, mode, keep):
-    noise = [np.random.default_rng(i).bytes(20000) for i in range(4)]
-    path = tmp_path / "cut.bin"
-    if mode == "zip":
-        with zipfile.ZipFile(path, "w") as file:
-            for i, content in enumerate(noise):
-                file.writestr(f"{i}.bin", content)
-    else:
-        tar(path, *((f"{i}.bin", content) for i, content in enumerate(noise)), mode=mode)
-        if mode == "w":  # without the padding behind the end mark, which may well be missing
-            path.write_bytes(path.read_bytes().rstrip(b"\0") + bytes(1024))
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
-    with pytest.raises(EqknobsError, match=r"damaged|cut short"):
-        data.fetch(archive_cfg(path), tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())
+def test_labels_by_speaker_ask_for_speaker_from_where_the_folders_do_not_tell(tmp_path):
+    tree(tmp_path / "corpus", *AMBIGUOUS["reader, chapter"])
+    table = "speaker,sex\n" + "".join(f"{reader},F\n" for reader in READERS)
+    with pytest.raises(EqknobsError, match=r"no row matches .*, and see data\.speaker_from"):
+        labelled(tmp_path, table)
+    assert set(labelled(tmp_path, table, speaker_from="grandparent").sex) == {"F"}
 
 
-def test_plain_tar_cut_between_two_members_is_refused(tmp_path):
-    path = tar(tmp_path / "cut.tar", ("a", bytes(512) + b"x"), ("b", b"y"), mode="w")
-    path.write_bytes(path.read_bytes()[: 3 * 512])
-    with pytest.raises(EqknobsError, match="no end mark"):
-        data.fetch(archive_cfg(path), tmp_path / "work")
+def test_split_by_is_found_whatever_its_case(tmp_path):
+    tree(tmp_path / "corpus", *(f"{speaker}/1" for speaker in "abcdef"))
+    table = "speaker,Voice\n" + "".join(f"{speaker},v{i // 2}\n" for i, speaker in enumerate("abcdef"))
+    found = labelled(tmp_path, table, split_by="voice ")
+    assert found.groupby(found.speaker.map(lambda s: "abcdef".index(s) // 2)).split.nunique().max() == 1
 
 
-def test_flipped_bit_in_a_gzip_is_noticed(tmp_path):
-    path = tar(tmp_path / "a.tar.gz", ("a.bin", np.random.default_rng(0).bytes(50000)))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(EqknobsError, match="damaged"):
-        data.fetch(archive_cfg(path), tmp_path / "work")
+# --- odd names, texts and files ---
 
 
-def test_member_that_is_file_and_folder_at_once(tmp_path):
-    path = tar(tmp_path / "a.tar.gz", ("a", b"x"), ("a/b", b"y"))
-    with pytest.raises(EqknobsError, match="cannot be unpacked"):
-        data.fetch(archive_cfg(path), tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())
+def test_names_and_texts_that_look_like_missing_stay_what_they_are(tmp_path):
+    names = ["NA", "null", "nan", "None"]
+    tree(tmp_path / "corpus", *(f"{name}/{name}{n}" for name in names for n in ("", "1")))
+    table = "id,accent,text\n" + "".join(f"{name},{name},{name}\n" for name in names)
+    (tmp_path / "labels.csv").write_text(table)
+    manifest, _ = data.build_manifest(tmp_path / "corpus", CFG | {"labels": str(tmp_path / "labels.csv")}, 0)
+    write_csv(tmp_path / "manifest.csv", manifest)
+    found = read_csv(tmp_path / "manifest.csv").set_index("id")
+    assert set(found.index) == {f"{name}{n}" for name in names for n in ("", "1")}
+    assert set(found.speaker) == set(names)
+    assert found.loc[names, ["speaker", "accent", "text"]].to_numpy().tolist() == [[name] * 3 for name in names]
+    assert found.loc["NA1"].text == "" and pd.isna(found.loc["NA1"].accent)
 
 
-def test_full_disk_while_unpacking(tmp_path, monkeypatch):
-    path = tar(tmp_path / "a.tar.gz", ("a.bin", b"x"))
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(data.shutil, "copyfileobj", full)
-    with pytest.raises(EqknobsError, match="disk full"):
-        data.fetch(archive_cfg(path), tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n", "\t", "\0", "\x0b", "\u2028"], ids=repr)
+def test_a_line_end_in_a_text_is_a_blank(tmp_path, end):
+    tree(tmp_path / "corpus", "a/1", "b/2", "c/3")
+    (tmp_path / "labels.csv").write_bytes(f'id,text,accent\n1,"HELLO{end} YOU{end}",US\n2,BYE  BYE,\n'.encode())
+    manifest, _ = data.build_manifest(tmp_path / "corpus", CFG | {"labels": str(tmp_path / "labels.csv")}, 0)
+    write_csv(tmp_path / "manifest.csv", manifest)
+    assert len((tmp_path / "manifest.csv").read_bytes().splitlines()) == 4
+    assert read_csv(tmp_path / "manifest.csv").text.tolist() == ["HELLO YOU", "BYE  BYE", ""]
 
 
-def test_missing_sources(tmp_path):
-    for source in ("folder", "archive"):
-        with pytest.raises(EqknobsError, match=f"no {source}"):
-            data.fetch(CFG | {"source": source, "path": str(tmp_path / "nowhere")}, tmp_path / "work")
-        with pytest.raises(EqknobsError, match="needs the path"):
-            data.fetch(CFG | {"source": source, "path": None}, tmp_path / "work")
-    with pytest.raises(EqknobsError, match="'dev-celan' is not one of dev-clean"):
-        data.fetch(CFG | {"source": "librispeech", "subset": "dev-celan"}, tmp_path / "work")
-    assert data.fetch(CFG | {"path": str(tmp_path)}, tmp_path / "work") == tmp_path
+def test_file_names_of_any_characters_go_through_the_manifest(tmp_path):
+    names = ["carriage\rreturn", "new\nline", 'a "quoted" name', "comma, name", " blank ", "=1+1"]
+    tree(tmp_path / "corpus", *(f"{i % 3}/{name}" for i, name in enumerate(names)))
+    manifest, rejected = data.build_manifest(tmp_path / "corpus", CFG, 0)
+    write_csv(tmp_path / "manifest.csv", manifest)
+    found = read_csv(tmp_path / "manifest.csv")
+    assert set(found.id) == set(names) and rejected.empty and all(Path(path).is_file() for path in found.path)
+    assert found.seconds.tolist() == [1.0] * 6
 
 
-# --- download, from a server on this machine that misbehaves as told ---
+def test_whatever_is_wrong_with_one_file_is_its_row(tmp_path, monkeypatch):
+    librispeech(tmp_path / "corpus", speakers=4, clips=2)
+    bad = tmp_path / "corpus" / "bad"
+    clip(bad / "fails at its header.wav")
+    clip(bad / "fails when read.wav")
+    os.rename(clip(bad / "latin.wav"), os.fsencode(bad) + b"/caf\xe9.wav")
+    seconds, samples = data.audio_seconds, data.read_audio
+
+    def fail(real, name, error):
+        def read(path, *rest):
+            if path.name == name:
+                raise error
+            return real(path, *rest)
+
+        return read
+
+    monkeypatch.setattr(data, "audio_seconds", fail(seconds, "fails at its header.wav", ValueError("odd\nheader")))
+    monkeypatch.setattr(data, "read_audio", fail(samples, "fails when read.wav", MemoryError("no room")))
+    manifest, rejected = data.build_manifest(tmp_path / "corpus", CFG, 0)
+    write_csv(tmp_path / "rejected.csv", rejected)
+    found = read_csv(tmp_path / "rejected.csv")
+    assert len(manifest) == 8
+    assert {path.split("/bad/")[1]: reason for path, reason in zip(found.path, found.reason)} == {
+        "fails at its header.wav": "cannot be read (ValueError: odd header)",
+        "fails when read.wav": "cannot be read (MemoryError: no room)",
+        "caf\\udce9.wav": "name is not UTF-8 (rename the file)",
+    }
 
 
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, content: bytes):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.ranges, self.plan = content, [], []
-        self.knows_ranges, self.release = True, threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        server = self.server
-        wanted = self.headers.get("Range")
-        server.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.knows_ranges else 0
-        act = server.plan.pop(0) if server.plan else "whole"
-        if isinstance(act, int) and act >= 400:
-            return self.send_error(act)
-        if start >= len(server.content):
-            return self.send_error(416)
-        body = server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
-        self.end_headers()
-        if act == "whole":
-            self.wfile.write(body)
-            return None
-        self.wfile.write(body[: len(body) // 2])  # "break" and "stall" both stop half way
-        self.wfile.flush()
-        if act == "stall":
-            server.release.wait(30)
-        self.close_connection = True
-        return None
+def test_gsm_and_streams_of_unknown_length_are_used(tmp_path):
+    tree(tmp_path, "a/1", "b/2", "c/3")
+    (tmp_path / "a" / "gsm.wav").parent.mkdir(exist_ok=True)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    sf.write(tmp_path / "a" / "gsm.wav", noise, 16000, subtype="GSM610")
+    for i, size in enumerate((0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF)):
+        content = bytearray(clip(tmp_path / "b" / f"pipe{i}.wav").read_bytes())
+        content[40:44] = size.to_bytes(4, "little")
+        (tmp_path / "b" / f"pipe{i}.wav").write_bytes(content)
+    manifest, rejected = data.build_manifest(tmp_path, CFG, 0)
+    assert rejected.empty and len(manifest) == 8 and set(manifest.seconds) == {1.0}
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0.01)
-    path = tmp_path / "source.tar.gz"
-    with tarfile.open(path, "w:gz") as file:
-        file.add(librispeech(tmp_path / "source", 3, 1) / "LibriSpeech", "LibriSpeech")
-    server = Server(path.read_bytes())
-    monkeypatch.setitem(data.LIBRISPEECH_MD5, "dev-clean", hashlib.md5(server.content).hexdigest())
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.release.set()
-    server.shutdown()
-    server.server_close()
+def test_files_without_speech_are_rejected_by_level_not_by_peak(tmp_path):
+    tree(tmp_path, "a/1", "b/2", "c/3")
+    noise = np.random.default_rng(0).standard_normal(16000)
+    click = np.where(np.arange(16000) == 8000, 0.9, 1e-5 * noise)
+    quiet = 3e-4 * noise  # peaks above −60 dB, level −70
+    sounds = {
+        "constant": np.full(16000, 0.5),
+        "click": click,
+        "quiet": quiet,
+        "constant and quiet": 0.3 + quiet,
+        "scaled": 9000 * noise,
+        "infinite": np.where(np.arange(16000) == 5, np.inf, noise),
+        "loud": 0.3 * noise,
+        "a word in silence": np.where(np.arange(16000) < 4800, 0.01 * noise, 0),
+    }
+    for name, wav in sounds.items():
+        sf.write(tmp_path / "a" / f"{name}.wav", wav, 16000, subtype="FLOAT")
+    manifest, rejected = data.build_manifest(tmp_path, CFG, 0)
+    assert set(manifest.id) == {"1", "2", "3", "loud", "a word in silence"}
+    reasons = {Path(path).stem: reason for path, reason in zip(rejected.path, rejected.reason)}
+    assert {name: reason.split(" (")[0].split(" up to")[0] for name, reason in reasons.items()} == {
+        "constant": "all but silent",
+        "click": "all but silent",
+        "quiet": "all but silent",
+        "constant and quiet": "all but silent",
+        "scaled": "samples",
+        "infinite": "holds NaN or infinite samples",
+    }
 
 
-def get(server, work: Path) -> Path:
-    cfg = {"source": "librispeech", "subset": "dev-clean", "url": server.url, "timeout_seconds": 0.5}
-    return data.fetch(CFG | cfg, work)
+def test_links_to_folders_are_followed_once_and_never_round(tmp_path):
+    tree(tmp_path / "corpus", "a/1", "b/2")
+    tree(tmp_path / "elsewhere", "c/3", "d/4")
+    (tmp_path / "corpus" / "c").symlink_to(tmp_path / "elsewhere" / "c")
+    (tmp_path / "corpus" / "0").symlink_to(tmp_path / "corpus" / "a")  # the real folder's name stays
+    (tmp_path / "corpus" / "b" / "up").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "self").symlink_to(tmp_path / "corpus" / "self")
+    (tmp_path / "corpus" / "gone").symlink_to(tmp_path / "nowhere")
+    manifest, rejected = data.build_manifest(tmp_path / "corpus", CFG, 0)
+    assert dict(zip(manifest.id, manifest.speaker)) == {"1": "a", "2": "b", "3": "c"} and rejected.empty
 
 
-def assert_whole(folder: Path) -> None:
-    manifest, rejected = data.build_manifest(folder, CFG, 0)
-    assert len(manifest) == 3 and rejected.empty
+def test_a_folder_that_cannot_be_read_is_a_row(tmp_path, monkeypatch):
+    tree(tmp_path, "a/1", "b/2", "c/3", "locked/4")
+    scandir = os.scandir
 
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
 
-def test_download_unpacks_and_needs_no_second_request(tmp_path, server):
-    folder = get(server, tmp_path / "work")
-    assert_whole(folder)
-    assert get(server, tmp_path / "work") == folder and server.ranges == [None]
-    assert not list((tmp_path / "work").glob("*.part"))
-
-
-def test_broken_connection_is_resumed_where_it_broke(tmp_path, server):
-    server.plan = ["break", "break", "break"]
-    assert_whole(get(server, tmp_path / "work"))
-    size = len(server.content)
-    starts = [int(r.removeprefix("bytes=").rstrip("-")) for r in server.ranges[1:]]
-    assert server.ranges[0] is None and starts[0] == size // 2
-    assert starts == sorted(set(starts)) and len(starts) == 3
-
-
-def test_a_server_without_ranges_starts_again(tmp_path, server):
-    server.knows_ranges, server.plan = False, ["break"]
-    assert_whole(get(server, tmp_path / "work"))
-
-
-def test_stall_times_out_and_is_resumed(tmp_path, server):
-    server.plan = ["stall"]
-    began = time.monotonic()
-    assert_whole(get(server, tmp_path / "work"))
-    assert 0.4 < time.monotonic() - began < 10
-    assert len(server.ranges) == 2 and server.ranges[1].startswith("bytes=")
-
-
-def test_endless_stall_gives_up_keeps_the_part_and_a_later_run_resumes(tmp_path, server):
-    server.plan = ["break"] + [503] * 5
-    with pytest.raises(EqknobsError, match=r"download failed \(the server answered 503\); run again to resume"):
-        get(server, tmp_path / "work")
-    work = tmp_path / "work"
-    assert [path.name for path in work.iterdir()] == ["dev-clean.tar.gz.part"]
-    assert (work / "dev-clean.tar.gz.part").read_bytes() == server.content[: len(server.content) // 2]
-    server.ranges.clear()
-    assert_whole(get(server, work))
-    assert server.ranges == [f"bytes={len(server.content) // 2}-"]
-
-
-def test_wrong_checksum_is_refused_and_nothing_stays(tmp_path, server, monkeypatch):
-    monkeypatch.setitem(data.LIBRISPEECH_MD5, "dev-clean", "0" * 32)
-    with pytest.raises(EqknobsError, match="wrong checksum"):
-        get(server, tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir()) and server.ranges == [None]
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0, 1.5])
-def test_part_of_another_file_is_thrown_away(tmp_path, server, share):
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "dev-clean.tar.gz.part").write_bytes(b"z" * int(share * len(server.content)))
-    assert_whole(get(server, work))
-    assert server.ranges[-1] is None
-
-
-def test_damaged_archive_on_disk_is_fetched_again(tmp_path, server):
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "dev-clean.tar.gz").write_bytes(server.content[:1000])
-    assert_whole(get(server, work))
-
-
-def test_refusal_and_dead_server(tmp_path, server):
-    server.plan = [404]
-    with pytest.raises(EqknobsError, match="404"):
-        get(server, tmp_path / "work")
-    assert len(server.ranges) == 1
-    with pytest.raises(EqknobsError, match="download failed"):
-        data.download("http://127.0.0.1:9/a", tmp_path / "a", "0" * 32, timeout=0.5)
-    with pytest.raises(EqknobsError, match="not a web address"):
-        data.download("nonsense", tmp_path / "a", "0" * 32)
-
-
-def test_full_disk_is_seen_before_the_download(tmp_path, server, monkeypatch):
-    usage = os.statvfs(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100, "total": usage.f_blocks})())
-    with pytest.raises(EqknobsError, match="not enough disk"):
-        get(server, tmp_path / "work")
-
-
-def test_full_disk_during_the_download_is_one_line(tmp_path, server, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(data, "_transfer", full)
-    with pytest.raises(EqknobsError, match="disk full; free some space and run again to resume"):
-        get(server, tmp_path / "work")
-
-
-def test_published_checksums_cover_all_subsets():
-    assert len(data.LIBRISPEECH_MD5) == len(set(data.LIBRISPEECH_MD5.values())) == 7
-    assert all(len(digest) == 32 and int(digest, 16) for digest in data.LIBRISPEECH_MD5.values())
+    monkeypatch.setattr(os, "scandir", refuse)
+    _, rejected = data.build_manifest(tmp_path, CFG, 0)
+    assert rejected.path.str.endswith("/locked").tolist() == [True]
+    assert rejected.reason.tolist() == ["folder cannot be read"]

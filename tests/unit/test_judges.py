@@ -9,7 +9,7 @@ import pytest
 from eqknobs import judges
 from eqknobs.audio import read_audio, write_flac
 from eqknobs.errors import EqknobsError
-from eqknobs.io import read_csv, write_csv
+from eqknobs.io import file_sha256, read_csv, write_csv
 from eqknobs.judges import (
     RATE,
     SpeakerEncoder,
@@ -20,6 +20,7 @@ from eqknobs.judges import (
     similarity,
     word_errors,
 )
+from eqknobs.pieces import Pieces
 
 CORPUS = Path(__file__).parents[2] / "resources/corpus"
 CFG = {"asr": "tiny.en", "beam": 1, "device": "cpu"}
@@ -60,8 +61,8 @@ def clips():
         for file in sorted((CORPUS / speaker).rglob("*.flac"))[:2]:
             lines = (file.parent / f"{'-'.join(file.stem.split('-')[:2])}.trans.txt").read_text().splitlines()
             text = dict(line.split(" ", 1) for line in lines)[file.stem]
-            rows.append((file.stem, str(file), speaker, "test", text))
-    return pd.DataFrame(rows, columns=["id", "path", "speaker", "split", "text"])
+            rows.append((file.stem, str(file), speaker, "test", text, file_sha256(file)))
+    return pd.DataFrame(rows, columns=["id", "path", "speaker", "split", "text", "sha256"])
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,29 @@ def test_judging(clips, tmp_path):
     write_csv(tmp_path / "short.csv", originals[:1])
     with pytest.raises(EqknobsError, match="no transcript of"):
         judge_renders(files[0], tmp_path / "short.csv", files[2], tmp_path / "none.csv", CFG)
+    (tmp_path / "out/ruined" / f"{clips['id'][1]}.flac").unlink()
+    with pytest.raises(EqknobsError, match=r"no such render .* run again, and its stage renders them anew"):
+        judge_renders(*files, tmp_path / "none.csv", CFG)
     assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_known_sound_is_not_judged_again(clips, tmp_path, monkeypatch):
+    """By its samples, not its name; with another setting of the judge it is another transcript."""
+    pieces = Pieces(tmp_path / "pieces")
+    wav = read_audio(clips["path"][0], RATE)
+    words, voice = Transcriber(CFG, pieces).transcribe(wav), SpeakerEncoder(pieces).embed(wav)
+    loaded = []
+    monkeypatch.setattr(Transcriber, "model", property(lambda self: loaded.append("asr")))
+    monkeypatch.setattr(SpeakerEncoder, "encoder", property(lambda self: loaded.append("voice")))
+    again = SpeakerEncoder(pieces).embed(wav)
+    assert Transcriber(CFG, pieces).transcribe(wav.copy()) == words and not loaded
+    assert again.dtype == np.float32 and np.array_equal(again, voice)
+    for judge, sound in ((Transcriber(CFG | {"beam": 3}, pieces), wav), (Transcriber(CFG, pieces), wav[1:])):
+        with pytest.raises(AttributeError):  # the stand-in for the model is None
+            judge.transcribe(sound)
+    with pytest.raises(AttributeError):
+        SpeakerEncoder(pieces).embed(-wav)
+    assert loaded == ["asr", "asr", "voice"]
 
 
 def test_nothing_to_judge(clips, tmp_path):

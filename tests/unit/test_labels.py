@@ -12,7 +12,7 @@ import soxr
 
 from eqknobs import labels
 from eqknobs.errors import EqknobsError
-from eqknobs.io import write_csv
+from eqknobs.io import file_sha256, read_csv, write_csv
 
 CFG = {"crepe": "tiny", "periodicity": 0.5, "floor_db": 40, "fmin": 50, "fmax": 550, "n_mels": 64}
 LIBRISPEECH = Path(__file__).resolve().parents[3] / "shared" / "librispeech"
@@ -202,14 +202,17 @@ def make_cache(folder: Path, clips: dict[str, np.ndarray], rate: int, hop: int) 
     rows, table, start = [], [], 0
     for name, wav in clips.items():
         sf.write(folder / f"{name}.wav", wav, rate, subtype="FLOAT")
-        rows.append({"id": name, "path": str(folder / f"{name}.wav"), "speaker": "1", "split": "train", "text": ""})
+        path = folder / f"{name}.wav"
+        digest = file_sha256(path)
+        row = {"id": name, "path": str(path), "speaker": "1", "split": "train", "sha256": digest, "text": ""}
+        rows.append(row)
         frames = -(-len(wav) // hop)
-        table.append((name, "1", "train", start, frames, len(wav)))
+        table.append((name, "1", "train", digest, start, frames, len(wav)))
         start += frames
     write_csv(folder / "manifest.csv", pd.DataFrame(rows))
     with h5py.File(folder / "cache.h5", "w") as file:
         file.create_dataset("activations", data=np.zeros((start, 4), np.float32))
-        for column, values in zip(("id", "speaker", "split", "start", "frames", "samples"), zip(*table)):
+        for column, values in zip(("id", "speaker", "split", "sha256", "start", "frames", "samples"), zip(*table)):
             kind = h5py.string_dtype() if isinstance(values[0], str) else np.int64
             file.create_dataset(f"utterances/{column}", data=list(values), dtype=kind)
         file.attrs.update({"sample_rate": rate, "hop": hop, "frame_rate": rate / hop})
@@ -235,10 +238,14 @@ def test_write_labels_aligns_rows_with_the_cache(tmp_path):
 
 def test_write_labels_refuses_audio_that_changed_and_leaves_nothing(tmp_path):
     manifest, cache = make_cache(tmp_path, {"a": tone(150, 9600), "b": tone(150, 9600)}, 16000, 640)
-    sf.write(tmp_path / "b.wav", tone(150, 9000), 16000)
-    with pytest.raises(EqknobsError, match=r"b\.wav: 9000 samples, but 9600"):
+    table = read_csv(manifest)
+    sf.write(tmp_path / "b.wav", tone(160, 9600), 16000, subtype="FLOAT")  # as long as before
+    with pytest.raises(EqknobsError, match=r"b\.wav: changed since the manifest was drawn"):
         labels.write_labels(manifest, cache, tmp_path / "labels.h5", CFG)
-    write_csv(manifest, pd.DataFrame([{"id": "a", "path": str(tmp_path / "a.wav"), "speaker": "1", "text": ""}]))
+    write_csv(manifest, table.assign(sha256=table["path"].map(file_sha256)))  # drawn again, but not encoded again
+    with pytest.raises(EqknobsError, match=r"b\.wav: .*cache\.h5 was made from another sound"):
+        labels.write_labels(manifest, cache, tmp_path / "labels.h5", CFG)
+    write_csv(manifest, table[:1])
     with pytest.raises(EqknobsError, match="utterance b is not in"):
         labels.write_labels(manifest, cache, tmp_path / "labels.h5", CFG)
     assert not (tmp_path / "labels.h5").exists() and not list(tmp_path.glob(".labels*"))
@@ -249,12 +256,12 @@ def test_real_speech_is_labelled_in_seconds_and_pitch_fits_the_sex():
     import torch
 
     from eqknobs.audio import read_audio
-    from eqknobs.data import _librispeech_sexes
+    from eqknobs.corpus import librispeech_sexes
 
     labels.pitch_track(np.zeros(640, np.float32), 16000, 640, 1)  # imports and weights
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sexes = _librispeech_sexes(LIBRISPEECH)
+    sexes = librispeech_sexes(LIBRISPEECH)
     pitches: dict[str, list[float]] = {"F": [], "M": []}
     seconds, began = 0.0, time.process_time()
     for path in sorted(LIBRISPEECH.rglob("*.flac"))[:8]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from eqknobs.activations import cache_activations
 from eqknobs.errors import EqknobsError
+from eqknobs.io import file_sha256
 from eqknobs.models import load_model
 from eqknobs.models.base import weights_hash
 from eqknobs.models.moshi.checkpoint import MoshiFiles, find_files, load_net, save_net
@@ -49,7 +50,7 @@ from eqknobs.models.moshi.interventions import (
 from eqknobs.models.moshi.loudness import loudness, normalised
 from eqknobs.models.moshi.memory import parameters
 from eqknobs.models.moshi.network import KVCache, MoshiNet
-from eqknobs.models.moshi.quantise import bitsandbytes, is_packed, pack, weight_of
+from eqknobs.models.moshi.quantise import bitsandbytes, is_packed, pack, weight_of, with_weight
 
 FROZEN = Path(__file__).parents[1] / "fixtures/moshi"
 LOST = {0: [1, 2], 1: [0, 1, 2, 3], 2: [3]}
@@ -252,25 +253,65 @@ def test_bad_voices(tmp_path, state, capsys):
 # Interventions
 
 
-@pytest.mark.parametrize("nf4", [None, Nf4(double=False), Nf4(ALL_LINEARS, double=False)])
+SINGLE_SCALES = [None, Nf4(double=False), Nf4(ALL_LINEARS, double=False)]
+
+
+@torch.no_grad()
+def streamed(net):
+    """Text logits of 12 columns that go through the cache one by one."""
+    cache = KVCache(net, 2, 12)
+    return torch.cat([net.step(column, cache)[1] for column in net.columns(cases.CODES)[:, :, :12].unbind(-1)])
+
+
+@pytest.mark.parametrize("nf4", SINGLE_SCALES)
 def test_zeroed_equals_removed(folder, nf4):
+    """But for rounding: a product without the zeros adds up in an order of its own, which is the BLAS kernel's choice.
+
+    Logits are up to 5; such orders moved them by up to 6e-6.
+    """
     net = load(folder, nf4=nf4)
     assert is_packed(net.layers[0].self_attn.in_proj) == (nf4 is not None)
     before, kept = logits(net), weight_of(net.layers[0].self_attn.out_proj).clone()
     with zeroed_heads(net, LOST):
-        zeroed = logits(net)
-        zeroed_reply = generate(net, cases.USER[:, :, :12])
+        zeroed, zeroed_stream = logits(net), streamed(net)
     assert torch.equal(logits(net), before)  # reversible
     assert (zeroed - before).abs().max() > 0.1
     remove_heads(net, LOST)
     assert net.heads == ((0, 3), (), (0, 1, 2))
     assert torch.equal(weight_of(net.layers[0].self_attn.out_proj), kept.view(-1, 4, 64)[:, [0, 3]].flatten(1))
-    removed = logits(net)
-    assert torch.equal(removed, zeroed)
-    reply = generate(net, cases.USER[:, :, :12])
-    assert torch.equal(reply.codes, zeroed_reply.codes) and torch.equal(reply.text, zeroed_reply.text)
+    assert (logits(net) - zeroed).abs().max() <= 3e-5
+    assert (streamed(net) - zeroed_stream).abs().max() <= 3e-5
     cache = KVCache(net, 1, 9)
     assert [ring.shape[2] for ring in cache.rings] == [2, 0, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nf4", SINGLE_SCALES)
+def test_zeroed_equals_removed_bit_for_bit_in_whole_numbers(folder, nf4):
+    """Sums of whole numbers below 2^24 are exact in any order, and one column's attention is its value.
+
+    Weights are -1, 0 and 1, which NF4 holds exactly.
+    """
+    net, random = load(folder, nf4=nf4), torch.Generator().manual_seed(0)
+    for layer in (0, 2):
+        attention = net.layers[layer].self_attn
+        for name in ("in_proj", "out_proj"):
+            weight = torch.randint(-1, 2, weight_of(getattr(attention, name)).shape, generator=random).float()
+            setattr(attention, name, with_weight(getattr(attention, name), weight))
+            assert torch.equal(weight_of(getattr(attention, name)), weight)
+    x = torch.randint(-3, 4, (5, 1, KYUTAI.dim), generator=random).float()
+    rotation = torch.ones(1, 1, 1, KYUTAI.head_dim // 2, dtype=torch.complex64)
+
+    def run(layer):
+        return net.layers[layer].self_attn(x, rotation, None, None, layer)
+
+    whole = [run(layer) for layer in (0, 2)]
+    with zeroed_heads(net, LOST):
+        zeroed = [run(layer) for layer in (0, 2)]
+    remove_heads(net, LOST)
+    for layer, before, lost in zip((0, 2), whole, zeroed):
+        assert torch.equal(lost, lost.round()) and 50 < lost.abs().max() < 2**24
+        assert not torch.equal(before, lost) and torch.equal(run(layer), lost)
 
 
 def test_heads_keep_their_numbers(folder):
@@ -585,7 +626,8 @@ def test_activations(model):
 def test_a_cache_says_which_codec_made_the_codes(folder, codec, tmp_path):
     """Otherwise work that was begun with another codec, under the same path, would be gone on with."""
     sf.write(tmp_path / "a.wav", clip(0.5), 24000)
-    (tmp_path / "manifest.csv").write_text(f"id,path,speaker,split\na,{tmp_path}/a.wav,s,train\n")
+    row = f"a,{tmp_path}/a.wav,s,train,{file_sha256(tmp_path / 'a.wav')}"
+    (tmp_path / "manifest.csv").write_text(f"id,path,speaker,split,sha256\n{row}\n")
     cache_activations(tmp_path / "manifest.csv", tmp_path / "a.h5", config_of(folder, codec), "residual.0", {})
     with h5py.File(tmp_path / "a.h5") as file:
         assert file.attrs["codec_revision"] == weights_hash([codec / "model.safetensors"])

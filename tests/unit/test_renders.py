@@ -145,13 +145,11 @@ def test_cache_of_another_model_is_refused(world, tmp_path):
 
 def test_changed_audio_is_refused(world, tmp_path):
     clips = world.clips("test")
-    clips = clips.assign(path=clips["path"].to_list()[::-1])
-    with (
-        world.open() as cache,
-        open_codec(world.cfg, cache) as model,
-        pytest.raises(EqknobsError, match="not what the cache holds"),
-    ):
-        render_conditions(model, SITE, clips, cache, [Condition("x", {})], tmp_path / "o", tmp_path / "s.csv")
+    swapped = clips.assign(path=clips["path"].to_list()[::-1])
+    drawn_again = swapped.assign(sha256=clips["sha256"].to_list()[::-1])
+    for table, said in ((swapped, "changed since the manifest was drawn"), (drawn_again, "not what the cache holds")):
+        with world.open() as cache, open_codec(world.cfg, cache) as model, pytest.raises(EqknobsError, match=said):
+            render_conditions(model, SITE, table, cache, [Condition("x", {})], tmp_path / "o", tmp_path / "s.csv")
 
 
 def test_codec_stage(world, tmp_path):
@@ -176,3 +174,24 @@ def test_codec_stage(world, tmp_path):
     scored = spliced[(spliced["id"] == row["id"]) & (spliced["sae"] == "topk")].iloc[0]
     assert scored["tokens"] == before.size and scored["tokens_flipped"] == (before != after).sum() > 0
     assert signal.loc[signal["path"] != "sae", "tokens"].isna().all()
+
+
+def test_ids_that_differ_in_special_characters_get_files_of_their_own(world, tmp_path, monkeypatch):
+    ids, load = iter(["C# minor", "C minor", "c-minor", *map(str, range(99))]), renders.load_clip
+    monkeypatch.setattr(renders, "load_clip", lambda *args: load(*args))
+    clips = world.clips("test").head(3)
+    names = {row.id: next(ids) for row in clips.itertuples()}
+    back = {new: old for old, new in names.items()}
+    renamed = clips.assign(id=clips["id"].map(names))
+    monkeypatch.setattr(
+        renders, "load_clip", lambda model, cache, row: load(model, cache, row._replace(id=back[row.id]))
+    )
+    with world.open() as cache, open_codec(world.cfg, cache) as model:
+        files = (tmp_path / "out", tmp_path / "signal.csv")
+        render_conditions(model, SITE, renamed, cache, [Condition("x", {}, codec=False, keep=True)], *files)
+    index = read_csv(tmp_path / "out/index.csv")
+    assert index["file"].str.lower().nunique() == len(clips) > 1
+    for row, clip in zip(index.itertuples(), clips.itertuples()):
+        np.testing.assert_allclose(
+            read_audio(tmp_path / "out" / row.file, RATE), read_audio(clip.path, RATE), atol=1e-4
+        )

@@ -158,3 +158,66 @@ def test_a_model_that_cannot_decode_gets_a_page_without_sound(written, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert block(page, "players") == {TARGET: []} and "No target of this run" in page
     Page(page)
+
+
+def test_clips_whose_ids_differ_in_special_characters_keep_their_own_sound(tmp_path):
+    ids = ["C# minor", "C minor", "C+minor", "c+minor", "C_minor"]
+    folder = tmp_path / "renders" / TARGET / "codec"
+    folder.mkdir(parents=True)
+    rows = [{"id": name, "condition": "x", "file": f"x/{i}.flac"} for i, name in enumerate(ids)]
+    rows += [{"id": name, "condition": "x", "file": f"x/{name}.flac"} for name in ids]
+    (folder / "x").mkdir()
+    for row in rows:
+        (folder / row["file"]).write_text(row["file"])
+    report.pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    (group,) = report._copy_sounds(tmp_path, [TARGET], {TARGET: ids}, tmp_path / "report")
+    links = [link["href"] for row in group["rows"] for link in row["files"]]
+    assert [(tmp_path / "report" / link).read_text() for link in links] == [row["file"] for row in rows]
+    assert len({link.casefold() for link in links}) == len(rows)
+
+
+def test_a_render_that_is_gone_is_called_so(written, tmp_path):
+    run = shutil.copytree(written[0], tmp_path / "run")
+    next((run / "renders" / TARGET / "steering").rglob("*.flac")).unlink()
+    with pytest.raises(EqknobsError, match=r"no such render .* run again, and its stage renders them anew"):
+        write_report(run, [TARGET], written[1], tmp_path / "out")
+
+
+def about_training(run, config, folder) -> str:
+    write_report(run, [TARGET], config, folder)
+    text = " ".join("".join(Page((folder / "index.html").read_text()).text).split())
+    return text[text.index("What these numbers prove") :]
+
+
+def test_the_page_says_which_of_its_speakers_a_bundled_model_heard(written, tmp_path):
+    run = shutil.copytree(written[0], tmp_path / "run")
+    path = run / "manifest" / "manifest.csv"
+    path.write_text(path.read_text().replace(",t00,", ",103,").replace(",t01,", ",104,"))
+    model = {"tiny-mimi": {"kind": "mimi", "path": "resources/models/tiny-mimi", "revision": None}}
+    config = {**written[1], "models": model}
+    ours = about_training(run, config, tmp_path / "ours")
+    assert "in part on the corpus's own voices (103; the codec table keeps them apart)" in ours
+    assert "The speech is synthetic" in ours
+    for data in ({"source": "folder", "path": str(tmp_path)}, {"source": "librispeech", "path": "resources/corpus"}):
+        theirs = about_training(run, {**config, "data": data}, tmp_path / "theirs")
+        assert "corpus's own voices" not in theirs and "The speech is synthetic" not in theirs
+        assert "which of this corpus's speakers it heard, if any, is not recorded (Synthetic speech made by" in theirs
+        assert "LibriSpeech train-clean-100" in theirs
+    path.write_text(path.read_text().replace(",103,", ",t00,"))
+    assert "is not recorded" in about_training(run, config, tmp_path / "none")
+
+
+def test_one_is_not_said_in_the_plural(written, tmp_path):
+    run = shutil.copytree(written[0], tmp_path / "run")
+    for path in [run / "manifest" / "manifest.csv", *(run / "scores").glob("*.csv")]:
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if not re.search(r"test[1-9]-|val[1-9]-", line)))
+    config = {**written[1], "run": {**written[1]["run"], "seed": 0}}
+    write_tables(run, [TARGET], tables_cfg(config), config["models"])
+    for stage in ("codec", "steering", "importance"):
+        index = run / "renders" / TARGET / stage / "index.csv"
+        index.write_text("".join(x for x in index.read_text().splitlines(keepends=True) if "test1-" not in x))
+    write_report(run, [TARGET], config, tmp_path / "out")
+    text = " ".join("".join(Page((tmp_path / "out" / "index.html").read_text()).text).split())
+    assert "With 1 test speaker they say" in text and "1 speaker ·" in text and "1 test speaker and 3 clips" in text
+    assert not re.search(r"\b1 (test )?(speakers|clips|files|arms|codebooks|dimensions)\b", text)

@@ -1,6 +1,7 @@
 """Tables and headlines: every cell again from the raw rows, and the rules on words, voices and ranks."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.headlines import headlines
 from eqknobs.stats import holm as library_holm
 from eqknobs.tables import COLUMNS, codec_table, compare, with_holm, words_rule, write_tables
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ISSUE_COLUMNS = {
     "codec": "target voices path codebooks split clips wer wer_text centroid_correlation_clip "
@@ -166,6 +169,21 @@ def test_voices_are_named_by_the_models_training(results):
     assert clips.loc["heard"].tolist() == [6, 2] and clips.loc["unheard"].tolist() == [3, 1]
 
 
+def test_a_bundled_models_voices_are_those_of_the_bundled_corpus(results):
+    """LibriSpeech has a reader 103 too: tiny-mimi did not hear that one."""
+    run, config = results
+    model, cfg = {"kind": "mimi", "path": "resources/models/tiny-mimi"}, {**tables_cfg(config), "bootstrap": 100}
+    heard = json.loads((ROOT / model["path"] / "training.json").read_text())["voices_heard"]
+    scores = read(run / "scores" / f"{TARGET}.codec.signal.csv")
+    assert "103" in heard and not set(heard) & set(scores["speaker"])
+    shutil.copytree(run / "scores", run.parent / "other" / "scores")
+    for path in (run.parent / "other" / "scores").glob("*.codec.*.csv"):
+        path.write_text(path.read_text().replace(",t00,", ",103,"))
+    for ours, expected in ((True, {"heard", "unknown"}), (False, {"unknown"})):
+        table = codec_table(run.parent / "other", TARGET, cfg | {"bundled_speech": ours}, model)
+        assert set(table["voices"]) == expected
+
+
 def test_a_model_that_cannot_decode_gets_no_sound_rows(copy):
     run, config = copy
     models = {"tiny-mimi": {**config["models"]["tiny-mimi"], "kind": "hubert"}}
@@ -244,3 +262,15 @@ def test_the_reference_holm_agrees():
     p = [0.01, 0.04, 0.03, 0.005]
     assert holm(p) == pytest.approx(library_holm(p))
     assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_one_is_not_said_in_the_plural():
+    row = {"sae": "topk", "l0": 3.0, "d_sae": 64, "fvu": 0.1, "fvu_low": 0.1, "fvu_high": 0.2}
+    words = {"wer": 0.1, "wer_low": 0.0, "wer_high": 0.2, "codebooks": 1, "measurable": True, "threshold": 0.5}
+    arm = {"arm": "raw_probe", "calibrated": "reached", "centroid_hz": 900.0}
+    facts = {"importance": None, "probes": [], "comparisons": [], "steering": [arm]}
+    facts |= {"words": words | {"clips": 1, "speakers": 1}, "sae": [row | {"clips": 1, "speakers": 2}]}
+    text = " ".join(f"{line['text']} {line['detail']}" for line in headlines(facts, 0.75))
+    for said in ("at 1 codebook,", "1 clip, 1 speaker", "1 clip, 2 speakers", "1 of 1 arm can"):
+        assert said in text
+    assert not re.search(r"\b1 (clips|speakers|codebooks|arms|dimensions)\b", text)

@@ -12,7 +12,7 @@ from transformers import MimiConfig, MimiModel
 
 from eqknobs.activations import ActivationCache, cache_activations
 from eqknobs.audio import write_flac
-from eqknobs.io import read_csv, write_csv
+from eqknobs.io import file_sha256, read_csv, write_csv
 from eqknobs.labels import centroid_and_rms
 from eqknobs.models import load_model
 from eqknobs.probes import bin_edges
@@ -99,6 +99,7 @@ def make_world(root: Path) -> World:
             write_flac(path, chirp(rng, 1.0 + 0.13 * i + 0.2 * take), RATE)
             rows.append((name, str(path), speaker, split, "one two"))
     manifest = pd.DataFrame(rows, columns=["id", "path", "speaker", "split", "text"])
+    manifest["sha256"] = manifest["path"].map(file_sha256)
     write_csv(root / "manifest.csv", manifest)
     model = {"name": "tiny", "kind": "mimi", "path": str(save_codec(root / "model")), "revision": None}
     model["device"] = "cpu"

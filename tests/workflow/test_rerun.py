@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import snakemake, write_config
+from conftest import ROOT, copy_workflow, snakemake, write_config
 
 TARGET = "tiny-mimi.encoder_transformer"
 PROPERTIES = ["centroid", "pitch", "rms"]
@@ -20,6 +22,7 @@ STEERING_RENDERS = {("steering_renders", ""), ("judgements", "steering")}
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
 IMPORTANCE = {("importance_renders", ""), ("judgements", "importance")}
 JUDGEMENTS = {("originals", ""), *(("judgements", stage) for stage in ("codec", "steering", "importance"))}
+JUDGED = JUDGEMENTS - {("originals", "")}
 PROBES = {("probes", property) for property in PROPERTIES}
 SCORED_SAES = {("sae_scores", "")} | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
@@ -60,6 +63,41 @@ def edit_file(name: str, text: str) -> Callable[[Path], None]:
         path.write_text(path.read_text() + text)
 
     return edit
+
+
+def replace(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Other content under the old time stamp, as `cp -p`, `rsync -a` and `tar` leave it."""
+
+    def edit(folder: Path) -> None:
+        path = folder / name
+        stat = path.stat()
+        path.write_bytes(change(path.read_bytes()))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    return edit
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    """The first file of a pattern is gone."""
+    return lambda folder: sorted(folder.glob(pattern))[0].unlink()
+
+
+def lose_weights(folder: Path) -> None:
+    remove(f"results/small/saes/{TARGET}/topk/seed0/sae.safetensors")(folder)
+
+
+def other_weights(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def another_accent(data: bytes) -> bytes:
+    assert b",US," in data
+    return data.replace(b",US,", b",UK,", 1)
+
+
+CLIP = "resources/corpus/101/1101/101-1101-0000.flac"
+WEIGHTS = "resources/models/tiny-mimi/model.safetensors"
+CODE = "\nEDITED = True\n"
 
 
 def reorder_keys(folder: Path) -> None:
@@ -132,10 +170,31 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING),
     "a target added": (edit_config(new_target), ADDED_TARGET),
-    "library: steering": (edit_file("src/eqknobs/steering.py", "\n# edited\n"), STEERING | TABLES),
-    "library: report": (edit_file("src/eqknobs/report.py", "\n# edited\n"), {("report", "")}),
-    "library: data": (edit_file("src/eqknobs/data.py", "\n# edited\n"), EVERYTHING),
-    "library: not used by any stage": (edit_file("src/eqknobs/codec_training.py", "\n# edited\n"), set()),
+    "library: steering": (edit_file("src/eqknobs/steering.py", CODE), STEERING | TABLES),
+    "library: report": (edit_file("src/eqknobs/report.py", CODE), {("report", "")}),
+    "library: data": (edit_file("src/eqknobs/data.py", CODE), EVERYTHING),
+    "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
+    "code, time kept": (
+        replace("src/eqknobs/report.py", lambda data: data + CODE.encode()),
+        {("report", "")},
+    ),
+    "a sound replaced, time kept": (replace(CLIP, lambda data: data[:-1] + b"?"), EVERYTHING),
+    "a sound added": (lambda folder: shutil.copy2(folder / CLIP, folder / "resources/corpus/101/new.flac"), EVERYTHING),
+    "a sound removed": (remove(CLIP), EVERYTHING),
+    "a transcript": (edit_file("resources/corpus/101/1101/101-1101.trans.txt", "x"), EVERYTHING),
+    "an undrawn file of another kind": (edit_file("resources/corpus/README.md", "x"), set()),
+    "sounds touched": (lambda folder: [path.touch() for path in folder.glob("resources/corpus/*/*/*.flac")], set()),
+    "labels: a blank line": (edit_file("resources/corpus/labels.csv", "\n"), set()),
+    "labels: a cell, time kept": (replace("resources/corpus/labels.csv", another_accent), EVERYTHING),
+    "model touched": (lambda folder: (folder / WEIGHTS).touch(), set()),
+    "other weights, time kept": (replace(WEIGHTS, other_weights), FROM_CACHE | JUDGED),
+    "SAE weights lost, which nothing is to read": (lose_weights, set()),
+    "SAE weights lost, and a stage that reads them is to run": (
+        lambda folder: (lose_weights(folder), edit_config(lambda c: c["codec"].update(clips=1))(folder)),
+        {("sae", "topk 0")} | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+    ),
+    "a steered sound lost": (remove(f"results/small/renders/{TARGET}/steering/*/*.flac"), STEERING_RENDERS | TABLES),
+    "library: not used by any stage": (edit_file("src/eqknobs/codec_training.py", CODE), set()),
 }
 
 
@@ -146,29 +205,91 @@ def _restore(folder: Path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def pristine(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the finished run, times kept, in which nothing is left to do."""
+    """A copy of the finished run and of what it read, times kept, in which nothing is left to do."""
     folder = tmp_path_factory.mktemp("rerun") / "work"
     shutil.copytree(finished_run, folder, symlinks=True)
+    (folder / "resources").unlink()
+    shutil.copytree(ROOT / "resources", folder / "resources")
     return folder
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_edit_reruns_just_its_stages(name: str, pristine: Path) -> None:
     edit, expected = CASES[name]
-    kept = {path: (path.read_text(), path.stat()) for path in _editable(pristine)}
+    kept = {path: (path.read_bytes(), path.stat()) for path in _editable(pristine)}
     try:
         edit(pristine)
         assert planned(pristine) == expected
     finally:
-        for path, (text, stat) in kept.items():
-            if path.read_text() != text or path.stat().st_mtime_ns != stat.st_mtime_ns:
-                path.write_text(text)
+        for path in _editable(pristine) - kept.keys():
+            path.unlink()
+        for path, (data, stat) in kept.items():
+            if not path.exists() or path.read_bytes() != data or path.stat().st_mtime_ns != stat.st_mtime_ns:
+                path.write_bytes(data)
                 os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def _editable(folder: Path) -> list[Path]:
-    return [
-        folder / "config/config.yaml",
-        *(folder / "src").rglob("*.py"),
-        *(folder / "workflow/scripts").glob("*.py"),
-    ]
+def _editable(folder: Path) -> set[Path]:
+    parts = ["config", "src", "workflow/scripts", "resources", "results/small/saes", "results/small/renders"]
+    files = {path for part in parts for path in (folder / part).rglob("*") if path.is_file()}
+    return files | {folder / ".snakemake/eqknobs-digests.json"}
+
+
+def test_what_is_lost_is_made_again_once(pristine: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(pristine, folder, symlinks=True)
+    sound = sorted(folder.glob(f"results/small/renders/{TARGET}/codec/*/*.flac"))[0]
+    data = sound.read_bytes()
+    sound.unlink()
+    snakemake(folder, "--cores", "2", f"results/small/scores/{TARGET}.codec.words.csv")
+    assert sound.read_bytes() == data
+    assert planned(folder) <= TABLES  # whose input is newer now
+
+
+def test_a_replaced_archive_is_drawn_from_again(tmp_path: Path) -> None:
+    """And of the same archive, touched, nothing is done again."""
+    folder = copy_workflow(tmp_path / "work")
+
+    def archive(config: dict) -> None:
+        config["data"].update(source="archive", path="speech.tar", labels=None)
+
+    write_config(folder, archive)
+
+    def pack(speakers: str) -> None:
+        with tarfile.open(folder / "speech.tar", "w") as tar:
+            for speaker in speakers.split():
+                tar.add(ROOT / "resources/corpus" / speaker, speaker)
+
+    manifest = folder / "results/small/manifest/manifest.csv"
+    pack("101 102 103")
+    os.utime(folder / "speech.tar", (1e9, 1e9))
+    snakemake(folder, "--cores", "1", "manifests")
+    before = manifest.read_text()
+    (folder / "speech.tar").touch()
+    assert "Nothing to be done" in snakemake(folder, "--cores", "1", "manifests").stderr
+    pack("101 102 104")
+    os.utime(folder / "speech.tar", (1e9, 1e9))
+    snakemake(folder, "--cores", "1", "manifests")
+    assert manifest.read_text() != before and "/104/" in manifest.read_text()
+
+
+def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run: Path) -> None:
+    snakemake(finished_run, "--report", "report.zip")
+    with zipfile.ZipFile(finished_run / "report.zip") as packed:
+        names = set(packed.namelist())
+        (page,) = (name for name in names if name.endswith("/index.html"))
+        links = set(re.findall(r'href="([^"#:]+)"', packed.read(page).decode()))
+        assert len(links) > 20 and all(link.startswith("audio/") for link in links)
+        folder = page.removesuffix("index.html")
+        assert {folder + link for link in links} == names - {page, "report/report.html"}
+        sound = packed.read(folder + min(links))
+    assert sound == (finished_run / "results/small/report" / min(links)).read_bytes()
+
+
+def test_a_page_that_is_gone_is_written_again(pristine: Path) -> None:
+    page = pristine / "results/small/report/index.html"
+    kept = page.rename(page.with_suffix(".kept"))
+    try:
+        assert planned(pristine) == {("report", "")}
+    finally:
+        kept.rename(page)

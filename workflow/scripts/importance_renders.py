@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import eqknobs.script
 from eqknobs.importance import render_importance
-from eqknobs.script import run
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
@@ -22,4 +22,4 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, snakemake)  # noqa: F821
+    eqknobs.script.run(main, snakemake)  # noqa: F821

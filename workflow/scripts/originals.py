@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import eqknobs.script
 from eqknobs.judges import judge_originals
-from eqknobs.script import run
+from eqknobs.pieces import Pieces
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]})
+    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]}, Pieces())
 
 
 if __name__ == "__main__":
-    run(main, snakemake)  # noqa: F821
+    eqknobs.script.run(main, snakemake)  # noqa: F821

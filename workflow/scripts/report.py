@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import eqknobs.script
 from eqknobs.report import write_report
-from eqknobs.script import run
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
@@ -13,4 +13,4 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, snakemake)  # noqa: F821
+    eqknobs.script.run(main, snakemake)  # noqa: F821

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import eqknobs.script
 from eqknobs.sae import train_sae
-from eqknobs.script import run
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
@@ -12,4 +12,4 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, snakemake)  # noqa: F821
+    eqknobs.script.run(main, snakemake)  # noqa: F821

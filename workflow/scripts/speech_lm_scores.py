@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from eqknobs.script import run
+import eqknobs.script
 from eqknobs.speech_lm.evaluation import evaluate
 
 
@@ -13,4 +13,4 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, snakemake)  # noqa: F821
+    eqknobs.script.run(main, snakemake)  # noqa: F821

@@ -1,4 +1,5 @@
-"""Training: whole-epoch permutations of a memory-mapped cache, several SAEs on one pass, resumable to the byte."""
+"""Training: whole-epoch permutations of a memory-mapped cache, several SAEs on one pass, resumable to the byte on
+one machine."""
 
 import ctypes
 import hashlib
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from eqknobs.activations import ActivationCache
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, write_csv
+from eqknobs.io import atomic_path, read_csv, write_csv
 from eqknobs.models import gpu_lock, pick_device
 from eqknobs.sae.base import SAEConfig, make_config, new_sae
 
@@ -149,7 +150,8 @@ def train_sae(cache_h5: str | Path, out_dir: str | Path, cfg: dict[str, Any], se
     epoch is one permutation of all train frames, read from the memory map batch by batch. The learning rate falls
     linearly to 0 over the last fifth of the steps. log.csv has one row an epoch: epoch, step, loss, fvu, l0 (train,
     averaged over the epoch), dead_share, val_fvu, val_l0. After each epoch the state is kept in
-    `<out_dir>.checkpoint-<hash>.pt`: a killed run goes on from there and, with equal threads, ends with equal bytes.
+    `<out_dir>.checkpoint-<hash>.pt`: a killed run goes on from there and, on one machine with
+    equal threads, ends with equal bytes.
     Raises EqknobsError: impossible config, no train frames, loss not finite.
     """
     cfg = dict(cfg)
@@ -172,7 +174,7 @@ def train_grid(cache_h5: str | Path, out_dir: str | Path, cfg: dict[str, Any], s
     train_together(cache_h5, folders, out_dir / "grid", device)
     rows = []
     for point, folder in zip(points, folders, strict=True):
-        last = pd.read_csv(folder / "log.csv").iloc[-1]
+        last = read_csv(folder / "log.csv").iloc[-1]
         rows.append(point | {key: last[key] for key in ("val_fvu", "val_l0", "dead_share")})
     write_csv(out_dir / "front.csv", pd.DataFrame(rows))
 

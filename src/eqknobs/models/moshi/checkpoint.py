@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
+from eqknobs.models.access import gated
 from eqknobs.models.base import folder_weights, weights_hash
 from eqknobs.models.moshi.config import Nf4, heads_left, raw_config, read_config, read_raw
 from eqknobs.models.moshi.interventions import linears
@@ -70,10 +71,7 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
         try:
             return Path(hf_hub_download(path, file, revision=revision))
         except GatedRepoError as error:
-            raise EqknobsError(
-                f"models.{name}: the weights of {path} are gated: accept the licence at https://huggingface.co/{path} "
-                "and log in with `hf auth login` (or set HF_TOKEN); kyutai/moshiko-pytorch-bf16 is open"
-            ) from error
+            raise gated(name, path) from error
         except Exception as error:  # whatever the network and the hub's client come up with
             if optional and isinstance(error, RemoteEntryNotFoundError):
                 return None

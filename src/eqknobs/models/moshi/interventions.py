@@ -52,9 +52,10 @@ def zeroed_heads(net: MoshiNet, heads: Heads) -> Iterator[None]:
 def remove_heads(net: MoshiNet, heads: Heads) -> None:
     """Take heads out for good: their rows of q, k and v, their columns of the output projection.
 
-    What remains computes what it did with those heads zeroed. In NF4 the rest is unpacked, cut and packed again, which
-    gives the same values unless scales are doubled or head_dim is no multiple of the block. A KV cache made before does
-    not fit any more. Raises EqknobsError for heads that are not there.
+    What remains computes what it did with those heads zeroed, but for rounding: shorter sums are added up in another
+    order. In NF4 the rest is unpacked, cut and packed again, which gives the same values unless scales are doubled or
+    head_dim is no multiple of the block. A KV cache made before does not fit any more. Raises EqknobsError for heads
+    that are not there.
     """
     for layer, places in _places(net, heads).items():
         if not places:

@@ -1,0 +1,258 @@
+"""The configuration is read strictly: nothing that a user wrote is lost or means something else."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eqknobs.config import DEFAULT, bundled_speech, describe, merge, read_config, settle, validate
+from eqknobs.errors import EqknobsError
+from eqknobs.strict_yaml import read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = [p for p in sorted((ROOT / "config").glob("*.yaml")) if not p.name.startswith("train-")]
+
+
+def default() -> dict:
+    return yaml.safe_load(DEFAULT.read_text())
+
+
+def refused(change) -> str:
+    config = default()
+    change(config)
+    with pytest.raises(EqknobsError) as caught:
+        validate(config)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("config: ")
+    return str(caught.value)
+
+
+def given(text: str) -> dict:
+    """What Snakemake 9.27 makes of `--config` entries, every scalar inside a mapping or list as text."""
+    return yaml.load(text, Loader=yaml.BaseLoader)
+
+
+# --- strict YAML ---
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {path: x}\nrun: {name: a}\ndata:\n  max_minutes: 3\n", "'data' stands on line 1 and again on line 3"),
+        ("saes:\n  topk:\n    k: 3\n    lr: 1\n    'k': 4\n", "the key 'k' stands on line 3 and again on line 5"),
+        ("- a: 1\n  a: 2\n", "the key 'a' stands on line 1 and again on line 2"),
+        ('{"data": {"path": "x",\n\t"path": "y"}}', "the key 'path' stands on line 1 and again on line 2"),
+        ("data:\n  max_minutes: 1:30\n", "line 2: YAML takes 1:30 for a number to base 60"),
+        ("a: 1:30.5\n", "number to base 60"),
+        ("a: [010]\n", "line 1: YAML takes 010 for a number to base 8"),
+        ("a: 2026-11-25\n", "YAML takes 2026-11-25 for a date"),
+        ("a: {on: 1}\n", "YAML takes the key on for bool; write it in quotes"),
+        ("no: 1\n", "YAML takes the key no for bool"),
+        ("saes:\n  2: {variant: topk}\n", "line 2: YAML takes the key 2 for int"),
+        ("null: 1\n", "YAML takes the key null for null"),
+        ("? [a]\n: 1\n", "YAML takes the key a list or mapping for seq"),
+        ("a: [1\n", "cannot be read as a configuration"),
+        ("a: 1\n---\na: 2\n", "cannot be read as a configuration"),
+        ("a: !!python/name:os.system x\n", "cannot be read as a configuration"),
+    ],
+)  # fmt: skip
+def test_what_yaml_would_change_in_silence_is_refused(tmp_path, text, said):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(EqknobsError) as caught:
+        read_yaml(path)
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_what_is_meant_is_read(tmp_path):
+    path = tmp_path / "x.yaml"
+    text = "base: &b {k: 3, lr: 0.1}\nmore: {<<: *b, k: 4}\nlist: [*b, *b]\n"
+    path.write_text(text + "'on': yes\n'2': '1:30'\nzero: 0\nhex: 0x10\nnone:\nhalf: 0.5\nday: '2026-11-25'\n")
+    assert read_yaml(path) == yaml.safe_load(path.read_text())
+    assert read_yaml(path)["more"] == {"k": 4, "lr": 0.1}
+    path.write_text('{\t"a": {"b": [1, 2e3]},\n\t"c": "\\t"}')
+    assert read_yaml(path)["a"]["b"][0] == 1
+    path.write_text("")
+    assert read_yaml(path) is None
+    for file in (ROOT / "config").glob("*.yaml"):
+        assert read_yaml(file) == yaml.safe_load(file.read_text())
+
+
+def test_read_config_refuses_a_key_given_twice(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("data: {path: mine}\nrun: {name: x}\ndata: {max_minutes: 3}\n")
+    with pytest.raises(EqknobsError, match="the key 'data' stands on line 1 and again on line 3"):
+        read_config(path)
+
+
+# --- overlays ---
+
+
+def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "saes: {jumprelu: null, batchtopk: null, topk: {grid: null, aux_k: 64}}\n"
+        "steering: {other_alpha: {pitch: null}}\ndata: {labels: null}\n"
+    )
+    config = read_config(path)
+    assert sorted(config["saes"]) == ["rms_l1", "topk"] and "grid" not in config["saes"]["topk"]
+    assert config["steering"]["other_alpha"] == {"rms": 2}
+    assert config["data"]["labels"] is None  # null is a value of its own here
+    path.write_text("models: {tiny-mimi: null, other: {kind: dac, path: x, revision: null}}\n")
+    with pytest.raises(EqknobsError, match="names the model 'tiny-mimi', which is not under models \\(other\\)"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("saes: {topk: null}", "steering.saes: names 'topk', which is not under saes (batchtopk, jumprelu, rms_l1)"),
+        ("saes: {topk: null}\nsteering: {saes: [rms_l1]}", "config: importance.sae: names 'topk', which is not under"),
+        ("saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null}", "config: saes: must not be empty"),
+        ("run: {seed: null}", "'seed' is a required property"),
+        ("saes: {mine: {epochs: 3}}", "config.yaml has no entry of this name to complete, so give all its keys"),
+        ("models: {mine: {path: x}}", "config.yaml has no entry of this name to complete"),
+    ],
+)  # fmt: skip
+def test_an_overlay_that_drops_too_much_is_one_line(tmp_path, text, said):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(EqknobsError) as caught:
+        read_config(path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("sae", sorted(default()["saes"]))
+def test_a_default_sae_can_go_without_breaking_the_other_configurations(path, sae):
+    base = default()
+    del base["saes"][sae]
+    left = sorted(base["saes"])
+    base["steering"]["saes"] = [name for name in base["steering"]["saes"] if name != sae] or left[:1]
+    base["importance"]["sae"] = left[0]
+    config = merge(base, yaml.safe_load(path.read_text()))
+    settle(config)
+    if path.name == DEFAULT.name:
+        return
+    settle(whole := merge(default(), yaml.safe_load(path.read_text())))
+    assert config["saes"] == whole["saes"]
+
+
+# --- what --config gives ---
+
+
+def test_nested_config_of_the_command_line_is_read_as_yaml():
+    typed = given(
+        "{run: {seed: 3}, saes: {jumprelu: null, topk: {lr: 1e-3, k: 16, grid: {k: [8, 16]}}}, sae_seeds: [0, 5],"
+        " data: {labels: null, max_minutes: 2.5}, steering: {codebooks: null, other_alpha: {rms: null}}}"
+    )
+    config = merge(default(), copy.deepcopy(typed))
+    settle(config, typed)
+    assert config["run"]["seed"] == 3 and config["sae_seeds"] == [0, 5] and "jumprelu" not in config["saes"]
+    assert (config["saes"]["topk"]["lr"], config["saes"]["topk"]["grid"]) == (0.001, {"k": [8, 16]})
+    assert (config["data"]["labels"], config["data"]["max_minutes"]) == (None, 2.5)
+    assert config["steering"]["codebooks"] is None and config["steering"]["other_alpha"] == {"pitch": 2}
+
+
+def test_a_jobs_own_snakemake_reads_the_same():
+    typed = {"models": {"m": {"kind": "moshi", "path": "a/b", "revision": "None", "nf4": "true"}}, "saes": "None"}
+    typed["run"] = {"targets": ["m.residual.1"], "name": "7"}
+    config = merge(default(), copy.deepcopy(typed))
+    settle(config, typed)
+    assert config["saes"] is None and config["models"]["m"]["nf4"] is True and config["models"]["m"]["revision"] is None
+    assert config["run"]["name"] == "7"  # text, where text is wanted
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("{run: {seed: three}}", "config: run.seed: 'three' is not of type integer"),
+        ("{run: '{seed: 3'}", "config: run: '{seed: 3' is not of type object"),
+        ("{data: {max_minutes: '1:30'}}", "--config data.max_minutes, line 1: YAML takes 1:30 for a number to base 60"),
+        ("{data: {max_minutes: inf}}", "max_minutes: inf is not a finite number"),
+        ("{run: {sed: 3}}", "unknown key 'sed'"),
+    ],
+)
+def test_what_config_cannot_mean_is_named(typed, said):
+    over = given(typed)
+    config = merge(default(), copy.deepcopy(over))
+    with pytest.raises(EqknobsError) as caught:
+        settle(config, over)
+    assert said in str(caught.value)
+
+
+def test_text_of_a_file_is_not_read_anew():
+    config = default()
+    config["saes"]["topk"]["k"] = "16"
+    with pytest.raises(EqknobsError, match="'16' was read as text, not as a number; leave out the quotes"):
+        settle(config, {"run": {"seed": "3"}})
+
+
+# --- values that cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["labels"].update(fmin=600), "config: labels.fmin: 600 must be below labels.fmax, which is 550"),
+        (lambda c: c["labels"].update(fmin=550), "must be below labels.fmax"),
+        (lambda c: c["labels"].update(fmin=2500, fmax=3000), "labels.fmin: 2500 leaves no pitch that CREPE knows"),
+        (lambda c: c["labels"].update(fmin=5, fmax=20), "labels.fmax: 20 leaves no pitch that CREPE knows"),
+        (lambda c: c["data"].update(min_seconds=40), "data.min_seconds: 40 must be below data.max_seconds"),
+        (lambda c: c["data"].update(max_minutes=0.01), "leaves no room for three clips"),
+        (lambda c: c["steering"].update(low_bin=19, high_bin=0), "steering.low_bin: 19 must be below steering.high"),
+        (lambda c: c["steering"].update(low_bin=3, high_bin=3), "must be below"),
+        (lambda c: c["steering"].update(alphas=[]), "config: steering.alphas: must not be empty"),
+        (lambda c: c["saes"]["topk"].update(grid={}), "config: saes.topk.grid: must not be empty"),
+        (lambda c: c["steering"].update(shift=float("nan")), "steering.shift: nan is not a finite number"),
+        (lambda c: c["steering"]["alphas"].append(float("inf")), "steering.alphas.4: inf is not a finite number"),
+        (lambda c: c["saes"].update({2: {"variant": "topk"}}), "saes: the key 2 is not text; write it in quotes"),
+        (lambda c: c["run"].update(name=False), "run.name: was read as false, as YAML reads on, off"),
+        (lambda c: c["saes"]["topk"].update(k=2000), "config: saes.topk.k: 2000 is more than d_sae, 1024"),
+        (lambda c: c["saes"]["topk"]["grid"].update(k=[8, 2000]), "saes.topk.k: 2000 is more than d_sae"),
+        (lambda c: c["saes"]["topk"]["grid"].update(d_sae=[16, 64]), "saes.topk.k: 64 is more than d_sae, 16"),
+        (lambda c: c["saes"]["jumprelu"].update(l0=5000), "saes.jumprelu.l0: 5000 is more than d_sae"),
+        (lambda c: c["saes"]["topk"]["grid"].update(l1=[0.1]), "saes.topk.grid.l1: unknown key 'l1'"),
+        (lambda c: c["saes"]["topk"]["grid"].update(k=[8.5]), "saes.topk.grid.k: 8.5 is not of type"),
+        (lambda c: c["saes"]["topk"]["grid"].update(seed=[0.5]), "saes.topk.grid.seed: 0.5 is not of type"),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused_in_one_line(change, said):
+    assert said in refused(change)
+
+
+def test_whole_floats_are_ints_wherever_they_name_a_file():
+    config = default()
+    config["sae_seeds"], config["hardware"]["threads"] = [0.0, 2.0], 1.0
+    settle(config)
+    assert json.dumps([config["sae_seeds"], config["hardware"]["threads"]]) == "[[0, 2], 1]"
+
+
+# --- what a run says of itself ---
+
+
+def test_one_line_tells_data_clips_and_models():
+    line = describe(default(), lambda folder: [f"{folder}/{i}.flac" for i in range(3)] + ["x/SPEAKERS.TXT"])
+    assert "\n" not in line
+    for part in (
+        "demo",
+        "folder resources/corpus (3 sound files)",
+        "up to 240 clips and 20 min",
+        "tiny-mimi = resources/",
+    ):
+        assert part in line
+    assert "LibriSpeech train-clean-100" in describe(read_config(ROOT / "config/librispeech-mimi.yaml"))
+    assert "trains a codec on work/speech" in describe(read_config(ROOT / "config/train-tiny-mimi.yaml"))
+
+
+def test_bundled_speech_is_known_by_what_is_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = default()
+    assert bundled_speech(config)
+    config["data"]["path"] = str((ROOT / "resources/corpus").resolve())
+    assert bundled_speech(config)
+    config["data"] |= {"source": "librispeech", "subset": "dev-clean"}  # path is still what config.yaml gives
+    assert not bundled_speech(config)
+    config["data"] |= {"source": "folder", "path": "resources-of-mine"}
+    assert not bundled_speech(config)
