@@ -263,7 +263,7 @@ def export(net: MoshiNet, out: Path, cfg: dict[str, Any], tokeniser: Path, log: 
     """Write the checkpoint in half precision, with training.json and log.csv. Other files of `out` stay as they are."""
     before = Path(cfg["start"]) / "training.json" if cfg.get("start") else None
     facts = {
-        "config": {key: value for key, value in cfg.items() if key not in ("speech", "codec", "start")},
+        "config": {key: value for key, value in cfg.items() if key not in ("speech", "codec", "start", "scores")},
         "clips": log[-1]["clips"] if log else 0,
         "steps_done": log[-1]["step"] if log else 0,
         **({"before": json.loads(before.read_text())} if before and before.is_file() else {}),
@@ -274,5 +274,6 @@ def export(net: MoshiNet, out: Path, cfg: dict[str, Any], tokeniser: Path, log: 
     pd.DataFrame(log).to_csv(finished / "log.csv", index=False, float_format="%.5g", lineterminator="\n")
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(finished.iterdir()):
+        path.chmod(0o644)
         os.replace(path, out / path.name)
     shutil.rmtree(finished)
