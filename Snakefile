@@ -15,6 +15,7 @@ include: "rules/renders.smk"
 include: "rules/judges.smk"
 include: "rules/report.smk"
 include: "rules/codec_training.smk"
+include: "rules/speech_lm_training.smk"
 
 
 localrules:
@@ -29,7 +30,15 @@ localrules:
 rule all:
     default_target: True
     input:
-        TRAINED if "codec_training" in config else f"{RUN}/report/index.html",
+        (
+            TRAINED
+            if "codec_training" in config
+            else (
+                SPOKEN
+                if "speech_lm_training" in config
+                else f"{RUN}/report/index.html"
+            )
+        ),
 
 
 # Milestones: `snakemake caches --cores 2` stops after the activation caches and their labels, and so on.

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from eqknobs.io import write_csv
 from eqknobs.models.moshi.checkpoint import MoshiFiles, load_net
-from eqknobs.models.moshi.config import CARD, MoshiConfig, raw_config
+from eqknobs.models.moshi.config import MoshiConfig, raw_config
 from eqknobs.models.moshi.generate import Dialogue
 from eqknobs.models.moshi.network import MoshiNet
 
@@ -53,7 +53,7 @@ def cases(config: MoshiConfig, frames: int) -> Iterator[Case]:
     """What is timed: (name, ours, theirs), one call a turn."""
     for name, context, warm in (("start", 3000, 4), ("ring", SHORT_CONTEXT, SHORT_CONTEXT + 4)):
         net, lm = models(replace(config, context=context))
-        user = torch.randint(CARD, (1, 8))
+        user = torch.randint(config.card, (1, 8))
         dialogue = Dialogue(net, frames=1 << 14)
         generator = LMGen(lm, use_sampling=False)
         generator.streaming_forever(1)
@@ -68,7 +68,7 @@ def cases(config: MoshiConfig, frames: int) -> Iterator[Case]:
             ours(), theirs()
         yield f"streaming step, {name} of context {context}", ours, theirs
     net, lm = models(config)
-    codes = torch.randint(min(CARD, config.text_card), (1, 17, frames))
+    codes = torch.randint(min(config.card, config.text_card), (1, 17, frames))
     columns = net.columns(codes)[:, :, :-1]
     yield f"teacher-forced pass, {frames} frames", lambda: net(codes), lambda: lm(codes)
     yield (

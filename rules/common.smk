@@ -150,6 +150,14 @@ def speech_files(wildcards):
     return corpus_files(path) if source == "folder" else [path]
 
 
+def speech_lm_files(wildcards):
+    """The clips that a speech LM learns from, with their word times, its codec, and the model that it starts as."""
+    training = config["speech_lm_training"]
+    folders = [training[key] for key in ("codec", "start") if key in training]
+    clips = sorted(Path(training["speech"]).glob("*/*.*"))
+    return [*(file for folder in folders for file in Path(folder).glob("*")), *clips]
+
+
 def training_files(wildcards):
     """The speech that the codec learns from, and the codec that it starts as."""
     training = config["codec_training"]

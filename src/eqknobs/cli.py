@@ -79,7 +79,9 @@ def _add_talk(commands: Any) -> None:
     )
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--nf4", action="store_true", help="pack the temporal transformer in 4 bits")
-    parser.add_argument("--codec", default="kyutai/mimi", metavar="FOLDER_OR_HUB_ID", help="default: kyutai/mimi")
+    parser.add_argument(
+        "--codec", metavar="FOLDER_OR_HUB_ID", help="default: what the model's config.json names, or kyutai/mimi"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
     parser.set_defaults(run=_talk)
 

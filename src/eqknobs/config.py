@@ -300,6 +300,8 @@ def describe(config: dict[str, Any], list_files: Callable[[str], list[str]] | No
     data, run = config["data"], config["run"]
     if "codec_training" in config:
         return f"Run {run['name']}: trains a codec on {', '.join(config['codec_training']['data'])}"
+    if "speech_lm_training" in config:
+        return f"Run {run['name']}: trains a speech LM on {config['speech_lm_training']['speech']}"
     where = f"LibriSpeech {data['subset']}" if data["source"] == "librispeech" else f"{data['source']} {data['path']}"
     if list_files is not None and data["source"] == "folder":
         sounds = [file for file in list_files(data["path"]) if not file.lower().endswith(".txt")]
@@ -371,6 +373,10 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
 
     slices = {
         "codec_training": lambda: {**config["codec_training"], "seed": seed},
+        "speech_lm_training": lambda: (
+            {k: v for k, v in config["speech_lm_training"].items() if k != "scores"} | {"seed": seed}
+        ),
+        "speech_lm_scores": lambda: {k: config["speech_lm_training"][k] for k in ("speech", "codec", "scores")},
         "manifest": lambda: {"data": config["data"], "seed": seed},
         "activations": model,
         "labels": lambda: config["labels"],

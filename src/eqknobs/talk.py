@@ -15,7 +15,7 @@ from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import Dialogue, Prompt, Sampling
 
-RATE = 24000  # of the codec that Moshi models read
+MIMI_RATE = 24000  # Hz
 KINDS = {".wav": "WAV", ".flac": "FLAC"}
 
 
@@ -51,24 +51,21 @@ def talk(
         raise EqknobsError(f"--out {out}: its folder cannot be written to; name another")
     if seconds is not None and not 0 < seconds < float("inf"):
         raise EqknobsError(f"--seconds: must be above 0, got {seconds:g}")
-    heard = read_audio(audio, RATE)
-    spoken = None
-    if voice is not None and Path(voice).suffix != ".pt":
-        spoken = read_audio(voice, RATE)
-    elif voice is not None and not Path(voice).is_file():
+    recorded = voice is not None and Path(voice).suffix != ".pt"
+    for file in [audio, *([voice] if recorded else [])]:
+        read_audio(file, MIMI_RATE)  # only to find out whether it can be read: the model's rate is not known yet
+    if voice is not None and not recorded and not Path(voice).is_file():
         raise EqknobsError(f"{voice}: no such voice; give a .pt file of PersonaPlex or a recording")
     with gpu_lock(pick_device(cfg_model.get("device") or "auto")):
         model = load_model(cfg_model)
-        if model.sample_rate != RATE:
-            raise EqknobsError(
-                f"models.{model.name}.codec: works at {model.sample_rate} Hz, not {RATE}; take kyutai/mimi"
-            )
+        rate = model.sample_rate
+        heard = read_audio(audio, rate)
         if seconds is not None:
-            length = max(1, round(seconds * RATE))
+            length = max(1, round(seconds * rate))
             heard = np.pad(heard[:length], (0, max(0, length - len(heard))))
-        prompt = model.prompt(text_prompt, spoken if spoken is not None else voice)
+        prompt = model.prompt(text_prompt, read_audio(voice, rate) if recorded else voice)
         answer = reply(model, heard, prompt, sampling or Sampling(), say)
-        write_flac(out, answer, RATE, KINDS[out.suffix.lower()])
+        write_flac(out, answer, rate, KINDS[out.suffix.lower()])
 
 
 def reply(

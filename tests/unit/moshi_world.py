@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny_world import save_codec
 from torch import Tensor
 
-from eqknobs.models.moshi.config import CARD, MoshiConfig, raw_config
+from eqknobs.models.moshi.config import MoshiConfig, raw_config
 
 TOKENIZER = "tokenizer_spm_32k_3.model"
 KYUTAI = MoshiConfig(
@@ -64,7 +64,7 @@ def hub_tensors(
         add(f"{name}.linear_out.weight", dim, hidden, scale=hidden**-0.5)
 
     for i in range(16):
-        add(f"emb.{i}.weight", CARD + 1, config.dim, scale=0.25)
+        add(f"emb.{i}.weight", config.card + 1, config.dim, scale=0.25)
     add("text_emb.weight", config.text_card + 1, config.dim, scale=0.25)
     add("text_linear.weight", config.text_card, config.dim, scale=config.dim**-0.5)
     for layer in range(config.layers):
@@ -78,9 +78,9 @@ def hub_tensors(
     dim = config.dep_dim
     for i in range(dep_q):
         add(f"depformer_in.{i}.weight", dim, config.dim, scale=config.dim**-0.5)
-        add(f"linears.{i}.weight", CARD, dim, scale=0.4 * dim**-0.5)
+        add(f"linears.{i}.weight", config.card, dim, scale=0.4 * dim**-0.5)
     for i in range(dep_q - 1):
-        add(f"depformer_emb.{i}.weight", CARD + 1, dim, scale=1.0)
+        add(f"depformer_emb.{i}.weight", config.card + 1, dim, scale=1.0)
     add("depformer_text_emb.weight", config.text_card + 1, dim, scale=1.0)
     for layer in range(config.dep_layers):
         stem = f"depformer.layers.{layer}"
@@ -137,7 +137,7 @@ def write_codec(folder: Path) -> Path:
         folder,
         sampling_rate=24000,
         upsampling_ratios=[8, 6, 5, 4],
-        codebook_size=CARD,
+        codebook_size=KYUTAI.card,
         num_quantizers=8,
         num_hidden_layers=1,
     )
@@ -146,6 +146,6 @@ def write_codec(folder: Path) -> Path:
 def random_codes(batch: int, frames: int, text_card: int, seed: int = 0) -> Tensor:
     """Codes [B, 17, T] within their ranges."""
     rng = np.random.RandomState(seed)
-    codes = rng.randint(0, CARD, (batch, 17, frames))
+    codes = rng.randint(0, KYUTAI.card, (batch, 17, frames))
     codes[:, 0] = rng.randint(0, text_card, (batch, frames))
     return torch.from_numpy(codes)

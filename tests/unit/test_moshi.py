@@ -20,17 +20,18 @@ from eqknobs.models import load_model
 from eqknobs.models.base import weights_hash
 from eqknobs.models.moshi.checkpoint import MoshiFiles, find_files, load_net, save_net
 from eqknobs.models.moshi.config import (
-    AGENT,
     ALL_LINEARS,
-    SILENCE_TOKENS,
-    SINE_TOKENS,
-    USER,
+    PERSONA_SILENCE,
+    PERSONA_SINE,
+    MoshiConfig,
     Nf4,
     raw_config,
     read_config,
 )
 from eqknobs.models.moshi.generate import (
+    GREEDY,
     Dialogue,
+    Prompt,
     Sampling,
     Voice,
     generate,
@@ -47,7 +48,8 @@ from eqknobs.models.moshi.interventions import (
     zeroed_heads,
 )
 from eqknobs.models.moshi.loudness import loudness, normalised
-from eqknobs.models.moshi.network import KVCache
+from eqknobs.models.moshi.memory import parameters
+from eqknobs.models.moshi.network import KVCache, MoshiNet
 from eqknobs.models.moshi.quantise import bitsandbytes, is_packed, pack, weight_of, with_weight
 
 FROZEN = Path(__file__).parents[1] / "fixtures/moshi"
@@ -103,7 +105,7 @@ def test_frozen_answers(net):
 def test_frozen_persona_prompts(persona_folder):
     net, frozen = load(persona_folder), load_file(FROZEN / "persona.safetensors")
     for name, codes in (("text_only", None), ("voice", cases.VOICE_CODES)):
-        ours = generate(net, cases.PERSONA_USER, persona_prompt(cases.PROMPT_TOKENS, 3, voice_codes=codes))
+        ours = generate(net, cases.PERSONA_USER, persona_prompt(cases.PROMPT_TOKENS, net.config, voice_codes=codes))
         assert torch.equal(torch.cat([ours.text[:, None], ours.codes], 1), frozen[name].long())
     assert not torch.equal(frozen["text_only"], frozen["voice"])
     assert torch.equal(frozen["stored_voice"], frozen["voice"])
@@ -166,19 +168,61 @@ def test_generation_hears_the_user_and_ends(net):
         generate(net, user[:, :5])
 
 
+# Within the context of 40 columns, and beyond it; there not sampled, as rounding (1e-6 of a logit) may decide.
+@pytest.mark.parametrize(("frames", "sampling"), [(12, GREEDY), (12, Sampling(seed=5)), (40, GREEDY)])
+def test_a_batch_with_one_prompt_a_row_equals_one_by_one_generation(net, frames, sampling):
+    user = torch.cat([cases.USER, cases.USER.flip(0)])[:, :, :frames]
+    ring = torch.arange(68).view(17, 4)
+    prompts = [
+        Prompt(),
+        persona_prompt([7, 9, 11], net.config, voice_codes=cases.VOICE_CODES[:, :9]),
+        persona_prompt([8], net.config),
+        persona_prompt([10, 9], net.config, voice=Voice(torch.randn(5, net.config.dim) / 3, ring)),
+    ]
+    batch = generate(net, user, prompts, sampling)
+    for row, prompt in enumerate(prompts):
+        seeded = Sampling(**{**vars(sampling), "seed": sampling.seed + row})
+        alone = generate(net, user[row : row + 1], prompt, seeded)
+        assert torch.equal(alone.codes[0], batch.codes[row]) and torch.equal(alone.text[0], batch.text[row])
+    assert not torch.equal(batch.codes[0], generate(net, user, prompts[1], sampling).codes[0])
+    with pytest.raises(EqknobsError, match="one for each of 4 rows; got 3"):
+        generate(net, user, prompts[1:], sampling)
+
+
+@pytest.mark.parametrize("dep_q", [4, 8])
+def test_codebooks_codes_and_sounds_come_from_the_config(tmp_path, dep_q):
+    small = MoshiConfig(
+        **{"dim": 32, "layers": 2, "heads": 2, "hidden": 64, "dep_dim": 16, "dep_layers": 1, "dep_heads": 2},
+        **{"dep_hidden": 32, "text_card": 20, "card": 50, "codebooks": 4, "delays": (0, 0, 1, 1, 1, 0, 1, 1, 1)},
+        **{"silence": (1, 2, 3, 4), "sine": (5, 6, 7, 8)},
+    )
+    torch.manual_seed(0)
+    net = MoshiNet(small)
+    save_net(net, tmp_path / "small")
+    loaded = load_net(find_files("small", str(tmp_path / "small")))
+    assert loaded.config == small
+    user = torch.randint(50, (2, 4, 6))
+    reply = generate(loaded, user, persona_prompt([5], small))
+    assert reply.codes.shape == (2, 4, 6) and reply.codes.max() < 50
+    assert sum(p.numel() for p in loaded.parameters()) == sum(n for _, _, n, _ in parameters(small, (2, 2)))
+    assert torch.equal(reply.codes, generate(net.eval(), user, persona_prompt([5], small)).codes)
+    raw = raw_config(small) | {"dep_q": dep_q, "eqknobs": {"silence": [1, 2, 3, 4], "sine": [5, 6, 7, 8]}}
+    assert read_config(raw, {}, "here") == small
+
+
 def test_prompt_layout():
-    prompt = persona_prompt([7, 9], 3, voice_codes=cases.VOICE_CODES)
+    prompt = persona_prompt([7, 9], KYUTAI, voice_codes=cases.VOICE_CODES)
     frames = prompt.frames
     assert frames.shape == (17, 20 + 6 + 2 + 6 - 1)
     assert frames[0].tolist() == [3] * 25 + [7, 9] + [3] * 6
-    assert torch.equal(frames[AGENT, :19], cases.VOICE_CODES[:, 1:])
-    assert frames[AGENT, 19:].T.tolist() == [list(SILENCE_TOKENS)] * 14
-    assert frames[USER].T.tolist() == [list(SINE_TOKENS)] * 33
+    assert torch.equal(frames[KYUTAI.agent, :19], cases.VOICE_CODES[:, 1:])
+    assert frames[KYUTAI.agent, 19:].T.tolist() == [list(PERSONA_SILENCE)] * 14
+    assert frames[KYUTAI.user].T.tolist() == [list(PERSONA_SINE)] * 33
     assert system_text(" be kind ") == "<system> be kind <system>" == system_text("<system> be kind <system>")
     voice = Voice(torch.zeros(5, 4), torch.zeros(17, 4, dtype=torch.long))
-    assert persona_prompt(None, 3, voice=voice).frames.shape == (17, 12)
+    assert persona_prompt(None, KYUTAI, voice=voice).frames.shape == (17, 12)
     with pytest.raises(EqknobsError, match="not both"):
-        persona_prompt(None, 3, voice, cases.VOICE_CODES)
+        persona_prompt(None, KYUTAI, voice, cases.VOICE_CODES)
 
 
 class Evil:
@@ -202,7 +246,7 @@ def test_bad_voices(tmp_path, state, capsys):
     if state is not None:
         torch.save(state, path)
     with pytest.raises(EqknobsError, match=r"voice\.pt: not a voice of this model.*\[n, 1, 1, 256\]"):
-        load_voice(path, 256)
+        load_voice(path, KYUTAI)
     assert "run" not in capsys.readouterr().out
 
 
@@ -413,7 +457,7 @@ def test_on_a_gpu(folder, tmp_path, nf4):
     save_net(net, tmp_path / "saved")
     assert torch.equal(on_gpu(load(tmp_path / "saved", device="cuda")), on_gpu(net))
     net = load(folder, nf4=nf4, device="cuda", dtype=torch.bfloat16)
-    reply = generate(net, cases.USER[:, :, :20], persona_prompt([5, 6], 3), Sampling(seed=1))
+    reply = generate(net, cases.USER[:, :, :20], persona_prompt([5, 6], net.config), Sampling(seed=1))
     assert reply.codes.is_cuda and reply.codes.shape == (2, 8, 20) and reply.codes.min() >= 0
 
 
@@ -455,7 +499,9 @@ def broken(folder: Path, tmp_path: Path, change) -> MoshiFiles:
             r"is \[64, 64\], but config.json makes it \[1536, 64\]",
         ),
         (lambda _, raw: raw.update(num_heads=3), "heads must divide"),
-        (lambda _, raw: raw.update(n_q=32), "n_q 32, supported is 16"),
+        (lambda _, raw: raw.update(n_q=32), "n_q 32 and dep_q 8, supported are two speakers"),
+        (lambda _, raw: raw.update(card=512), "eqknobs.silence and eqknobs.sine must be 8 codes below 512"),
+        (lambda _, raw: raw.update(eqknobs={"silence": [1, 2]}), "must be 8 codes below 2048"),
         (lambda _, raw: raw.update(conditioners={"speaker": {}}), "conditioners"),
         (lambda _, raw: raw.update(delays=[0, 2]), "delays"),
         (lambda _, raw: raw.pop("num_layers"), "KeyError: 'num_layers'"),
@@ -566,7 +612,7 @@ def test_activations(model):
     # against the network by hand: the last layer's heads through its output projection give the residual's update
     columns = model.net.columns(model.grid(wav))
     assert columns[0, 0].tolist() == [KYUTAI.text_card] + [3] * 13
-    assert columns[0, AGENT, 2:].T.tolist() == [list(SILENCE_TOKENS)] * 12
+    assert columns[0, KYUTAI.agent, 2:].T.tolist() == [list(PERSONA_SILENCE)] * 12
     np.testing.assert_array_equal(columns[0, 9, 1:], model.codes(wav)[0])
     np.testing.assert_array_equal(columns[0, 10, 2:], model.codes(wav)[1, :-1])
     states = []
@@ -600,7 +646,8 @@ def test_agent_stream(folder, codec, model):
     speaking = load_model(config_of(folder, codec, stream="agent"))
     wav = clip(0.5)
     grid = speaking.grid(wav)
-    assert torch.equal(grid[0, AGENT], speaking.codes(wav)) and grid[0, USER, 0].tolist() == list(SINE_TOKENS)
+    assert torch.equal(grid[0, KYUTAI.agent], speaking.codes(wav))
+    assert grid[0, KYUTAI.user, 0].tolist() == list(PERSONA_SINE)
     assert np.abs(speaking.encode(wav, "residual.0") - model.encode(wav, "residual.0")).max() > 0.1
 
 
@@ -628,7 +675,7 @@ def test_options_and_errors(folder, codec, model, tmp_path):
     with pytest.raises(EqknobsError, match="cannot turn activations back"):
         model.decode(ours, "residual.0", 100)
     bundled = Path(__file__).parents[2] / "resources/models/tiny-mimi"
-    with pytest.raises(EqknobsError, match=r"moshi.codec: Moshi reads codes of 2048"):
+    with pytest.raises(EqknobsError, match=r"moshi.codec: the model reads codes of 2048"):
         load_model(config_of(folder, bundled))
     (copy := tmp_path / "copy").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -652,7 +699,7 @@ def test_conversation(persona_folder, codec, tmp_path):
     model = load_model(config_of(persona_folder, codec))
     tokens = model.tokeniser().encode("<system> good morning <system>")
     assert model.prompt("good morning").frames[0, 5 : 5 + len(tokens)].tolist() == tokens
-    assert not model.prompt().frames.numel()
+    assert model.prompt().columns == 1
     spoken = model.prompt("good morning", clip(0.4))
     assert spoken.frames.shape[1] == 5 + 6 + len(tokens) + 6 - 1
     # a recorded voice is brought to one level: 400 ms can be measured, less cannot

@@ -110,8 +110,8 @@ def test_persona_prompts(persona, kind, tmp_path):
     codes = None if kind == "text only" else cases.VOICE_CODES
     theirs = persona_reply(lm, codes, stored=kind == "stored voice", path=tmp_path / "voice.pt")
     if kind == "stored voice":
-        prompt = persona_prompt(cases.PROMPT_TOKENS, 3, voice=load_voice(tmp_path / "voice.pt", net.config.dim))
+        prompt = persona_prompt(cases.PROMPT_TOKENS, net.config, voice=load_voice(tmp_path / "voice.pt", net.config))
     else:
-        prompt = persona_prompt(cases.PROMPT_TOKENS, 3, voice_codes=codes)
+        prompt = persona_prompt(cases.PROMPT_TOKENS, net.config, voice_codes=codes)
     ours = generate(net, cases.PERSONA_USER, prompt)
     assert torch.equal(torch.cat([ours.text[:, None], ours.codes], dim=1), theirs)

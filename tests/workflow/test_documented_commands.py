@@ -68,6 +68,13 @@ WAYS = {
     ".venv/bin/python benchmarks/moshi_speed.py": HELP,
     ".venv/bin/python benchmarks/moshi_speed.py --quick --out quick.csv": HELP,  # test_moshi_speed.py runs it
     "python tools/synthesise.py training work/speech --minutes 100": HELP,
+    "snakemake --cores 1 --configfile config/train-tiny-moshi.yaml": DRY,
+    "PYTHONPATH=src python tools/synthesise_agent.py work/agent 0 10000": "env PYTHONPATH=src python "
+    "tools/synthesise_agent.py --help",
+    ".venv/bin/python benchmarks/speech_lm_answers.py": HELP,
+    "eqknobs talk --model resources/models/tiny-moshi --audio resources/corpus/101/1101/101-1101-0000.flac --seconds 5 "
+    '--greedy --text-prompt "Emily painted the small golden castle yesterday" '
+    "--voice resources/models/tiny-moshi/voices/joe-bright.flac --out answer.wav": REAL,
 }
 PLACEHOLDERS = {"…": "config/moshiko.yaml"}
 
@@ -131,6 +138,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sf.write(folder / "question.wav", 0.1 * np.random.default_rng(0).standard_normal(12000), 24000)
     torch.save({"embeddings": torch.zeros(5, 1, 1, PERSONA.dim), "cache": torch.zeros(1, 17, 4).long()}, folder / "v")
     (folder / "v").rename(folder / "NATF2.pt")
+    (folder / "resources").symlink_to(ROOT / "resources")
     return folder
 
 

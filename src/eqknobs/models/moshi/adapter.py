@@ -15,7 +15,7 @@ from eqknobs.models import Site
 from eqknobs.models.base import Pretrained, gpu_memory, inference, one_line
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
-from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER, Nf4
+from eqknobs.models.moshi.config import FRAME_RATE, Nf4, codec_of
 from eqknobs.models.moshi.generate import (
     GREEDY,
     Prompt,
@@ -31,7 +31,7 @@ from eqknobs.models.moshi.loudness import normalised
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Moshi(Pretrained):
@@ -42,8 +42,8 @@ class Moshi(Pretrained):
     round: the agent speaks the clip, the user's stream is PersonaPlex's sine). Frame t is the column that carries the
     clip's frame t: its first code and, as acoustic codes come one column later, the other seven of frame t - 1.
 
-    cfg, beside the usual: codec (folder or hub id of a Mimi model, kyutai/mimi), codec_revision, dtype (float32 or
-    bfloat16), nf4 (true, or {linears, block, double}), stream (user or agent).
+    cfg, beside the usual: codec (folder or hub id of a Mimi model; see `codec_of`), codec_revision, dtype (float32,
+    bfloat16 or float16), nf4 (true, or {linears, block, double}), stream (user or agent).
     """
 
     n_codebooks = 0
@@ -62,15 +62,17 @@ class Moshi(Pretrained):
         with gpu_memory():
             self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
         self.config = self.net.config
-        codec = {"name": f"{self.name}.codec", "path": cfg.get("codec") or "kyutai/mimi", "device": self.device}
+        path = codec_of(cfg, self.files.config, f"models.{self.name}")
+        codec = {"name": f"{self.name}.codec", "path": path, "device": self.device}
         self.codec = Mimi(codec | {"kind": "mimi", "revision": cfg.get("codec_revision")})
         self.sample_rate = self.codec.sample_rate
         place = self.codec.site("encoder_transformer")
         self.hop = place.hop * self.codec.stride
-        if self.sample_rate != FRAME_RATE * self.hop or self.codec.config.codebook_size != CARD:
+        if self.sample_rate != FRAME_RATE * self.hop or self.codec.config.codebook_size != self.config.card:
             raise EqknobsError(
-                f"models.{self.name}.codec: Moshi reads codes of {CARD} values at {FRAME_RATE} Hz, this codec gives "
-                f"{self.codec.config.codebook_size} at {self.sample_rate / self.hop:g} Hz; take kyutai/mimi"
+                f"models.{self.name}.codec: the model reads codes of {self.config.card} values at {FRAME_RATE} Hz, "
+                f"this codec gives {self.codec.config.codebook_size} at {self.sample_rate / self.hop:g} Hz; take the "
+                "model's own (of Moshi and PersonaPlex: kyutai/mimi)"
             )
         self.context = place.context + self.config.layers * self.config.context / FRAME_RATE
 
@@ -92,16 +94,16 @@ class Moshi(Pretrained):
         return math.ceil(samples / self.hop)
 
     def codes(self, wav: np.ndarray) -> Tensor:
-        """Mimi's first 8 codes [8, frames] of a waveform [samples], zero-padded to whole frames."""
+        """The codec's first 8 codes [8, frames] of a waveform [samples], zero-padded to whole frames."""
         latents = self.codec.encode(wav, "encoder_transformer")
-        return torch.from_numpy(self.codec.tokens(latents, "encoder_transformer", DEP_Q)).long()
+        return torch.from_numpy(self.codec.tokens(latents, "encoder_transformer", self.config.codebooks)).long()
 
     def grid(self, wav: np.ndarray) -> Tensor:
         """Codes [1, 17, frames] of a clip that is heard (or spoken, see the class), on the model's device."""
-        heard = self.codes(wav)
-        grid = torch.full((1, STREAMS, heard.shape[1]), self.config.pad)
-        grid[0, AGENT] = heard if self.stream == "agent" else torch.tensor(SILENCE_TOKENS)[:, None]
-        grid[0, USER] = heard if self.stream == "user" else torch.tensor(SINE_TOKENS)[:, None]
+        heard, config = self.codes(wav), self.config
+        grid = torch.full((1, config.streams, heard.shape[1]), config.pad)
+        grid[0, config.agent] = heard if self.stream == "agent" else torch.tensor(config.silence)[:, None]
+        grid[0, config.user] = heard if self.stream == "user" else torch.tensor(config.sine)[:, None]
         return grid.to(self.device)
 
     def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
@@ -144,8 +146,8 @@ class Moshi(Pretrained):
         with one_line(f"models.{self.name}.path: cannot read {self.files.tokenizer}; fetch it again"):
             return sentencepiece.SentencePieceProcessor(model_file=str(self.files.tokenizer))
 
-    def prompt(self, text: str | None = None, voice: str | Path | np.ndarray | None = None) -> Prompt:
-        """PersonaPlex's prompt; voice: a `.pt` file or a waveform [samples], which is brought to -24 LUFS.
+    def prompt(self, text: str | None = None, voice: str | Path | np.ndarray | Tensor | None = None) -> Prompt:
+        """PersonaPlex's prompt; voice: a `.pt` file, a waveform [samples], which is brought to -24 LUFS, or its codes.
 
         Neither: no prompt at all.
         """
@@ -153,9 +155,11 @@ class Moshi(Pretrained):
             return Prompt()
         tokens = self.tokeniser().encode(system_text(text)) if text else None
         if isinstance(voice, np.ndarray):
-            return persona_prompt(tokens, self.config.pad, voice_codes=self.codes(normalised(voice, self.sample_rate)))
-        stored = None if voice is None else load_voice(voice, self.config.dim)
-        return persona_prompt(tokens, self.config.pad, voice=stored)
+            voice = self.codes(normalised(voice, self.sample_rate))
+        if isinstance(voice, Tensor):
+            return persona_prompt(tokens, self.config, voice_codes=voice)
+        stored = None if voice is None else load_voice(voice, self.config)
+        return persona_prompt(tokens, self.config, voice=stored)
 
     def converse(self, wav: np.ndarray, prompt: Prompt | None = None, sampling: Sampling = GREEDY) -> Reply:
         """The agent's reply to a user's waveform [samples], frame by frame as long as that."""

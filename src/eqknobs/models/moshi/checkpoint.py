@@ -22,7 +22,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
 from eqknobs.models.access import gated
 from eqknobs.models.base import folder_weights, weights_hash
-from eqknobs.models.moshi.config import DEP_Q, Nf4, heads_left, raw_config, read_config, read_raw
+from eqknobs.models.moshi.config import Nf4, heads_left, raw_config, read_config, read_raw
 from eqknobs.models.moshi.interventions import linears
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear, put_module
@@ -96,7 +96,7 @@ def load_net(
     """Read a checkpoint tensor by tensor, packing on the way the linears that `nf4` names.
 
     dtype: of all else and of the computations. Weights that are packed in the file stay as they are. Of a depformer
-    with 16 steps the first 8 are taken: the others make the user's codes, and no step sees a later one.
+    with steps for both speakers the first half is taken: the others make the user's codes; no step sees a later one.
     On a CPU, tensors that need no conversion stay mapped to the file.
 
     Raises EqknobsError: a pattern of `nf4` that no linear matches, unreadable file, keys or shapes that are not
@@ -119,7 +119,7 @@ def load_net(
         used: set[str] = set()
         for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
             source, step = _source(name, names)
-            rows = wanted[0] if step is None else DEP_Q * wanted[0]
+            rows = wanted[0] if step is None else config.codebooks * wanted[0]
             if source not in names:
                 raise EqknobsError(f"{where}: no tensor {source}; this is not a whole Moshi checkpoint")
             used.add(source)
@@ -144,7 +144,7 @@ def load_net(
                 put_module(net, owner, packed_linear(*pack(value.to(device), nf4, dtype), dtype))
             else:
                 setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
-        if extra := sorted(name for name in names - used if not _dropped(name)):
+        if extra := sorted(name for name in names - used if not _dropped(name, config.codebooks)):
             raise EqknobsError(f"{where}: unknown tensor {extra[0]} (one of {len(extra)}); this is no Moshi checkpoint")
     return net.eval().requires_grad_(False)
 
@@ -164,11 +164,11 @@ def _source(name: str, names: set[str]) -> tuple[str, int | None]:
     return name, None
 
 
-def _dropped(name: str) -> bool:
-    """Whether a tensor belongs to the depformer's steps beyond the first 8."""
+def _dropped(name: str, kept: int) -> bool:
+    """Whether a tensor belongs to the depformer's steps beyond the first `kept`."""
     per_step = r"(depformer_in|linears|depformer_emb|depformer\.layers\.\d+\.(?:gating|self_attn\.\w+))\.(\d+)\."
     found = re.match(per_step, name)
-    return found is not None and int(found[2]) >= DEP_Q - (found[1] == "depformer_emb")
+    return found is not None and int(found[2]) >= kept - (found[1] == "depformer_emb")
 
 
 def _read_packed(
@@ -185,15 +185,17 @@ def _read_packed(
     return packed_linear(file.get_tensor(source).to(device), state, dtype)
 
 
-def save_net(net: MoshiNet, folder: str | Path, tokenizer: Path | None = None) -> None:
+def save_net(net: MoshiNet, folder: str | Path, tokenizer: Path | None = None, codec: str | None = None) -> None:
     """Write a folder that `load_net` reads back bit for bit: heads that are left, packed weights, pruned ones.
 
-    tokenizer: the sentencepiece model to put beside the weights. An earlier folder there is replaced.
+    tokenizer: the sentencepiece model to put beside the weights; codec: the codec's folder, relative to this
+    one. An earlier folder there is replaced.
     """
     state: dict[str, Tensor] = {}
     for name, value in net.state_dict().items():
         state[name] = value.detach().cpu().contiguous()
-    raw = raw_config(net.config) | {"eqknobs": {"heads": [list(kept) for kept in net.heads]}}
+    sounds = {"silence": list(net.config.silence), "sine": list(net.config.sine)}
+    raw = raw_config(net.config) | {"eqknobs": {"heads": [list(kept) for kept in net.heads], "codec": codec} | sounds}
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         save_file(state, temporary / "model.safetensors")

@@ -8,23 +8,16 @@ from typing import Any
 
 from eqknobs.errors import EqknobsError
 
-CARD = 2048  # codes of Mimi, each codebook
-AGENT, USER = slice(1, 9), slice(9, 17)  # audio streams of the grid [B, 17, T]; stream 0 is text
-STREAMS = 17
-DEP_Q = 8  # depformer steps that are kept: one a codebook of the agent
 FRAME_RATE = 12.5  # Hz
 # PersonaPlex was trained with these codes (NVIDIA/personaplex, models/lm.py) for an agent that keeps silent and for a
 # user who is not there yet, a 440 Hz sine; both were made by Mimi, so other Moshi models read them as such sounds.
-SILENCE_TOKENS = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
-SINE_TOKENS = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
+PERSONA_SILENCE = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
+PERSONA_SINE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
 TEMPORAL_LINEARS = ("transformer.layers.*",)
 ALL_LINEARS = ("*",)
 
 # What a config may say of the architecture, and the only values this implementation knows.
 _FIXED: dict[str, tuple] = {
-    "card": (CARD,),
-    "n_q": (16,),
-    "dep_q": (8, 16),
     "norm": ("rms_norm_f32",),
     "gating": ("silu",),
     "depformer_gating": ("silu",),
@@ -72,14 +65,36 @@ class MoshiConfig:
     delays: tuple[int, ...] = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
     pad: int = 3  # text token "nothing is said"
     epad: int = 0  # text token "the next word begins"
+    card: int = 2048  # codes of each codebook
+    codebooks: int = 8  # of each speaker; as many depformer steps are kept
+    silence: tuple[int, ...] = PERSONA_SILENCE  # a speaker's codes who keeps silent
+    sine: tuple[int, ...] = PERSONA_SINE  # and of a user who is not there
 
     def __post_init__(self) -> None:
         if any(getattr(self, f.name) < 1 for f in fields(self) if f.type is int and f.name not in ("pad", "epad")):
             raise EqknobsError(f"Moshi config: sizes must be positive: {self}")
         if self.dim % self.heads or self.dep_dim % self.dep_heads or self.dim // self.heads % 2:
             raise EqknobsError("Moshi config: heads must divide dim into even parts, and depformer heads depformer_dim")
-        if len(self.delays) != STREAMS or self.delays[0] or not {0, 1}.issuperset(self.delays):
-            raise EqknobsError(f"Moshi config: delays must be {STREAMS} values 0 or 1, text 0; got {self.delays}")
+        if len(self.delays) != self.streams or self.delays[0] or not {0, 1}.issuperset(self.delays):
+            raise EqknobsError(f"Moshi config: delays must be {self.streams} values 0 or 1, text 0; got {self.delays}")
+        if any(len(s) != self.codebooks or not 0 <= min(s) <= max(s) < self.card for s in (self.silence, self.sine)):
+            raise EqknobsError(
+                f"Moshi config: eqknobs.silence and eqknobs.sine must be {self.codebooks} codes below {self.card}, "
+                f"those of the model's codec; got {self.silence} and {self.sine}"
+            )
+
+    @property
+    def streams(self) -> int:
+        """Of the grid [B, streams, T]: stream 0 is text."""
+        return 1 + 2 * self.codebooks
+
+    @property
+    def agent(self) -> slice:
+        return slice(1, 1 + self.codebooks)
+
+    @property
+    def user(self) -> slice:
+        return slice(1 + self.codebooks, self.streams)
 
     @property
     def head_dim(self) -> int:
@@ -138,6 +153,18 @@ def read_raw(path: Path, where: str) -> dict[str, Any]:
     return raw
 
 
+def codec_of(model: dict[str, Any], config_file: Path | None, where: str) -> str:
+    """Folder or hub id of a model's codec: `codec` of its configuration, else what its own config.json says.
+
+    That is `eqknobs.codec`, a folder relative to the model's; a model of kyutai's or NVIDIA's says nothing and has
+    kyutai/mimi. Raises EqknobsError, naming `where`, for an unreadable config.json.
+    """
+    if model.get("codec") or config_file is None:
+        return str(model.get("codec") or "kyutai/mimi")
+    named = read_raw(config_file, where).get("eqknobs", {}).get("codec")
+    return str(config_file.parent / named) if named else "kyutai/mimi"
+
+
 def heads_left(raw: dict[str, Any], config: MoshiConfig, where: str) -> tuple[tuple[int, ...], ...]:
     """Layer by layer, the numbers of the heads that a saved model has left; of one from the hub, all.
 
@@ -172,7 +199,14 @@ def read_config(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: 
             raise EqknobsError(f"{where}: config.json has {key} {raw.get(key)!r}, supported is {wanted}")
     try:
         dim, dep_dim = int(raw["dim"]), int(raw["depformer_dim"])
-        scale = float(raw["hidden_scale"])
+        scale, codebooks = float(raw["hidden_scale"]), int(raw["n_q"]) // 2
+        if raw["n_q"] != 2 * codebooks or raw["dep_q"] not in (codebooks, 2 * codebooks):
+            raise EqknobsError(
+                f"{where}: config.json has n_q {raw['n_q']} and dep_q {raw['dep_q']}, supported are two speakers: an "
+                "even n_q, and dep_q as many or half"
+            )
+        ours = raw.get("eqknobs", {})
+        sounds = {key: tuple(map(int, ours[key])) for key in ("silence", "sine") if key in ours}
         dep_feedforward = raw.get("depformer_dim_feedforward")
         return MoshiConfig(
             dim=dim,
@@ -189,6 +223,9 @@ def read_config(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: 
             delays=tuple(raw["delays"]),
             pad=int(raw.get("existing_text_padding_id", 3)),
             epad=int(raw.get("existing_text_end_padding_id", 0)),
+            card=int(raw["card"]),
+            codebooks=codebooks,
+            **sounds,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise EqknobsError(
@@ -244,4 +281,7 @@ def raw_config(config: MoshiConfig) -> dict[str, Any]:
         "delays": list(config.delays),
         "existing_text_padding_id": config.pad,
         "existing_text_end_padding_id": config.epad,
+        "card": config.card,
+        "n_q": 2 * config.codebooks,
+        "dep_q": config.codebooks,
     } | {key: allowed[0] for key, allowed in _FIXED.items() if None not in allowed}

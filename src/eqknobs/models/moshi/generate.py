@@ -5,7 +5,8 @@ yet to be predicted. User frame i of the dialogue enters column p + i (its delay
 column after the prompt; the agent's frame i is read from the same columns.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.moshi.config import AGENT, DEP_Q, FRAME_RATE, SILENCE_TOKENS, SINE_TOKENS, STREAMS, USER
+from eqknobs.models.moshi.config import FRAME_RATE, MoshiConfig
 from eqknobs.models.moshi.network import KVCache, MoshiNet
 
 UNKNOWN = -2
@@ -49,7 +50,7 @@ class Sampler:
         return self._draw(logits, self.sampling.text_temperature, self.sampling.text_top_k)
 
     def audio(self, logits: Tensor) -> Tensor:
-        """Codes [B] of one codebook from logits [B, 2048]."""
+        """Codes [B] of one codebook from logits [B, card]."""
         return self._draw(logits, self.sampling.temperature, self.sampling.top_k)
 
     def _draw(self, logits: Tensor, temperature: float, top_k: int) -> Tensor:
@@ -74,39 +75,48 @@ class Voice:
     ring: Tensor
 
 
-def load_voice(path: str | Path, dim: int) -> Voice:
-    """Read a `.pt` voice of PersonaPlex: `{"embeddings": [n, 1, 1, dim], "cache": [1, 17, 4]}`.
+def load_voice(path: str | Path, config: MoshiConfig) -> Voice:
+    """Read a `.pt` voice of PersonaPlex: `{"embeddings": [n, 1, 1, dim], "cache": [1, streams, 4]}`.
 
     Only tensors are unpickled. Raises EqknobsError for anything else.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        embeddings, ring = state["embeddings"], state["cache"]
-        if embeddings.shape[1:] != (1, 1, dim) or len(embeddings) < 2 or ring.shape != (1, STREAMS, 4):
+        embeddings, ring, dim, streams = state["embeddings"], state["cache"], config.dim, config.streams
+        if embeddings.shape[1:] != (1, 1, dim) or len(embeddings) < 2 or ring.shape != (1, streams, 4):
             raise ValueError(f"embeddings {list(embeddings.shape)}, cache {list(ring.shape)}")
     except Exception as error:  # OSError, UnpicklingError, KeyError, RuntimeError, …
         reason = next(iter(str(error).strip().splitlines()), "")
         raise EqknobsError(
-            f"{path}: not a voice of this model, which is a .pt file with embeddings [n, 1, 1, {dim}] and cache "
-            f"[1, {STREAMS}, 4] ({type(error).__name__}: {reason[:200]})"
+            f"{path}: not a voice of this model, which is a .pt file with embeddings [n, 1, 1, {config.dim}] and cache "
+            f"[1, {config.streams}, 4] ({type(error).__name__}: {reason[:200]})"
         ) from error
     return Voice(embeddings[:, 0, 0], ring[0].long())
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given before the dialogue: a voice or nothing, then frames [17, P] of undelayed codes."""
+    """What the model is given before the dialogue: a voice or None, then frames [17, P] of undelayed codes or None."""
 
-    frames: Tensor = field(default_factory=lambda: torch.empty(STREAMS, 0, dtype=torch.long))
+    frames: Tensor | None = None
     voice: Voice | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns in front of the dialogue, the initial one included."""
+        return (
+            1
+            + (0 if self.voice is None else len(self.voice.embeddings))
+            + (0 if self.frames is None else self.frames.shape[1])
+        )
 
 
 def persona_prompt(
-    text_tokens: list[int] | None, pad: int, voice: Voice | None = None, voice_codes: Tensor | None = None
+    text_tokens: list[int] | None, config: MoshiConfig, voice: Voice | None = None, voice_codes: Tensor | None = None
 ) -> Prompt:
     """PersonaPlex's prompt: voice, half a second of silence, text with one token a frame, half a second of silence.
 
-    text_tokens: of `<system> … <system>`; pad: the text token of no text; voice: a `.pt` voice, or voice_codes [8, n]:
+    text_tokens: of `<system> … <system>`; voice: a `.pt` voice, or voice_codes [8, n]:
     Mimi's codes of a recording of it. Meanwhile the agent is silent (but for the voice) and the user's stream holds a
     sine (NVIDIA/personaplex, models/lm.py, LMGen.step_system_prompts).
 
@@ -115,13 +125,14 @@ def persona_prompt(
     """
     if voice is not None and voice_codes is not None:
         raise EqknobsError("prompt: give a .pt voice or a recording, not both")
-    codes = torch.empty(DEP_Q, 0, dtype=torch.long) if voice_codes is None else voice_codes.long().cpu()
-    texts = [pad] * (codes.shape[1] + PAUSE) + list(text_tokens or []) + [pad] * PAUSE
-    frames = torch.empty(STREAMS, len(texts), dtype=torch.long)
+    pad, spoken = config.pad, 0 if voice_codes is None else voice_codes.shape[1]
+    texts = [pad] * (spoken + PAUSE) + list(text_tokens or []) + [pad] * PAUSE
+    frames = torch.empty(config.streams, len(texts), dtype=torch.long)
     frames[0] = torch.tensor(texts)
-    frames[AGENT] = torch.tensor(SILENCE_TOKENS)[:, None]
-    frames[AGENT, : codes.shape[1]] = codes
-    frames[USER] = torch.tensor(SINE_TOKENS)[:, None]
+    frames[config.agent] = torch.tensor(config.silence)[:, None]
+    if voice_codes is not None:
+        frames[config.agent, :spoken] = voice_codes.long().cpu()
+    frames[config.user] = torch.tensor(config.sine)[:, None]
     return Prompt(frames if voice is not None else frames[:, 1:], voice)
 
 
@@ -139,10 +150,12 @@ class Reply(NamedTuple):
 
 
 class Dialogue:
-    """A conversation of up to `frames` frames with `batch` users, all after the same prompt.
+    """A conversation of up to `frames` frames with `batch` users, all after the same prompt or each after its own.
 
-    Feeding the prompt is part of making the object; then `step` takes one frame after another. The KV cache holds the
-    conversation or the model's context, whichever is shorter.
+    Feeding the prompts is part of making the object; then `step` takes one frame after another. Prompts end together:
+    a row with a shorter one begins later and sees nothing of the columns before, so that it says what it would say
+    alone. The KV cache holds the conversation or the model's context, whichever is shorter. `text` [B, frames]: a
+    monologue that the agent is made to have.
     """
 
     @torch.inference_mode()
@@ -151,28 +164,39 @@ class Dialogue:
         net: MoshiNet,
         frames: int,
         batch: int = 1,
-        prompt: Prompt | None = None,
+        prompt: Prompt | Sequence[Prompt] | None = None,
         sampling: Sampling = GREEDY,
+        text: Tensor | None = None,
     ):
-        prompt = prompt or Prompt()
+        prompts = [prompt or Prompt()] * batch if prompt is None or isinstance(prompt, Prompt) else list(prompt)
+        if len(prompts) != batch:
+            raise EqknobsError(f"prompts: one, or one for each of {batch} rows; got {len(prompts)}")
         self.net, self.sampler = net, Sampler(sampling, batch, net.device)
-        self.grid, start = _grid(net, frames, batch, prompt)
-        self.place = start + prompt.frames.shape[1]  # the column that is predicted next
+        lengths = [prompt.columns for prompt in prompts]
+        self.place = max(lengths)  # the column that is predicted next
         self.last = self.place + frames
-        self.cache = KVCache(net, batch, self.last)
-        if prompt.voice is not None:
-            given = prompt.voice.embeddings.to(net.device, net.dtype)
-            hidden = net.temporal(given.expand(batch, -1, -1), self.cache)
-        if self.cache.length < self.place:
-            hidden = net.temporal(net.embed(self.grid[:, :, self.cache.length : self.place]), self.cache)
+        first = torch.tensor([self.place - length for length in lengths], device=net.device)
+        self.cache = KVCache(net, batch, self.last, first if first.any() else None)
+        shape = (batch, net.config.streams, self.last + 2)
+        self.grid = torch.full(shape, UNKNOWN, device=net.device)
+        for row, prompt in enumerate(prompts):
+            _write(self.grid[row, :, first[row] :], net, prompt)
+        if text is not None:
+            self.grid[:, 0, self.place : self.last] = text
+        x = net.embed(self.grid[:, :, : self.place])
+        for row, prompt in enumerate(prompts):
+            if prompt.voice is not None:
+                given = prompt.voice.embeddings
+                x[row, first[row] : first[row] + len(given)] = given.to(net.device, net.dtype)
+        hidden = net.temporal(x, self.cache)
         self._predict(hidden[:, -1], net.text_linear(hidden[:, -1]))
 
     def _predict(self, hidden: Tensor, logits: Tensor) -> None:
         """Fill in what is unknown of the next column."""
-        target = self.grid[:, :, self.place]
+        target, agent = self.grid[:, :, self.place], self.net.config.agent
         text = torch.where(target[:, 0] == UNKNOWN, self.sampler.text(logits), target[:, 0])
-        codes = self.net.audio_step(hidden, text, target[:, AGENT], self.sampler.audio)
-        target[:, 0], target[:, AGENT] = text, codes
+        codes = self.net.audio_step(hidden, text, target[:, agent], self.sampler.audio)
+        target[:, 0], target[:, agent] = text, codes
         self.place += 1
 
     @torch.inference_mode()
@@ -184,34 +208,44 @@ class Dialogue:
         if self.place > self.last:
             raise EqknobsError("the dialogue has no frame left; make it with more frames")
         column, delays = self.place - 1, self.net.config.delays
-        for stream, delay in enumerate(delays[USER], start=USER.start):
-            self.grid[:, stream, column + delay] = user[:, stream - USER.start]
+        heard, spoken = self.net.config.user, self.net.config.agent
+        for stream, delay in enumerate(delays[heard], start=heard.start):
+            self.grid[:, stream, column + delay] = user[:, stream - heard.start]
         self._predict(*self.net.step(self.grid[:, :, column], self.cache))
-        codes = [self.grid[:, stream, column + delays[stream]] for stream in range(AGENT.start, AGENT.stop)]
+        codes = [self.grid[:, stream, column + delays[stream]] for stream in range(spoken.start, spoken.stop)]
         return Reply(self.grid[:, :1, column], torch.stack(codes, dim=1)[..., None])
 
 
-def _grid(net: MoshiNet, frames: int, batch: int, prompt: Prompt) -> tuple[Tensor, int]:
-    """What is known of a dialogue's columns [B, 17, …], and the column where the prompt's frames begin."""
-    voice, codes = prompt.voice, prompt.frames.to(net.device)
-    start = 1 if voice is None else len(voice.embeddings) + 1
-    grid = torch.full((batch, STREAMS, start + codes.shape[1] + frames + 2), UNKNOWN, device=net.device)
-    grid[:, :, 0] = net.initial()
+def _write(grid: Tensor, net: MoshiNet, prompt: Prompt) -> None:
+    """Write what is known of a row's columns [streams, …] from its own first one on."""
+    start = 1 if prompt.voice is None else len(prompt.voice.embeddings) + 1
+    grid[:, 0] = net.initial()
     for stream, delay in enumerate(net.config.delays):
-        if voice is None:
-            grid[:, stream, : 1 + delay] = net.initial()[stream]
+        if prompt.voice is None:
+            grid[stream, : 1 + delay] = net.initial()[stream]
         else:  # the last two columns that the voice's own frames reach
             for column in range(start - 1, start + delay):
-                grid[:, stream, column] = voice.ring[stream, column % 4].to(net.device)
-        grid[:, stream, start + delay : start + delay + codes.shape[1]] = codes[stream]
-    return grid, start
+                grid[stream, column] = prompt.voice.ring[stream, column % 4].to(net.device)
+        if prompt.frames is not None:
+            frames = prompt.frames[stream].to(net.device)
+            grid[stream, start + delay : start + delay + len(frames)] = frames
 
 
-def generate(net: MoshiNet, user: Tensor, prompt: Prompt | None = None, sampling: Sampling = GREEDY) -> Reply:
-    """Let the agent converse with users whose codes [B, 8, T] are given. Raises EqknobsError for another shape."""
-    if user.ndim != 3 or user.shape[1] != DEP_Q or not user.shape[2]:
-        raise EqknobsError(f"the user's codes must be [batch, {DEP_Q}, frames], got {list(user.shape)}")
+def generate(
+    net: MoshiNet,
+    user: Tensor,
+    prompt: Prompt | Sequence[Prompt] | None = None,
+    sampling: Sampling = GREEDY,
+    text: Tensor | None = None,
+) -> Reply:
+    """Let the agent converse with users whose codes [B, 8, T] are given, after one prompt or one each.
+
+    text [B, T]: its monologue, if it is not to choose it. Raises EqknobsError for another shape, or another
+    number of prompts.
+    """
+    if user.ndim != 3 or user.shape[1] != net.config.codebooks or not user.shape[2]:
+        raise EqknobsError(f"the user's codes must be [batch, {net.config.codebooks}, frames], got {list(user.shape)}")
     batch, _, frames = user.shape
-    dialogue = Dialogue(net, frames, batch, prompt, sampling)
+    dialogue = Dialogue(net, frames, batch, prompt, sampling, text)
     replies = [dialogue.step(frame) for frame in user.to(net.device).unbind(-1)]
     return Reply(torch.cat([r.text for r in replies], -1), torch.cat([r.codes for r in replies], -1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.moshi.config import STREAMS, TEMPORAL_LINEARS
+from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.models.moshi.quantise import is_packed, put_module, weight_of, with_weight
 
@@ -137,8 +137,8 @@ def masked_streams(net: MoshiNet, streams: Iterable[int]) -> Iterator[None]:
     A `.pt` voice prompt is fed as summed embeddings and keeps all its streams. Raises EqknobsError for other numbers.
     """
     streams = sorted(set(streams))
-    if any(not 0 <= stream < STREAMS for stream in streams):
-        raise EqknobsError(f"streams: 0 (text) to {STREAMS - 1}, got {streams}")
+    if any(not 0 <= stream < net.config.streams for stream in streams):
+        raise EqknobsError(f"streams: 0 (text) to {net.config.streams - 1}, got {streams}")
     with ExitStack() as stack:
         for stream in streams:
             embedding = net.emb[stream - 1] if stream else net.text_emb

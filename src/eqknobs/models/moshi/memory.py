@@ -17,12 +17,10 @@ from safetensors import safe_open
 from eqknobs.config import parse_target
 from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.config import (
-    CARD,
-    DEP_Q,
     FRAME_RATE,
-    STREAMS,
     MoshiConfig,
     Nf4,
+    codec_of,
     heads_left,
     read_config,
     read_raw,
@@ -36,7 +34,7 @@ MIMI_BYTES = 384_606_684  # kyutai/mimi in float32, parameters and buffers
 # Mimi at full size, batch 1: peak bytes for each second of sound, measured on a CPU (decoder: 32.1 MiB at 5 s, 29.3 at
 # 20 s; encoder: 28.3 and 26.9)
 MIMI_WORK = 32 << 20
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SEVEN_B = MoshiConfig(
     dim=4096,
     layers=32,
@@ -83,9 +81,11 @@ class Plan:
         return [f"  {name:<36} {size / GIB:7.2f} GiB" for name, size in rows]
 
 
-def parameters(config: MoshiConfig, heads: tuple[int, ...], dep_q: int = DEP_Q) -> Iterator[tuple[str, str, int, bool]]:
+def parameters(
+    config: MoshiConfig, heads: tuple[int, ...], dep_q: int | None = None
+) -> Iterator[tuple[str, str, int, bool]]:
     """(part, module, values, is a linear) of every parameter of `MoshiNet`. heads: those left, layer by layer."""
-    c = config
+    c, dep_q = config, dep_q or config.codebooks
 
     def linear(part: str, name: str, outputs: int, inputs: int) -> tuple[str, str, int, bool]:
         return part, name, outputs * inputs, True
@@ -103,15 +103,15 @@ def parameters(config: MoshiConfig, heads: tuple[int, ...], dep_q: int = DEP_Q) 
         yield linear(temporal, f"{stem}.gating.linear_out", c.dim, c.hidden)
         yield from (rest(temporal, f"{stem}.{norm}", c.dim) for norm in ("norm1", "norm2"))
     yield rest(temporal, "out_norm", c.dim)
-    yield from (rest(embeddings, f"emb.{i}", (CARD + 1) * c.dim) for i in range(STREAMS - 1))
+    yield from (rest(embeddings, f"emb.{i}", (c.card + 1) * c.dim) for i in range(c.streams - 1))
     yield rest(embeddings, "text_emb", (c.text_card + 1) * c.dim)
     yield linear(embeddings, "text_linear", c.text_card, c.dim)
     yield rest(depformer, "depformer_text_emb", (c.text_card + 1) * c.dep_dim)
     for q in range(dep_q):
         yield linear(depformer, f"depformer_in.{q}", c.dep_dim, c.dim)
-        yield linear(depformer, f"linears.{q}", CARD, c.dep_dim)
+        yield linear(depformer, f"linears.{q}", c.card, c.dep_dim)
         if q:
-            yield rest(depformer, f"depformer_emb.{q - 1}", (CARD + 1) * c.dep_dim)
+            yield rest(depformer, f"depformer_emb.{q - 1}", (c.card + 1) * c.dep_dim)
         for layer in range(c.dep_layers):
             stem = f"depformer.layers.{layer}"
             yield linear(depformer, f"{stem}.self_attn.in_projs.{q}", 3 * c.dep_dim, c.dep_dim)
@@ -133,7 +133,7 @@ def nf4_bytes(values: int, nf4: Nf4) -> int:
     return size + (scales + 4 * math.ceil(scales / 256) + 4 * 256 + 4 if nf4.double else 4 * scales)
 
 
-def weights(shapes: Shapes, itemsize: int, nf4: Nf4 | None, dep_q: int = DEP_Q) -> dict[str, int]:
+def weights(shapes: Shapes, itemsize: int, nf4: Nf4 | None, dep_q: int | None = None) -> dict[str, int]:
     """Bytes of the parameters, part by part. itemsize: bytes of a value that is not packed."""
     found: dict[str, int] = {}
     for part, name, values, is_linear in parameters(shapes.config, shapes.heads, dep_q):
@@ -301,10 +301,12 @@ def _files(path: str, revision: str | None, where: str) -> tuple[Path, Path] | N
 def _codec_bytes(model: dict[str, Any]) -> int:
     """Bytes of the codec in float32: by its file's header where it is in a folder, else those of kyutai/mimi."""
     total = 0
-    for path in sorted(Path(str(model.get("codec") or "kyutai/mimi")).glob("model*.safetensors")):
+    where = f"models.{model['name']}"
+    files = _files(str(model["path"]), model.get("revision"), where)
+    for path in sorted(Path(codec_of(model, files and files[0], where)).glob("model*.safetensors")):
         try:
             with safe_open(path, framework="np") as file:
                 total += 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except Exception as error:  # OSError, SafetensorError
-            raise EqknobsError(f"models.{model['name']}.codec: cannot read {path} ({error}); fetch it again") from error
+            raise EqknobsError(f"{where}.codec: cannot read {path} ({error}); fetch it again") from error
     return total or MIMI_BYTES

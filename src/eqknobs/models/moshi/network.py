@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.moshi.config import AGENT, CARD, DEP_Q, STREAMS, MoshiConfig
+from eqknobs.models.moshi.config import MoshiConfig
 
 
 class Logits(NamedTuple):
@@ -26,7 +26,7 @@ class Logits(NamedTuple):
     lie beyond the end are NaN."""
 
     text: Tensor  # [B, T, text_card]
-    audio: Tensor | None  # [B, 8, T, 2048]; None without the depformer
+    audio: Tensor | None  # [B, 8, T, card]; None without the depformer
 
 
 class RMSNorm(nn.Module):
@@ -58,11 +58,12 @@ class Gating(nn.Module):
 class KVCache:
     """Roped keys and values of the last columns, a ring for every layer.
 
-    `columns`: how many will be fed; memory is that of min(columns, context). `length`: columns fed so far.
+    `columns`: how many will be fed; memory is that of min(columns, context). `length`: columns fed so far. `first` [B]:
+    the column in which each row begins, None where that is column 0; a row sees nothing of the columns before.
     """
 
-    def __init__(self, net: "MoshiNet", batch: int, columns: int):
-        config = net.config
+    def __init__(self, net: "MoshiNet", batch: int, columns: int, first: Tensor | None = None):
+        config, self.first = net.config, first
         self.columns, self.capacity, self.length = columns, min(columns, config.context), 0
         self.rings = [
             torch.zeros(
@@ -81,6 +82,19 @@ class KVCache:
         if self.length >= self.columns:
             raise EqknobsError(f"the KV cache was made for {self.columns} columns and is full; ask for more")
         return max(1, self.capacity - self.length)
+
+    def visible(self, steps: int) -> Tensor | None:
+        """What the next `steps` columns see of what will be stored [B, 1, steps, stored]; None: all of it."""
+        newest = self.length + steps - 1
+        if self.first is None:
+            if not self.length or steps == 1:
+                return None  # plain causal attention
+            return torch.ones(steps, newest + 1, dtype=torch.bool, device=self.rings[0].device).tril_(self.length)
+        slots = torch.arange(min(newest + 1, self.capacity), device=self.first.device)
+        stored = newest - (newest - slots) % self.capacity  # the column in each slot
+        now = torch.arange(self.length, newest + 1, device=self.first.device)[:, None]
+        begun = (stored >= self.first[:, None, None]) & (stored <= now)
+        return (begun | (stored == now))[:, None]  # a column that no one sees sees itself: softmax of nothing is NaN
 
     def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, T, head_dim] at the end; returns all that is stored, T included."""
@@ -140,8 +154,8 @@ class DepAttention(nn.Module):
     def __init__(self, config: MoshiConfig):
         super().__init__()
         self.heads, dim = config.dep_heads, config.dep_dim
-        self.in_projs = nn.ModuleList(nn.Linear(dim, 3 * dim, bias=False) for _ in range(DEP_Q))
-        self.out_projs = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(DEP_Q))
+        self.in_projs = nn.ModuleList(nn.Linear(dim, 3 * dim, bias=False) for _ in range(config.codebooks))
+        self.out_projs = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(config.codebooks))
 
     def forward(self, x: Tensor, first: int, past: Tensor | None) -> Tensor:
         batch, steps, dim = x.shape
@@ -161,7 +175,7 @@ class DepLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(config.dep_dim), RMSNorm(config.dep_dim)
         self.self_attn = DepAttention(config)
-        self.gating = nn.ModuleList(Gating(config.dep_dim, config.dep_hidden) for _ in range(DEP_Q))
+        self.gating = nn.ModuleList(Gating(config.dep_dim, config.dep_hidden) for _ in range(config.codebooks))
 
     def forward(self, x: Tensor, first: int, past: Tensor | None = None) -> Tensor:
         x = x + self.self_attn(self.norm1(x), first, past)
@@ -187,16 +201,17 @@ class MoshiNet(nn.Module):
         super().__init__()
         self.config = config
         heads = heads or (tuple(range(config.heads)),) * config.layers
-        self.emb = nn.ModuleList(nn.Embedding(CARD + 1, config.dim) for _ in range(STREAMS - 1))
+        self.emb = nn.ModuleList(nn.Embedding(config.card + 1, config.dim) for _ in range(config.streams - 1))
         self.text_emb = nn.Embedding(config.text_card + 1, config.dim)
         self.transformer = nn.ModuleDict({"layers": nn.ModuleList(Layer(config, kept) for kept in heads)})
         self.out_norm = RMSNorm(config.dim)
         self.text_linear = nn.Linear(config.dim, config.text_card, bias=False)
-        self.depformer_in = nn.ModuleList(nn.Linear(config.dim, config.dep_dim, bias=False) for _ in range(DEP_Q))
-        self.depformer_emb = nn.ModuleList(nn.Embedding(CARD + 1, config.dep_dim) for _ in range(DEP_Q - 1))
+        steps, codes = range(config.codebooks), config.card
+        self.depformer_in = nn.ModuleList(nn.Linear(config.dim, config.dep_dim, bias=False) for _ in steps)
+        self.depformer_emb = nn.ModuleList(nn.Embedding(codes + 1, config.dep_dim) for _ in steps[1:])
         self.depformer_text_emb = nn.Embedding(config.text_card + 1, config.dep_dim)
         self.depformer = nn.ModuleDict({"layers": nn.ModuleList(DepLayer(config) for _ in range(config.dep_layers))})
-        self.linears = nn.ModuleList(nn.Linear(config.dep_dim, CARD, bias=False) for _ in range(DEP_Q))
+        self.linears = nn.ModuleList(nn.Linear(config.dep_dim, codes, bias=False) for _ in steps)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -217,13 +232,14 @@ class MoshiNet(nn.Module):
 
     def initial(self) -> Tensor:
         """Column 0: the initial tokens [17]."""
-        return torch.tensor([self.config.text_card] + [CARD] * (STREAMS - 1), device=self.device)
+        config = self.config
+        return torch.tensor([config.text_card] + [config.card] * (config.streams - 1), device=self.device)
 
     def columns(self, codes: Tensor) -> Tensor:
         """Columns [B, 17, T + 1] of codes [B, 17, T]: every stream delayed, initial tokens in front."""
         batch, streams, frames = codes.shape
-        if streams != STREAMS:
-            raise EqknobsError(f"Moshi takes codes [batch, {STREAMS}, frames], got {list(codes.shape)}")
+        if streams != self.config.streams:
+            raise EqknobsError(f"Moshi takes codes [batch, {self.config.streams}, frames], got {list(codes.shape)}")
         columns = self.initial()[None, :, None].repeat(batch, 1, frames + 1)
         for stream, delay in enumerate(self.config.delays):
             columns[:, stream, 1 + delay :] = codes[:, stream, : frames - delay]
@@ -233,7 +249,7 @@ class MoshiNet(nn.Module):
         """Sum of the 17 embeddings [B, S, dim] of columns [B, 17, S]."""
         rows, given = columns.clamp(min=0), (columns >= 0)[..., None]
         total = self.emb[0](rows[:, 1]) * given[:, 1]
-        for i in range(1, STREAMS - 1):
+        for i in range(1, self.config.streams - 1):
             total = total + self.emb[i](rows[:, i + 1]) * given[:, i + 1]
         return total + self.text_emb(rows[:, 0]) * given[:, 0]
 
@@ -252,11 +268,8 @@ class MoshiNet(nn.Module):
         out, start = [], 0
         while start < x.shape[1]:
             piece = x[:, start : start + cache.room()]
-            steps, mask = piece.shape[1], None
-            if cache.length and steps > 1:
-                seen = torch.ones(steps, cache.length + steps, dtype=torch.bool, device=x.device)
-                mask = seen.tril_(cache.length)
-            out.append(self._run(piece, mask, cache, cache.length, layers))
+            steps = piece.shape[1]
+            out.append(self._run(piece, cache.visible(steps), cache, cache.length, layers))
             cache.length += steps
             start += steps
         return torch.cat(out, dim=1)
@@ -280,20 +293,20 @@ class MoshiNet(nn.Module):
         audio = None
         if depformer:
             audio = self.audio_logits(hidden, columns[:, :, 1:])
-            for stream, delay in enumerate(self.config.delays[AGENT]):
+            for stream, delay in enumerate(self.config.delays[self.config.agent]):
                 if delay:
                     audio[:, stream] = audio[:, stream].roll(-delay, dims=1)
                     audio[:, stream, -delay:] = math.nan
         return Logits(self.text_linear(hidden), audio)
 
     def audio_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Depformer's logits [B, 8, S, 2048]: hidden states [B, S, dim], columns that they predict [B, 17, S]."""
+        """Depformer's logits [B, 8, S, card]: hidden states [B, S, dim], columns that they predict [B, 17, S]."""
         batch, steps, _ = hidden.shape
-        inputs = [self._dep_input(k, hidden, targets[:, k]) for k in range(DEP_Q)]
+        inputs = [self._dep_input(k, hidden, targets[:, k]) for k in range(self.config.codebooks)]
         x = torch.stack(inputs, dim=2).flatten(0, 1)
         for layer in self.depformer["layers"]:
             x = layer(x, 0)
-        return torch.stack([self.linears[k](x[:, k]).view(batch, steps, CARD) for k in range(DEP_Q)], dim=1)
+        return torch.stack([linear(x[:, k]).view(batch, steps, -1) for k, linear in enumerate(self.linears)], dim=1)
 
     def _dep_input(self, k: int, hidden: Tensor, token: Tensor) -> Tensor:
         """Input [B, S, dep_dim] of depformer step k: hidden states and the token [B, S] of the stream before."""
@@ -309,13 +322,13 @@ class MoshiNet(nn.Module):
         """The agent's 8 codes [B, 8] of the column after `hidden` [B, dim], one after another.
 
         text [B]: that column's text token; forced [B, 8]: tokens to take instead of choosing, -2 where there are none;
-        choose: from logits [B, 2048] to tokens [B], called for every codebook.
+        choose: from logits [B, card] to tokens [B], called for every codebook.
         """
         config, batch = self.config, len(hidden)
-        shape = (2, batch, config.dep_heads, DEP_Q, config.dep_dim // config.dep_heads)
+        shape = (2, batch, config.dep_heads, config.codebooks, config.dep_dim // config.dep_heads)
         pasts = [hidden.new_empty(shape) for _ in range(config.dep_layers)]
         token, chosen = text, []
-        for k in range(DEP_Q):
+        for k in range(config.codebooks):
             x = self._dep_input(k, hidden[:, None], token[:, None])
             for layer, past in zip(self.depformer["layers"], pasts):
                 x = layer(x, k, past)

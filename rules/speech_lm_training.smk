@@ -1,0 +1,47 @@
+# A configuration with `speech_lm_training` trains a speech LM and scores what it says (config/train-tiny-moshi.yaml).
+SPEECH_LM = f"{RUN}/speech_lm"
+SPOKEN = f"{RUN}/tables/speech_lm.csv"
+
+
+rule speech_lm_training:
+    input:
+        script=code("speech_lm_training.py"),
+    output:
+        weights=f"{SPEECH_LM}/model.safetensors",
+        config=f"{SPEECH_LM}/config.json",
+        log=f"{SPEECH_LM}/log.csv",
+    log:
+        f"{RUN}/logs/speech_lm_training.log",
+    benchmark:
+        f"{RUN}/benchmarks/speech_lm_training.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    params:
+        cfg=cfg("speech_lm_training", data=speech_lm_files),
+    message:
+        "Train a speech LM"
+    script:
+        "../workflow/scripts/speech_lm_training.py"
+
+
+rule speech_lm_scores:
+    input:
+        script=code("speech_lm_scores.py"),
+        weights=f"{SPEECH_LM}/model.safetensors",
+    output:
+        table=SPOKEN,
+        answers=f"{RUN}/tables/speech_lm_answers.csv",
+    log:
+        f"{RUN}/logs/speech_lm_scores.log",
+    benchmark:
+        f"{RUN}/benchmarks/speech_lm_scores.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    params:
+        cfg=cfg("speech_lm_scores", data=speech_lm_files),
+    message:
+        "Score what the speech LM says"
+    script:
+        "../workflow/scripts/speech_lm_scores.py"
