@@ -166,7 +166,7 @@ def test_none_left_is_an_error_that_counts_the_reasons(tmp_path):
 
 @pytest.mark.parametrize("speakers", [1, 2])
 def test_too_few_speakers(tmp_path, speakers):
-    with pytest.raises(EqknobsError, match=rf"{speakers} speaker\(s\) left.*at least 3"):
+    with pytest.raises(EqknobsError, match=rf"^{'1 speaker' if speakers == 1 else '2 speakers'} left.*at least 3"):
         data.build_manifest(librispeech(tmp_path, speakers), CFG, 0)
 
 
@@ -330,7 +330,7 @@ def test_speaker_from_names_the_folder(tmp_path, capsys, speaker_from, speakers)
 def test_speaker_from_goes_before_a_known_layout_and_labels_before_it(tmp_path):
     tree(tmp_path / "corpus", *LAYOUTS["LibriTTS"])
     cfg = CFG | {"speaker_from": "parent", "splits": {"train": 0.4, "val": 0.3, "test": 0.3}}
-    with pytest.raises(EqknobsError, match=r"2 speaker\(s\)"):
+    with pytest.raises(EqknobsError, match=r"^2 speakers left"):
         data.build_manifest(tmp_path / "corpus", cfg, 0)
     (tmp_path / "labels.csv").write_text("id,speaker\n" + "".join(f"{r}_5_000001_000000,Reader {r}\n" for r in READERS))
     cfg |= {"labels": str(tmp_path / "labels.csv")}
@@ -497,6 +497,49 @@ def test_split_by_is_found_whatever_its_case(tmp_path):
     table = "speaker,Voice\n" + "".join(f"{speaker},v{i // 2}\n" for i, speaker in enumerate("abcdef"))
     found = labelled(tmp_path, table, split_by="voice ")
     assert found.groupby(found.speaker.map(lambda s: "abcdef".index(s) // 2)).split.nunique().max() == 1
+
+
+@pytest.mark.parametrize("column", "named file name layout seconds path group split sha256 speaker_id".split())
+def test_a_column_of_split_by_may_have_any_name(tmp_path, column):
+    """What the labels say of the groups overwrites nothing that is known of a file."""
+    corpus = tree(tmp_path / "corpus", *(f"{speaker}/{speaker}{n}" for speaker in "abcdef" for n in "12"))
+    names = [(speaker, n) for speaker in "abcdef" for n in "12"]
+
+    def found(column: str, key: str) -> pd.DataFrame:
+        where = {"id": "{0}{1}", "path": "{0}/{0}{1}.wav", "speaker": "{0}"}[key]
+        rows = {f"{where.format(s, n)},v{'abcdef'.index(s) // 2},Text {s}\n": None for s, n in names}
+        (tmp_path / "labels.csv").write_text(f"{key},{column},accent\n" + "".join(rows))
+        cfg = CFG | {"labels": str(tmp_path / "labels.csv"), "split_by": column, "max_utterances": 9}
+        return data.build_manifest(corpus, cfg, 0)[0]
+
+    plain = found("voice", "speaker")
+    for key in ["id"] if column == "path" else ["id", "path", "speaker"]:
+        pd.testing.assert_frame_equal(found(column, key), plain)
+    groups = plain.speaker.map(lambda s: "abcdef".index(s) // 2)
+    assert plain.groupby(groups).split.nunique().max() == 1 and plain.split.nunique() == 3
+
+
+def test_clips_without_a_value_of_split_by_are_counted_and_go_with_their_speaker(tmp_path, capsys):
+    tree(tmp_path / "corpus", *(f"{speaker}/{speaker}{n}" for speaker in "abcd" for n in "12"))
+    found = labelled(tmp_path, "speaker,derived_from\na,\nb,a\nc,\n", split_by="derived_from")
+    said = capsys.readouterr().out
+    assert "data.split_by: 6 clips without a value of 'derived_from' ('a/a1.wav', 'a/a2.wav', 'c/c1.wav', …)" in said
+    assert found[found.speaker.isin(["a", "b"])].split.nunique() == 1
+    labelled(tmp_path, "speaker,voice\na,1\nb,2\nc,3\nd,4\n", split_by="voice")
+    assert "without a value" not in capsys.readouterr().out
+    with pytest.raises(EqknobsError, match=r"speaker a has several values \('1', '2'\); give a speaker just one"):
+        labelled(tmp_path, "id,voice\na1,1\na2,2\n", split_by="voice")
+    with pytest.raises(EqknobsError, match=r"^2 speaker groups left"):
+        labelled(tmp_path, "speaker,voice\na,1\nb,2\nc,1\nd,2\n", split_by="voice")
+
+
+def test_split_by_needs_labels():
+    config = yaml.safe_load(DEFAULT.read_text())
+    config["data"] |= {"split_by": "voice", "labels": None}
+    with pytest.raises(EqknobsError, match=r"config: data\.split_by: needs data\.labels"):
+        validate(config)
+    config["data"]["labels"] = "labels.csv"
+    validate(config)
 
 
 # --- odd names, texts and files ---

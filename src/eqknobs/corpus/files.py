@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eqknobs.errors import EqknobsError
+from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import read_text_csv
 
 AUDIO_SUFFIXES = {".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 UNSUPPORTED_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
+SAID = ("speaker", "sex", "accent", "text")  # columns of a labels CSV that go into the manifest
 UNMATCHED_SHARE = 0.2  # of the rows of a labels CSV
 LAYOUTS = {
     "LibriSpeech": "LibriSpeech (<speaker>/<chapter>/<speaker>-<chapter>-*)",
@@ -43,11 +44,6 @@ def few(names: Iterable[str]) -> str:
     """The first three of some names, for a line of text."""
     names = list(names)
     return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
-
-
-def many(count: int, noun: str) -> str:
-    """A count and its noun."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass
@@ -285,7 +281,7 @@ class Labels:
         said += f"; sex is neither F nor M: {few(sorted(odd))}" if odd else ""
         if without and len(unmatched) > UNMATCHED_SHARE * len(self.rows):
             raise EqknobsError(
-                f"{said}; {many(len(without), 'file')} without a row: {few(without)}; "
+                f"{said}; {counted(len(without), 'file')} without a row: {few(without)}; "
                 f"mend column {self.key} or remove those rows"
             )
         print(said, flush=True)
@@ -313,7 +309,7 @@ def read_labels(path: str | None, split_by: str | None) -> Labels | None:
         )
     if split_by and split_by not in names:
         raise EqknobsError(f"{path}: no column {split_by}, which data.split_by names; add it or set null")
-    columns = [name for name in ("speaker", "sex", "accent", "text", split_by) if name in names and name != key]
+    columns = [name for name in SAID if name in names and name != key] + [split_by] * bool(split_by)
     if not columns:
         raise EqknobsError(
             f"{path}: no column speaker, sex, accent or text beside {key}; add one, or set data.labels: null"

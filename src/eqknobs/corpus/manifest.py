@@ -18,13 +18,12 @@ from eqknobs.corpus.files import (
     few,
     find_clips,
     librispeech_sexes,
-    many,
     one_line,
     read_labels,
     shown,
     walk,
 )
-from eqknobs.errors import EqknobsError
+from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import file_sha256
 
 __all__ = ["MANIFEST_COLUMNS", "SPLITS", "build_manifest", "fetch", "require_sound"]
@@ -94,14 +93,28 @@ def _scan(folder: Path, cfg_data: dict[str, Any]) -> tuple[list[dict[str, Any]],
         except Exception as error:  # whatever is wrong with one file, the others are none the worse
             rejected.append({"path": shown(clip.file), "reason": _reason(clip.file, error)})
             continue
+        known = {"speaker": clip.speaker, "sex": sexes.get(clip.speaker, ""), "accent": "", "text": text}
+        known = {name: row.get(name, value) for name, value in known.items()}
+        known["sex"] = known["sex"][:1].upper() if known["sex"][:1].upper() in ("F", "M") else ""
         record = {"file": clip.file, "name": clip.name, "layout": clip.layout, "id": clip.id, "seconds": seconds}
-        record |= {"speaker": clip.speaker, "sex": sexes.get(clip.speaker, ""), "accent": "", "text": text} | row
-        record["named"] = "speaker" in row
-        record["sex"] = record["sex"][:1].upper() if record["sex"][:1].upper() in ("F", "M") else ""
-        record["group"] = record.get(split_by) or record["speaker"]
-        records.append(record)
+        group = (row | known).get(split_by, "")  # other columns of the labels may be called as keys of a record are
+        records.append(record | known | {"named": "speaker" in row, "group": group})
     _report_speakers(folder, records, cfg_data)
+    _fill_groups(records, split_by)
     return records, rejected
+
+
+def _fill_groups(records: list[dict[str, Any]], split_by: str) -> None:
+    """Clips without a value of `split_by` go with their speaker; prints how many."""
+    without = [record for record in records if not record["group"]]
+    for record in without:
+        record["group"] = record["speaker"]
+    if without:
+        print(
+            f"data.split_by: {counted(len(without), 'clip')} without a value of {split_by!r} "
+            f"({few(record['name'] for record in without)}): split by speaker",
+            flush=True,
+        )
 
 
 def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict[str, Any]) -> None:
@@ -111,7 +124,7 @@ def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict
         layouts = {record["layout"] for record in nameless}
         why = "in folders within folders" if "" in layouts else "of Common Voice, whose tables name the speakers"
         raise EqknobsError(
-            f"{shown(folder)}: {many(len(nameless), 'file')} {why}, so that who speaks in them cannot be told "
+            f"{shown(folder)}: {counted(len(nameless), 'file')} {why}, so that who speaks in them cannot be told "
             f"({few(record['name'] for record in nameless)}); set data.speaker_from to parent, grandparent or top, "
             "or name every file's speaker in data.labels"
         )
@@ -123,7 +136,9 @@ def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict
         source = source or LAYOUTS[record["layout"]]
         speakers.setdefault(source, set()).add(record["speaker"])
         clips[source] += 1
-    parts = [f"{source}: {many(len(speakers[source]), 'speaker')}, {many(n, 'clip')}" for source, n in clips.items()]
+    parts = [
+        f"{source}: {counted(len(speakers[source]), 'speaker')}, {counted(n, 'clip')}" for source, n in clips.items()
+    ]
     if parts:
         print(f"{shown(folder)}: who speaks is from {'; '.join(parts)}", flush=True)
 
@@ -207,12 +222,16 @@ def _split(manifest: pd.DataFrame, fractions: dict[str, float], seed: int) -> di
         raise EqknobsError(f"data.splits: train, val and test add up to {sum(fractions.values()):g}, not to 1")
     torn = manifest.groupby("speaker")["group"].nunique()
     if (torn > 1).any():
-        raise EqknobsError(f"data.split_by: speaker {torn.idxmax()} has several values; give a speaker just one")
+        values = sorted(manifest["group"][manifest["speaker"] == torn.idxmax()].unique())
+        raise EqknobsError(
+            f"data.split_by: speaker {torn.idxmax()} has several values ({few(values)}); give a speaker just one"
+        )
     sexes = manifest.groupby("group")["sex"].agg(lambda values: values.mode().iloc[0])
     total = len(sexes)
     if total < len(SPLITS):
+        noun = "speaker" if (manifest["group"] == manifest["speaker"]).all() else "speaker group"
         raise EqknobsError(
-            f"{total} speaker(s) left, but train, val and test must not share speakers and need at least 3; "
+            f"{counted(total, noun)} left, but train, val and test must not share speakers and need at least 3; "
             "add speakers, or name them in data.labels"
         )
     ranked = sexes.index.to_series().map(lambda name: _rank(seed, name)).sort_values().index
