@@ -146,7 +146,7 @@ def test_bad_files_are_listed_with_the_reason_and_the_rest_is_used(tmp_path):
         "short.wav": "too short (0.20 s)",
         "long.wav": "too long (21.00 s)",
         "apple.m4a": "format not supported",
-        "gone.wav": "not a regular file",
+        "gone.wav": "link to nowhere",
     }
     assert reasons.keys() == expected.keys()
     assert all(reasons[name].startswith(text) for name, text in expected.items())
@@ -660,7 +660,28 @@ def test_links_to_folders_are_followed_once_and_never_round(tmp_path):
     (tmp_path / "corpus" / "self").symlink_to(tmp_path / "corpus" / "self")
     (tmp_path / "corpus" / "gone").symlink_to(tmp_path / "nowhere")
     manifest, rejected = data.build_manifest(tmp_path / "corpus", CFG, 0)
-    assert dict(zip(manifest.id, manifest.speaker)) == {"1": "a", "2": "b", "3": "c"} and rejected.empty
+    assert dict(zip(manifest.id, manifest.speaker)) == {"1": "a", "2": "b", "3": "c"}
+    found = dict(zip(rejected.path.str.split("/corpus/").str[1], rejected.reason.str.replace(str(tmp_path), "")))
+    assert found == {
+        "0": "same folder as /corpus/a",
+        "b/up": "same folder as /corpus",
+        "gone": "link to nowhere",
+        "self": "link to nowhere",
+    }
+
+
+def test_links_into_a_disk_that_is_gone_are_rows(tmp_path):
+    tree(tmp_path / "corpus", "a/1", "b/2", "c/3")
+    for name in ("d", "a/4.wav", "a/notes.txt", "e"):
+        (tmp_path / "corpus" / name).symlink_to(tmp_path / "disk" / name)
+    tree(tmp_path / "elsewhere", "f/5")
+    for name in ("f", "g", "h"):
+        (tmp_path / "corpus" / name).symlink_to(tmp_path / "elsewhere" / "f")
+    manifest, rejected = data.build_manifest(tmp_path / "corpus", CFG, 0)
+    assert manifest.id.tolist() == ["1", "2", "3", "5"]
+    found = dict(zip(rejected.path.str.split("/corpus/").str[1], rejected.reason.str.replace(str(tmp_path), "")))
+    nowhere = dict.fromkeys(("a/4.wav", "a/notes.txt", "d", "e"), "link to nowhere")
+    assert found == nowhere | {"g": "same folder as /corpus/f", "h": "same folder as /corpus/f"}
 
 
 def test_a_folder_that_cannot_be_read_is_a_row(tmp_path, monkeypatch):

@@ -61,23 +61,26 @@ class Clip:
 # --- files and layouts ---
 
 
-def walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """All files below a folder, sorted, and the folders that cannot be read.
+def walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """All files below a folder, sorted, links that lead nowhere among them; and why folders were left out.
 
     Links to folders are followed, after the real folders; no folder is read twice, whatever links lead to it.
     """
-    files, unreadable, seen = [], [], set()
+    files: list[Path] = []
+    left_out: dict[Path, str] = {}
+    seen: dict[tuple[int, int], Path] = {}
     real, linked = [folder], []
     while real or linked:
         here = real.pop() if real else linked.pop(0)
         try:
             state = here.stat()
-            if (state.st_dev, state.st_ino) in seen:
+            taken = seen.setdefault((state.st_dev, state.st_ino), here)
+            if taken != here:
+                left_out[here] = f"same folder as {shown(taken)}"
                 continue
-            seen.add((state.st_dev, state.st_ino))
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError:
-            unreadable.append(here)
+            left_out[here] = "folder cannot be read"
             continue
         for entry in entries:
             try:
@@ -85,7 +88,7 @@ def walk(folder: Path) -> tuple[list[Path], list[Path]]:
             except OSError:  # a link to itself
                 kind = files
             kind.append(Path(entry.path))
-    return sorted(files), sorted(unreadable)
+    return sorted(files), left_out
 
 
 def layout_of(path: Path, folder: Path) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Speech: check a corpus's files and draw the manifest."""
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from eqknobs.io import file_sha256
 
 __all__ = ["MANIFEST_COLUMNS", "SPLITS", "build_manifest", "fetch", "require_sound"]
 
+NOWHERE = "link to nowhere"
 SILENCE = 1e-3  # −60 dB full scale
 RATE_OF_CHECK = 16000
 FRAME = 640  # 40 ms at RATE_OF_CHECK
@@ -40,14 +42,14 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
     """Draw utterances from a folder of audio: (manifest, rejected); print where the speakers are from.
 
     Manifest: `id, path, speaker, sex, accent, seconds, split, sha256, text`; rejected: `path, reason`, a row for every
-    file that could not be used, whatever went wrong with it. Speakers come from the layouts of LibriSpeech, LibriTTS
-    or VCTK (`eqknobs.corpus.files`), from one folder a speaker, or from what `speaker_from` names; sexes and
-    texts from the files that lie beside the sound (`SPEAKERS.TXT`, `*.trans.txt`, `*.normalized.txt`); the CSV `labels`
-    (keyed by `id`, `path` or `speaker`) has the last word. The draw goes round the speakers, up to `max_utterances` and
-    `max_minutes`; its order and the splits follow from a hash of `seed` and the name, so that a file more or less does
-    not reshuffle the others. All files' headers are checked, drawn files are decoded. Splits share no speaker, nor any
-    value of the labels column `split_by` if that is set (such as the voice that others are derived from); the sexes
-    are spread evenly.
+    file that could not be used, whatever went wrong with it, and for every folder and link that was not followed.
+    Speakers come from the layouts of LibriSpeech, LibriTTS or VCTK (`eqknobs.corpus.files`), from one folder a speaker,
+    or from what `speaker_from` names; sexes and texts from the files that lie beside the sound (`SPEAKERS.TXT`,
+    `*.trans.txt`, `*.normalized.txt`); the CSV `labels` (keyed by `id`, `path` or `speaker`) has the last word. The
+    draw goes round the speakers, up to `max_utterances` and `max_minutes`; its order and the splits follow from a hash
+    of `seed` and the name, so that a file more or less does not reshuffle the others. All files' headers are checked,
+    drawn files are decoded. Splits share no speaker, nor any value of the labels column `split_by` if that is set (such
+    as the voice that others are derived from); the sexes are spread evenly.
 
     Raises EqknobsError when no file is usable, when it cannot be told who speaks in a file, for fewer than three
     speakers, and for labels that are unusable, ambiguous or mostly match nothing.
@@ -73,9 +75,11 @@ def _scan(folder: Path, cfg_data: dict[str, Any]) -> tuple[list[dict[str, Any]],
     """Files whose header promises usable audio, with what is known of them; and those that are refused."""
     speaker_from = cfg_data.get("speaker_from")
     split_by = (cfg_data.get("split_by") or "speaker").strip().casefold()
-    files, unreadable = walk(folder)
+    files, left_out = walk(folder)
     clips = find_clips(files, folder, speaker_from)
-    rejected = [{"path": shown(path), "reason": "folder cannot be read"} for path in unreadable]
+    sounds = {clip.file for clip in clips}  # what is wrong with those is told below
+    left_out |= {path: NOWHERE for path in files if path not in sounds and not os.path.exists(path)}
+    rejected = [{"path": shown(path), "reason": reason} for path, reason in left_out.items()]
     stems = Counter(clip.stem for clip in clips)
     for clip in clips:
         digest = hashlib.sha256(clip.name.encode(errors="surrogateescape")).hexdigest()[:8]
@@ -147,7 +151,7 @@ def _header_seconds(path: Path, cfg_data: dict[str, Any]) -> float:
     if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
         raise EqknobsError("format not supported (convert to FLAC or WAV)")
     if not path.is_file():
-        raise EqknobsError("not a regular file")
+        raise EqknobsError("not a regular file" if os.path.exists(path) else NOWHERE)
     if not Path(shown(path)).is_file():  # what the manifest would say
         raise EqknobsError("name is not UTF-8 (rename the file)")
     seconds = audio_seconds(path)
