@@ -477,6 +477,62 @@ def test_labels_that_cannot_be_meant_are_refused(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ("id,path,accent\n,a/001.wav,US\n,b/002.wav,UK\n", "path"),
+        ("id,path,accent\nx,a/001.wav,US\nx,b/002.wav,UK\n", "path"),
+        ("id,path,speaker,accent\n,,a,US\n , ,b,UK\n", "speaker"),
+        ("id,speaker,accent\nx,a,US\ny,b,UK\n", "speaker"),
+        ("id,path,accent\n001,nowhere,US\n002,nowhere,UK\n", "id"),
+    ],
+    ids=["id is empty", "id is another number", "id and path are empty", "no id fits", "the path is another's"],
+)
+def test_the_key_is_the_first_column_that_fits(tmp_path, capsys, table, key):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    found = labelled(tmp_path, table)
+    assert found.accent.tolist() == ["US", "UK", ""] and found.speaker.tolist() == ["a", "b", "c"]
+    assert f"2 of 2 rows name 2 of 3 files by {key}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("id,path,text\n,,HELLO\n", r"column id and path is empty"),
+        ("id,text\n001,HELLO\n,BYE\n,WHO\n", r"2 rows without id; fill"),
+        ("id,speaker,text\nx,a,HELLO\n", r"no row matches a file of the corpus \(id 'x'\)"),
+        ("id,speaker,sex\nx,a,F\ny,a,F\nz,b,M\n", r"no row matches a file of the corpus \(id 'x', 'y', 'z'\)"),
+    ],
+    ids=["no key at all", "some without", "rows of files with a text", "rows of files"],
+)
+def test_rows_without_a_key_are_refused_and_rows_of_files_are_no_rows_of_speakers(tmp_path, table, message):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    with pytest.raises(EqknobsError, match=message):
+        labelled(tmp_path, table)
+
+
+def test_a_path_from_the_working_directory_counts(tmp_path, monkeypatch):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    rows = "../../corpus/a/001.wav,US\n..\\..\\corpus\\b\\002.wav,UK\n"
+    found = labelled(tmp_path, f"path,accent\n{rows}{tmp_path}/corpus/c/003.wav,IE\n")
+    assert found.accent.tolist() == ["US", "UK", "IE"]
+
+
+def test_an_id_with_a_line_end_is_the_file_of_that_name(tmp_path):
+    tree(tmp_path / "corpus", "a/0\t0\n1", "b/002", "c/003")
+    assert labelled(tmp_path, 'id,accent\n"0\t0\n1",US\n').accent.tolist() == ["US", "", ""]
+
+
+def test_two_columns_of_one_name_matter_only_where_they_are_used(tmp_path):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    found = labelled(tmp_path, "id,note,Note,text,,\n001,x,y,HELLO,,\n")
+    assert found.text.tolist() == ["HELLO", "", ""]
+    with pytest.raises(EqknobsError, match=r"column 'note' occurs twice"):
+        labelled(tmp_path, "id,note,Note\n001,x,y\n", split_by="note")
+
+
 def test_a_sex_that_is_not_understood_is_told(tmp_path, capsys):
     tree(tmp_path / "corpus", "a/1", "b/2", "c/3", "d/4")
     found = labelled(tmp_path, "speaker,sex\na,woman\nb,Female\nc,m\nd,\n")

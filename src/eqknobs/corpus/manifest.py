@@ -84,7 +84,7 @@ def _scan(folder: Path, cfg_data: dict[str, Any]) -> tuple[list[dict[str, Any]],
     for clip in clips:
         digest = hashlib.sha256(clip.name.encode(errors="surrogateescape")).hexdigest()[:8]
         clip.id = clip.stem if stems[clip.stem] == 1 else f"{clip.stem}-{digest}"
-    labels = read_labels(cfg_data.get("labels"), None if split_by == "speaker" else split_by)
+    labels = read_labels(cfg_data.get("labels"), None if split_by == "speaker" else split_by, clips)
     rows = labels.match(clips) if labels and clips else [{} for _ in clips]
     sexes, transcripts = librispeech_sexes(folder, files), Transcripts()
     records = []
