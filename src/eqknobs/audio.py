@@ -17,6 +17,18 @@ from eqknobs.io import atomic_path, file_sha256
 LARGEST_SAMPLE = 2.0  # +6 dB over full scale
 UNKNOWN_SIZE = 0x7E000000  # bytes; larger sizes stand for "unknown" (sox writes 0x7f000000, others more)
 UNKNOWN_FRAMES = 2**62  # libsndfile's length of a FLAC that does not tell
+_SCALES = (  # what samples are on by their peak, and how to mend that
+    (16.0, "a mixdown far over it", "turn it down below full scale"),
+    *(
+        (
+            2.0**bits,
+            f"{'an' if bits == 8 else 'a'} {bits}-bit scale",
+            f"divide them by {2 ** (bits - 1)}, or convert them",
+        )
+        for bits in (8, 16, 24, 32)
+    ),
+    (np.inf, "damaged", "replace or remove the file"),
+)
 _BLOCK = 1 << 20  # samples
 
 
@@ -30,6 +42,34 @@ class _Data(NamedTuple):
     extra: int = 0  # bytes that count in the size as written, but stand before `start`
 
 
+_CHUNKED = {  # by a file's first bytes: where its chunks begin, the form of their sizes, the name of the sound
+    b"RIFF": (12, "<I", b"data"),
+    b"RF64": (12, "<I", b"data"),
+    b"BW64": (12, "<I", b"data"),
+    b"RIFX": (12, ">I", b"data"),
+    b"FORM": (12, ">I", b"SSND"),
+    b"caff": (8, ">q", b"data"),
+    b"riff": (40, "<Q", b"data"),  # W64: names of 16 bytes, sizes that count their own header
+}
+
+
+def _chunks(file: BinaryIO, magic: bytes, at: int) -> Iterator[tuple[bytes, _Data]]:
+    """The chunks of a file from position `at` on: the first four bytes of their names, and where they are."""
+    form = _CHUNKED[magic][1]
+    names, step = (16, 8) if magic == b"riff" else (4, 1 if magic == b"caff" else 2)
+    own = names + struct.calcsize(form)
+    extra = own if magic == b"riff" else 0
+    while True:
+        file.seek(at)
+        if len(head := file.read(own)) < own:
+            return
+        (size,) = struct.unpack(form, head[names:])
+        yield head[:4], _Data(at + names, form, size - extra, at + own, extra)
+        if size < extra:
+            return
+        at += own + -(-(size - extra) // step) * step
+
+
 def _find_data(file: BinaryIO) -> _Data | None:
     """The sound's place in a WAV (RIFF, RF64, BW64, W64), AIFF, AU or CAF file; None for anything else."""
     head = file.read(24)
@@ -37,36 +77,34 @@ def _find_data(file: BinaryIO) -> _Data | None:
     if len(head) == 24 and magic in (b".snd", b"dns."):
         start, size = struct.unpack(form := ">II" if magic == b".snd" else "<II", head[4:12])
         return _Data(8, form[:2], size, start)
-    kinds = {
-        b"RIFF": (12, "<I", b"data"),
-        b"RF64": (12, "<I", b"data"),
-        b"BW64": (12, "<I", b"data"),
-        b"RIFX": (12, ">I", b"data"),
-        b"FORM": (12, ">I", b"SSND"),
-        b"caff": (8, ">q", b"data"),
-        b"riff": (40, "<Q", b"data"),  # W64: names of 16 bytes, sizes that count their own header
-    }
-    if magic not in kinds:
+    if magic not in _CHUNKED:
         return None
-    at, form, wanted = kinds[magic]
-    names, step = (16, 8) if magic == b"riff" else (4, 1 if magic == b"caff" else 2)
-    own = names + struct.calcsize(form)
+    first, _, wanted = _CHUNKED[magic]
     long_size = None  # RF64 keeps it in a chunk of its own
-    while True:
-        file.seek(at)
-        if len(head := file.read(own)) < own:
-            return None
-        (size,) = struct.unpack(form, head[names:])
-        extra = own if magic == b"riff" else 0
-        if head[:4] == wanted:
-            if size == 2**32 - 1 and long_size is not None:
-                return _Data(long_size, "<Q", _unpack(file, long_size), at + own)
-            return _Data(at + names, form, size - extra, at + own, extra)
-        if head[:4] == b"ds64":
-            long_size = at + own + 8
-        if size < extra:
-            return None
-        at += own + -(-(size - extra) // step) * step
+    for name, chunk in _chunks(file, magic, first):
+        if name == wanted:
+            if chunk.size == 2**32 - 1 and long_size is not None:
+                return _Data(long_size, "<Q", _unpack(file, long_size), chunk.start)
+            return chunk
+        if name == b"ds64":
+            long_size = chunk.start + 8
+    return None
+
+
+def _is_empty(file: BinaryIO, sound: _Data) -> bool:
+    """Whether a size of 0 is meant: other chunks follow, up to the end. Behind a stream's header there is sound."""
+    end = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    magic, size = file.read(4), file.read(4)
+    if sound.size or magic not in _CHUNKED:
+        return False
+    ends = {end, 8 + int.from_bytes(size, "big" if _CHUNKED[magic][1] == ">I" else "little")}  # RIFF: its own end
+    for name, chunk in _chunks(file, magic, sound.start):
+        if not all(32 <= letter < 127 for letter in name):
+            return False
+        if any(0 <= end - chunk.start - chunk.size < 8 for end in ends):  # what fills a chunk up is no other chunk
+            return True
+    return False
 
 
 def _unpack(file: BinaryIO, at: int) -> int:
@@ -78,8 +116,8 @@ def _whole(path: Path) -> Path | io.BytesIO:
     """What libsndfile should open: the file, or a copy whose header tells the size that a stream's left open.
 
     Programs that write to a pipe cannot know the length: they leave a size of 0, −1 or close to the largest
-    (0x7ffff000, 0x7fffff00, 0xffffffff …), and everything behind the header is sound. Raises EqknobsError where the
-    header promises, in earnest, more than there is.
+    (0x7ffff000, 0x7fffff00, 0xffffffff …), and everything behind the header is sound, but for chunks that follow a size
+    of 0. Raises EqknobsError where the header promises, in earnest, more than there is.
     """
     with open(path, "rb") as file:
         found = _find_data(file)
@@ -90,8 +128,11 @@ def _whole(path: Path) -> Path | io.BytesIO:
             return path
         if 0 < found.size < UNKNOWN_SIZE:
             raise EqknobsError(f"{path}: cut short ({there} of {found.size} bytes); fetch it again or remove it")
+        empty = _is_empty(file, found)
         file.seek(0)
         content = bytearray(file.read())
+    if empty:  # libsndfile would take the chunks for sound
+        return io.BytesIO(content[: found.start])
     largest = 2 ** (8 * struct.calcsize(found.form)) - 1
     struct.pack_into(found.form, content, found.at, min(there + found.extra, largest))
     return io.BytesIO(content)
@@ -155,10 +196,8 @@ def read_samples(path: str | Path) -> tuple[np.ndarray, int]:
     if not np.isfinite(wav).all():
         raise EqknobsError(f"{path}: holds NaN or infinite samples; replace or remove it")
     if (peak := np.abs(wav).max()) > LARGEST_SAMPLE:
-        raise EqknobsError(
-            f"{path}: samples up to {peak:g} where full scale is 1 (a 16-bit scale?); "
-            "divide them (by 32768) or convert the file to integer samples"
-        )
+        likely, mend = next((likely, mend) for most, likely, mend in _SCALES if peak <= most)
+        raise EqknobsError(f"{path}: samples up to {peak:g} where full scale is 1 ({likely}?); {mend}")
     return wav, rate
 
 

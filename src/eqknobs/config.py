@@ -266,6 +266,8 @@ def _check_relations(config: dict[str, Any]) -> None:
         raise EqknobsError(f"config: data.{needed}: is null, but data.source {data['source']!r} needs it")
     if data.get("speaker_from") == "labels" and not data["labels"]:
         raise EqknobsError("config: data.labels: is null, but data.speaker_from names it; give a CSV")
+    if data["split_by"] and not data["labels"]:
+        raise EqknobsError("config: data.split_by: needs data.labels, a CSV that has this column; give it, or set null")
     if abs(sum(data["splits"].values()) - 1) > 1e-6:
         raise EqknobsError("config: data.splits: the three shares must add up to 1")
 

@@ -147,6 +147,35 @@ def test_chunks_around_the_sound_are_no_sound(tmp_path):
     assert np.array_equal(read_audio(tmp_path / "a.wav", 16000), wav.astype(np.float32))
 
 
+@pytest.mark.parametrize("junk", [b"", bytes(7)], ids=["", "junk behind"])
+@pytest.mark.parametrize("kind", ["WAV", "WAV BIG", "WAVEX", "RF64", "W64"])
+def test_a_size_of_0_before_other_chunks_is_no_stream(tmp_path, kind, junk):
+    """An empty recording with its notes, not a stream of them."""
+    name, _, order = kind.partition(" ")
+    sf.write(tmp_path / "a.wav", np.zeros(0), 16000, format=name, subtype="PCM_16", endian=order or "FILE")
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content = content[: content.index(b"data") + (24 if name == "W64" else 8)]
+    for note in (b"n" * 3000, b"notes"):
+        if name == "W64":
+            content += b"list" + bytes(12) + (24 + len(note)).to_bytes(8, "little") + note + bytes(-len(note) % 8)
+        else:
+            content += b"LIST" + len(note).to_bytes(4, "big" if order else "little") + note + bytes(len(note) % 2)
+    if name in ("WAV", "WAVEX"):
+        content[4:8] = (len(content) - 8).to_bytes(4, "big" if order else "little")
+    (tmp_path / "a.wav").write_bytes(content + junk)
+    assert audio_seconds(tmp_path / "a.wav") == 0
+    with pytest.raises(EqknobsError, match="holds no samples"):
+        read_audio(tmp_path / "a.wav", 16000)
+
+
+def test_a_stream_of_text_or_silence_is_no_chunk(tmp_path):
+    for sound in (bytes(32000), b"text" * 8000):
+        wav = header(tmp_path / "a.wav", "WAV", 0)
+        content = (tmp_path / "a.wav").read_bytes()
+        (tmp_path / "a.wav").write_bytes(content[: -2 * len(wav)] + sound)
+        assert audio_seconds(tmp_path / "a.wav") == 1.0
+
+
 def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
     path = tmp_path / "piped.flac"
     wav = header(path, "FLAC", None)
@@ -172,11 +201,21 @@ def test_a_long_file_is_read_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("peak", [2.1, 127.0, 25782.0, 2.0**31])
-def test_float_samples_on_an_integer_scale_are_refused(tmp_path, peak, channels):
+@pytest.mark.parametrize(
+    ("peak", "likely"),
+    [
+        (2.1, r"a mixdown far over it\?\); turn it down"),
+        (127.0, r"an 8-bit scale\?\); divide them by 128"),
+        (25782.0, r"a 16-bit scale\?\); divide them by 32768"),
+        (2.0**23, r"a 24-bit scale\?\); divide them by 8388608"),
+        (2.0**31, r"a 32-bit scale\?\); divide them by 2147483648"),
+        (1e30, r"damaged\?\); replace or remove"),
+    ],
+)
+def test_float_samples_on_another_scale_are_refused_with_the_likely_one(tmp_path, peak, likely, channels):
     wav = np.stack([tone(440) * 2 * peak, tone(440)], axis=1)[:, :channels]
     sf.write(tmp_path / "a.wav", wav, 16000, subtype="FLOAT")
-    with pytest.raises(EqknobsError, match=r"a\.wav: samples up to .* where full scale is 1 .*divide them"):
+    with pytest.raises(EqknobsError, match=rf"a\.wav: samples up to .* where full scale is 1 \({likely}"):
         read_audio(tmp_path / "a.wav", 16000)
 
 

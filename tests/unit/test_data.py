@@ -146,7 +146,7 @@ def test_bad_files_are_listed_with_the_reason_and_the_rest_is_used(tmp_path):
         "short.wav": "too short (0.20 s)",
         "long.wav": "too long (21.00 s)",
         "apple.m4a": "format not supported",
-        "gone.wav": "not a regular file",
+        "gone.wav": "link to nowhere",
     }
     assert reasons.keys() == expected.keys()
     assert all(reasons[name].startswith(text) for name, text in expected.items())
@@ -166,7 +166,7 @@ def test_none_left_is_an_error_that_counts_the_reasons(tmp_path):
 
 @pytest.mark.parametrize("speakers", [1, 2])
 def test_too_few_speakers(tmp_path, speakers):
-    with pytest.raises(EqknobsError, match=rf"{speakers} speaker\(s\) left.*at least 3"):
+    with pytest.raises(EqknobsError, match=rf"^{'1 speaker' if speakers == 1 else '2 speakers'} left.*at least 3"):
         data.build_manifest(librispeech(tmp_path, speakers), CFG, 0)
 
 
@@ -330,7 +330,7 @@ def test_speaker_from_names_the_folder(tmp_path, capsys, speaker_from, speakers)
 def test_speaker_from_goes_before_a_known_layout_and_labels_before_it(tmp_path):
     tree(tmp_path / "corpus", *LAYOUTS["LibriTTS"])
     cfg = CFG | {"speaker_from": "parent", "splits": {"train": 0.4, "val": 0.3, "test": 0.3}}
-    with pytest.raises(EqknobsError, match=r"2 speaker\(s\)"):
+    with pytest.raises(EqknobsError, match=r"^2 speakers left"):
         data.build_manifest(tmp_path / "corpus", cfg, 0)
     (tmp_path / "labels.csv").write_text("id,speaker\n" + "".join(f"{r}_5_000001_000000,Reader {r}\n" for r in READERS))
     cfg |= {"labels": str(tmp_path / "labels.csv")}
@@ -477,6 +477,62 @@ def test_labels_that_cannot_be_meant_are_refused(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ("id,path,accent\n,a/001.wav,US\n,b/002.wav,UK\n", "path"),
+        ("id,path,accent\nx,a/001.wav,US\nx,b/002.wav,UK\n", "path"),
+        ("id,path,speaker,accent\n,,a,US\n , ,b,UK\n", "speaker"),
+        ("id,speaker,accent\nx,a,US\ny,b,UK\n", "speaker"),
+        ("id,path,accent\n001,nowhere,US\n002,nowhere,UK\n", "id"),
+    ],
+    ids=["id is empty", "id is another number", "id and path are empty", "no id fits", "the path is another's"],
+)
+def test_the_key_is_the_first_column_that_fits(tmp_path, capsys, table, key):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    found = labelled(tmp_path, table)
+    assert found.accent.tolist() == ["US", "UK", ""] and found.speaker.tolist() == ["a", "b", "c"]
+    assert f"2 of 2 rows name 2 of 3 files by {key}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("id,path,text\n,,HELLO\n", r"column id and path is empty"),
+        ("id,text\n001,HELLO\n,BYE\n,WHO\n", r"2 rows without id; fill"),
+        ("id,speaker,text\nx,a,HELLO\n", r"no row matches a file of the corpus \(id 'x'\)"),
+        ("id,speaker,sex\nx,a,F\ny,a,F\nz,b,M\n", r"no row matches a file of the corpus \(id 'x', 'y', 'z'\)"),
+    ],
+    ids=["no key at all", "some without", "rows of files with a text", "rows of files"],
+)
+def test_rows_without_a_key_are_refused_and_rows_of_files_are_no_rows_of_speakers(tmp_path, table, message):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    with pytest.raises(EqknobsError, match=message):
+        labelled(tmp_path, table)
+
+
+def test_a_path_from_the_working_directory_counts(tmp_path, monkeypatch):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    rows = "../../corpus/a/001.wav,US\n..\\..\\corpus\\b\\002.wav,UK\n"
+    found = labelled(tmp_path, f"path,accent\n{rows}{tmp_path}/corpus/c/003.wav,IE\n")
+    assert found.accent.tolist() == ["US", "UK", "IE"]
+
+
+def test_an_id_with_a_line_end_is_the_file_of_that_name(tmp_path):
+    tree(tmp_path / "corpus", "a/0\t0\n1", "b/002", "c/003")
+    assert labelled(tmp_path, 'id,accent\n"0\t0\n1",US\n').accent.tolist() == ["US", "", ""]
+
+
+def test_two_columns_of_one_name_matter_only_where_they_are_used(tmp_path):
+    tree(tmp_path / "corpus", "a/001", "b/002", "c/003")
+    found = labelled(tmp_path, "id,note,Note,text,,\n001,x,y,HELLO,,\n")
+    assert found.text.tolist() == ["HELLO", "", ""]
+    with pytest.raises(EqknobsError, match=r"column 'note' occurs twice"):
+        labelled(tmp_path, "id,note,Note\n001,x,y\n", split_by="note")
+
+
 def test_a_sex_that_is_not_understood_is_told(tmp_path, capsys):
     tree(tmp_path / "corpus", "a/1", "b/2", "c/3", "d/4")
     found = labelled(tmp_path, "speaker,sex\na,woman\nb,Female\nc,m\nd,\n")
@@ -497,6 +553,49 @@ def test_split_by_is_found_whatever_its_case(tmp_path):
     table = "speaker,Voice\n" + "".join(f"{speaker},v{i // 2}\n" for i, speaker in enumerate("abcdef"))
     found = labelled(tmp_path, table, split_by="voice ")
     assert found.groupby(found.speaker.map(lambda s: "abcdef".index(s) // 2)).split.nunique().max() == 1
+
+
+@pytest.mark.parametrize("column", "named file name layout seconds path group split sha256 speaker_id".split())
+def test_a_column_of_split_by_may_have_any_name(tmp_path, column):
+    """What the labels say of the groups overwrites nothing that is known of a file."""
+    corpus = tree(tmp_path / "corpus", *(f"{speaker}/{speaker}{n}" for speaker in "abcdef" for n in "12"))
+    names = [(speaker, n) for speaker in "abcdef" for n in "12"]
+
+    def found(column: str, key: str) -> pd.DataFrame:
+        where = {"id": "{0}{1}", "path": "{0}/{0}{1}.wav", "speaker": "{0}"}[key]
+        rows = {f"{where.format(s, n)},v{'abcdef'.index(s) // 2},Text {s}\n": None for s, n in names}
+        (tmp_path / "labels.csv").write_text(f"{key},{column},accent\n" + "".join(rows))
+        cfg = CFG | {"labels": str(tmp_path / "labels.csv"), "split_by": column, "max_utterances": 9}
+        return data.build_manifest(corpus, cfg, 0)[0]
+
+    plain = found("voice", "speaker")
+    for key in ["id"] if column == "path" else ["id", "path", "speaker"]:
+        pd.testing.assert_frame_equal(found(column, key), plain)
+    groups = plain.speaker.map(lambda s: "abcdef".index(s) // 2)
+    assert plain.groupby(groups).split.nunique().max() == 1 and plain.split.nunique() == 3
+
+
+def test_clips_without_a_value_of_split_by_are_counted_and_go_with_their_speaker(tmp_path, capsys):
+    tree(tmp_path / "corpus", *(f"{speaker}/{speaker}{n}" for speaker in "abcd" for n in "12"))
+    found = labelled(tmp_path, "speaker,derived_from\na,\nb,a\nc,\n", split_by="derived_from")
+    said = capsys.readouterr().out
+    assert "data.split_by: 6 clips without a value of 'derived_from' ('a/a1.wav', 'a/a2.wav', 'c/c1.wav', …)" in said
+    assert found[found.speaker.isin(["a", "b"])].split.nunique() == 1
+    labelled(tmp_path, "speaker,voice\na,1\nb,2\nc,3\nd,4\n", split_by="voice")
+    assert "without a value" not in capsys.readouterr().out
+    with pytest.raises(EqknobsError, match=r"speaker a has several values \('1', '2'\); give a speaker just one"):
+        labelled(tmp_path, "id,voice\na1,1\na2,2\n", split_by="voice")
+    with pytest.raises(EqknobsError, match=r"^2 speaker groups left"):
+        labelled(tmp_path, "speaker,voice\na,1\nb,2\nc,1\nd,2\n", split_by="voice")
+
+
+def test_split_by_needs_labels():
+    config = yaml.safe_load(DEFAULT.read_text())
+    config["data"] |= {"split_by": "voice", "labels": None}
+    with pytest.raises(EqknobsError, match=r"config: data\.split_by: needs data\.labels"):
+        validate(config)
+    config["data"]["labels"] = "labels.csv"
+    validate(config)
 
 
 # --- odd names, texts and files ---
@@ -617,7 +716,28 @@ def test_links_to_folders_are_followed_once_and_never_round(tmp_path):
     (tmp_path / "corpus" / "self").symlink_to(tmp_path / "corpus" / "self")
     (tmp_path / "corpus" / "gone").symlink_to(tmp_path / "nowhere")
     manifest, rejected = data.build_manifest(tmp_path / "corpus", CFG, 0)
-    assert dict(zip(manifest.id, manifest.speaker)) == {"1": "a", "2": "b", "3": "c"} and rejected.empty
+    assert dict(zip(manifest.id, manifest.speaker)) == {"1": "a", "2": "b", "3": "c"}
+    found = dict(zip(rejected.path.str.split("/corpus/").str[1], rejected.reason.str.replace(str(tmp_path), "")))
+    assert found == {
+        "0": "same folder as /corpus/a",
+        "b/up": "same folder as /corpus",
+        "gone": "link to nowhere",
+        "self": "link to nowhere",
+    }
+
+
+def test_links_into_a_disk_that_is_gone_are_rows(tmp_path):
+    tree(tmp_path / "corpus", "a/1", "b/2", "c/3")
+    for name in ("d", "a/4.wav", "a/notes.txt", "e"):
+        (tmp_path / "corpus" / name).symlink_to(tmp_path / "disk" / name)
+    tree(tmp_path / "elsewhere", "f/5")
+    for name in ("f", "g", "h"):
+        (tmp_path / "corpus" / name).symlink_to(tmp_path / "elsewhere" / "f")
+    manifest, rejected = data.build_manifest(tmp_path / "corpus", CFG, 0)
+    assert manifest.id.tolist() == ["1", "2", "3", "5"]
+    found = dict(zip(rejected.path.str.split("/corpus/").str[1], rejected.reason.str.replace(str(tmp_path), "")))
+    nowhere = dict.fromkeys(("a/4.wav", "a/notes.txt", "d", "e"), "link to nowhere")
+    assert found == nowhere | {"g": "same folder as /corpus/f", "h": "same folder as /corpus/f"}
 
 
 def test_a_folder_that_cannot_be_read_is_a_row(tmp_path, monkeypatch):

@@ -8,12 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eqknobs.errors import EqknobsError
+import pandas as pd
+
+from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import read_text_csv
 
 AUDIO_SUFFIXES = {".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf"}
 UNSUPPORTED_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
 TEXT_ENDS = (".trans.txt", ".normalized.txt", ".original.txt", "speakers.txt")  # what is read beside them, lower case
+KEYS = ("id", "path", "speaker")  # of the rows of a labels CSV
+SAID = ("speaker", "sex", "accent", "text")  # its columns that go into the manifest
 UNMATCHED_SHARE = 0.2  # of the rows of a labels CSV
 LAYOUTS = {
     "LibriSpeech": "LibriSpeech (<speaker>/<chapter>/<speaker>-<chapter>-*)",
@@ -46,11 +50,6 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
 
 
-def many(count: int, noun: str) -> str:
-    """A count and its noun."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 @dataclass
 class Clip:
     """A file of the corpus and what is known of it before it is opened."""
@@ -66,23 +65,26 @@ class Clip:
 # --- files and layouts ---
 
 
-def walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """All files below a folder, sorted, and the folders that cannot be read.
+def walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """All files below a folder, sorted, links that lead nowhere among them; and why folders were left out.
 
     Links to folders are followed, after the real folders; no folder is read twice, whatever links lead to it.
     """
-    files, unreadable, seen = [], [], set()
+    files: list[Path] = []
+    left_out: dict[Path, str] = {}
+    seen: dict[tuple[int, int], Path] = {}
     real, linked = [folder], []
     while real or linked:
         here = real.pop() if real else linked.pop(0)
         try:
             state = here.stat()
-            if (state.st_dev, state.st_ino) in seen:
+            taken = seen.setdefault((state.st_dev, state.st_ino), here)
+            if taken != here:
+                left_out[here] = f"same folder as {shown(taken)}"
                 continue
-            seen.add((state.st_dev, state.st_ino))
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError:
-            unreadable.append(here)
+            left_out[here] = "folder cannot be read"
             continue
         for entry in entries:
             try:
@@ -90,7 +92,7 @@ def walk(folder: Path) -> tuple[list[Path], list[Path]]:
             except OSError:  # a link to itself
                 kind = files
             kind.append(Path(entry.path))
-    return sorted(files), sorted(unreadable)
+    return sorted(files), left_out
 
 
 def layout_of(path: Path, folder: Path) -> tuple[str, str]:
@@ -202,20 +204,28 @@ class Labels:
     key: str
     rows: dict[str, dict[str, str]]
 
+    def fits(self, clips: list[Clip]) -> bool:
+        """Whether any row means any of the clips, or several of them."""
+        exact = self._index(clips)
+        bare = {form.lstrip("0") for form in exact}
+        plain = [self._plain(key) for key in self.rows if key]
+        return any(self._places(key, exact) for key in self.rows) or any(
+            number.isdecimal() and number.lstrip("0") in bare for number in plain
+        )
+
     def match(self, clips: list[Clip]) -> list[dict[str, str]]:
         """For each clip what its row says, {} where it has none; prints what was matched.
 
-        A key counts as written, else without `./`, backslashes and the file's suffix, else, where just one name
-        fits, without leading zeros (spreadsheets drop them). Raises EqknobsError for a key that fits several files,
-        for two rows of one file, and where more than a fifth of the rows fit nothing while there are files without
-        one.
+        A key counts as written, else without `./`, backslashes and the file's suffix, else as a path from the working
+        directory, else, where just one name fits, without leading zeros (spreadsheets drop them). Raises EqknobsError
+        for a key that fits several files, for two rows of one file, and where more than a fifth of the rows fit nothing
+        while there are files without one.
         """
         rows_of: dict[int, str] = {}
         exact = self._index(clips)
         missing = []
         for key in self.rows:
-            places = exact.get(key) or exact.get(self._plain(key))
-            if not self._take(key, places, rows_of, clips):
+            if not self._take(key, self._places(key, exact), rows_of, clips):
                 missing.append(key)
         bare: dict[str, set[int]] = {}
         for form, places in exact.items():
@@ -246,6 +256,12 @@ class Labels:
                 if clip.file.suffix.lower() in AUDIO_SUFFIXES or form not in index or self.key == "speaker":
                     index.setdefault(form, set()).add(place)
         return index
+
+    def _places(self, key: str, exact: dict[str, set[int]]) -> set[int] | None:
+        """The clips that a key means as written, else in its plain form, else as a path from the working directory."""
+        plain = self._plain(key)
+        found = exact.get(key) or exact.get(plain)
+        return exact.get(nfc(os.path.abspath(plain))) if self.key == "path" and not found else found
 
     def _plain(self, key: str) -> str:
         """A key without what spreadsheets, shells and other systems add to a path or a file's name."""
@@ -286,17 +302,18 @@ class Labels:
         said += f"; sex is neither F nor M: {few(sorted(odd))}" if odd else ""
         if without and len(unmatched) > UNMATCHED_SHARE * len(self.rows):
             raise EqknobsError(
-                f"{said}; {many(len(without), 'file')} without a row: {few(without)}; "
+                f"{said}; {counted(len(without), 'file')} without a row: {few(without)}; "
                 f"mend column {self.key} or remove those rows"
             )
         print(said, flush=True)
 
 
-def read_labels(path: str | None, split_by: str | None) -> Labels | None:
+def read_labels(path: str | None, split_by: str | None, clips: list[Clip]) -> Labels | None:
     """The labels CSV `data.labels`; None without one. Empty cells say nothing.
 
-    Column names count without case and blanks around them, cells without blanks around them and on one line. Raises
-    EqknobsError for a file that is not there or no CSV, without a key or anything to give, and for a key twice.
+    Column names count without case and blanks around them, cells without blanks around them and on one line. The key
+    is the first of the columns id, path and speaker that is filled and fits any of `clips`. Raises EqknobsError for a
+    file that is not there or no CSV, without a key or anything to give, and for a key that is twice there or missing.
     """
     if not path:
         return None
@@ -305,29 +322,42 @@ def read_labels(path: str | None, split_by: str | None) -> Labels | None:
     table = read_text_csv(path)
     table.columns = [one_line(name).casefold() for name in table.columns]
     names = [name for name in table.columns if name]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    used = [name for name in dict.fromkeys((*KEYS, *SAID, split_by)) if name in names]
+    if twice := [name for name in used if names.count(name) > 1]:
         raise EqknobsError(f"{path}: column {twice[0]!r} occurs twice; keep one")
-    key = next((column for column in ("id", "path", "speaker") if column in names), None)
-    if key is None:
+    if not set(KEYS) & set(names):
         raise EqknobsError(
             f"{path}: no column id, path or speaker, only {', '.join(names)}; add one, set off by commas"
         )
     if split_by and split_by not in names:
         raise EqknobsError(f"{path}: no column {split_by}, which data.split_by names; add it or set null")
-    columns = [name for name in ("speaker", "sex", "accent", "text", split_by) if name in names and name != key]
+    cells = table[used].map(lambda cell: nfc(one_line(cell)))
+    cells = cells[(cells != "").any(axis=1)]  # spreadsheets write empty rows behind the last
+    if cells.empty:
+        raise EqknobsError(f"{path}: holds no rows; fill it or set data.labels: null")
+    keys = table.loc[cells.index, [name for name in KEYS if name in names]].map(lambda cell: nfc(cell.strip()))
+    key = _choose_key(path, keys, clips, "text" in names)
+    columns = [name for name in SAID if name in names and name != key] + [split_by] * bool(split_by)
     if not columns:
         raise EqknobsError(
             f"{path}: no column speaker, sex, accent or text beside {key}; add one, or set data.labels: null"
         )
-    rows: dict[str, dict[str, str]] = {}
-    for row in table.loc[:, [name != "" for name in table.columns]].to_dict("records"):
-        if not any(cell.strip() for cell in row.values()):
-            continue  # spreadsheets write empty rows behind the last
-        cells = {name: nfc(one_line(cell)) for name, cell in row.items()}
-        name = nfc(row[key].strip())
-        if name in rows:
-            raise EqknobsError(f"{path}: {key} {name!r} occurs twice; keep one row")
-        rows[name] = {column: cells[column] for column in columns if cells[column]}
-    if not rows:
-        raise EqknobsError(f"{path}: holds no rows; fill it or set data.labels: null")
-    return Labels(path, key, rows)
+    if missing := int((keys[key] == "").sum()):
+        raise EqknobsError(f"{path}: {counted(missing, 'row')} without {key}; fill the column, or remove those rows")
+    if (again := keys[key].duplicated()).any():
+        raise EqknobsError(f"{path}: {key} {keys[key][again].iloc[0]!r} occurs twice; keep one row")
+    rows = cells[list(dict.fromkeys(columns))].set_index(keys[key]).to_dict("index")
+    return Labels(path, key, {name: {c: said for c, said in row.items() if said} for name, row in rows.items()})
+
+
+def _choose_key(path: str, keys: pd.DataFrame, clips: list[Clip], texts: bool) -> str:
+    """The first column of which a cell fits a clip; else the first that is filled, for the message of the misfit."""
+    filled = [name for name in keys if (keys[name] != "").any()]
+    if not filled:
+        raise EqknobsError(f"{path}: column {' and '.join(keys)} is empty; fill it, or set data.labels: null")
+    for name in filled:
+        # Rows of single files, whose ids are wrong, must not pass for rows of speakers.
+        of_files = name == "speaker" and name != filled[0] and (texts or keys[name].duplicated().any())
+        if not of_files and Labels(path, name, {key: {} for key in keys[name]}).fits(clips):
+            return name
+    return filled[0]

@@ -1,6 +1,7 @@
 """Speech: check a corpus's files and draw the manifest."""
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,17 @@ from eqknobs.corpus.files import (
     few,
     find_clips,
     librispeech_sexes,
-    many,
     one_line,
     read_labels,
     shown,
     walk,
 )
-from eqknobs.errors import EqknobsError
+from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import file_sha256
 
 __all__ = ["MANIFEST_COLUMNS", "SPLITS", "build_manifest", "fetch", "require_sound"]
 
+NOWHERE = "link to nowhere"
 SILENCE = 1e-3  # −60 dB full scale
 RATE_OF_CHECK = 16000
 FRAME = 640  # 40 ms at RATE_OF_CHECK
@@ -41,14 +42,14 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
     """Draw utterances from a folder of audio: (manifest, rejected); print where the speakers are from.
 
     Manifest: `id, path, speaker, sex, accent, seconds, split, sha256, text`; rejected: `path, reason`, a row for every
-    file that could not be used, whatever went wrong with it. Speakers come from the layouts of LibriSpeech, LibriTTS
-    or VCTK (`eqknobs.corpus.files`), from one folder a speaker, or from what `speaker_from` names; sexes and
-    texts from the files that lie beside the sound (`SPEAKERS.TXT`, `*.trans.txt`, `*.normalized.txt`); the CSV `labels`
-    (keyed by `id`, `path` or `speaker`) has the last word. The draw goes round the speakers, up to `max_utterances` and
-    `max_minutes`; its order and the splits follow from a hash of `seed` and the name, so that a file more or less does
-    not reshuffle the others. All files' headers are checked, drawn files are decoded. Splits share no speaker, nor any
-    value of the labels column `split_by` if that is set (such as the voice that others are derived from); the sexes
-    are spread evenly.
+    file that could not be used, whatever went wrong with it, and for every folder and link that was not followed.
+    Speakers come from the layouts of LibriSpeech, LibriTTS or VCTK (`eqknobs.corpus.files`), from one folder a speaker,
+    or from what `speaker_from` names; sexes and texts from the files that lie beside the sound (`SPEAKERS.TXT`,
+    `*.trans.txt`, `*.normalized.txt`); the CSV `labels` (keyed by `id`, `path` or `speaker`) has the last word. The
+    draw goes round the speakers, up to `max_utterances` and `max_minutes`; its order and the splits follow from a hash
+    of `seed` and the name, so that a file more or less does not reshuffle the others. All files' headers are checked,
+    drawn files are decoded. Splits share no speaker, nor any value of the labels column `split_by` if that is set (such
+    as the voice that others are derived from); the sexes are spread evenly.
 
     Raises EqknobsError when no file is usable, when it cannot be told who speaks in a file, for fewer than three
     speakers, and for labels that are unusable, ambiguous or mostly match nothing.
@@ -74,14 +75,16 @@ def _scan(folder: Path, cfg_data: dict[str, Any]) -> tuple[list[dict[str, Any]],
     """Files whose header promises usable audio, with what is known of them; and those that are refused."""
     speaker_from = cfg_data.get("speaker_from")
     split_by = (cfg_data.get("split_by") or "speaker").strip().casefold()
-    files, unreadable = walk(folder)
+    files, left_out = walk(folder)
     clips = find_clips(files, folder, speaker_from)
-    rejected = [{"path": shown(path), "reason": "folder cannot be read"} for path in unreadable]
+    sounds = {clip.file for clip in clips}  # what is wrong with those is told below
+    left_out |= {path: NOWHERE for path in files if path not in sounds and not os.path.exists(path)}
+    rejected = [{"path": shown(path), "reason": reason} for path, reason in left_out.items()]
     stems = Counter(clip.stem for clip in clips)
     for clip in clips:
         digest = hashlib.sha256(clip.name.encode(errors="surrogateescape")).hexdigest()[:8]
         clip.id = clip.stem if stems[clip.stem] == 1 else f"{clip.stem}-{digest}"
-    labels = read_labels(cfg_data.get("labels"), None if split_by == "speaker" else split_by)
+    labels = read_labels(cfg_data.get("labels"), None if split_by == "speaker" else split_by, clips)
     rows = labels.match(clips) if labels and clips else [{} for _ in clips]
     sexes, transcripts = librispeech_sexes(folder, files), Transcripts()
     records = []
@@ -94,14 +97,28 @@ def _scan(folder: Path, cfg_data: dict[str, Any]) -> tuple[list[dict[str, Any]],
         except Exception as error:  # whatever is wrong with one file, the others are none the worse
             rejected.append({"path": shown(clip.file), "reason": _reason(clip.file, error)})
             continue
+        known = {"speaker": clip.speaker, "sex": sexes.get(clip.speaker, ""), "accent": "", "text": text}
+        known = {name: row.get(name, value) for name, value in known.items()}
+        known["sex"] = known["sex"][:1].upper() if known["sex"][:1].upper() in ("F", "M") else ""
         record = {"file": clip.file, "name": clip.name, "layout": clip.layout, "id": clip.id, "seconds": seconds}
-        record |= {"speaker": clip.speaker, "sex": sexes.get(clip.speaker, ""), "accent": "", "text": text} | row
-        record["named"] = "speaker" in row
-        record["sex"] = record["sex"][:1].upper() if record["sex"][:1].upper() in ("F", "M") else ""
-        record["group"] = record.get(split_by) or record["speaker"]
-        records.append(record)
+        group = (row | known).get(split_by, "")  # other columns of the labels may be called as keys of a record are
+        records.append(record | known | {"named": "speaker" in row, "group": group})
     _report_speakers(folder, records, cfg_data)
+    _fill_groups(records, split_by)
     return records, rejected
+
+
+def _fill_groups(records: list[dict[str, Any]], split_by: str) -> None:
+    """Clips without a value of `split_by` go with their speaker; prints how many."""
+    without = [record for record in records if not record["group"]]
+    for record in without:
+        record["group"] = record["speaker"]
+    if without:
+        print(
+            f"data.split_by: {counted(len(without), 'clip')} without a value of {split_by!r} "
+            f"({few(record['name'] for record in without)}): split by speaker",
+            flush=True,
+        )
 
 
 def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict[str, Any]) -> None:
@@ -111,7 +128,7 @@ def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict
         layouts = {record["layout"] for record in nameless}
         why = "in folders within folders" if "" in layouts else "of Common Voice, whose tables name the speakers"
         raise EqknobsError(
-            f"{shown(folder)}: {many(len(nameless), 'file')} {why}, so that who speaks in them cannot be told "
+            f"{shown(folder)}: {counted(len(nameless), 'file')} {why}, so that who speaks in them cannot be told "
             f"({few(record['name'] for record in nameless)}); set data.speaker_from to parent, grandparent or top, "
             "or name every file's speaker in data.labels"
         )
@@ -123,7 +140,9 @@ def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict
         source = source or LAYOUTS[record["layout"]]
         speakers.setdefault(source, set()).add(record["speaker"])
         clips[source] += 1
-    parts = [f"{source}: {many(len(speakers[source]), 'speaker')}, {many(n, 'clip')}" for source, n in clips.items()]
+    parts = [
+        f"{source}: {counted(len(speakers[source]), 'speaker')}, {counted(n, 'clip')}" for source, n in clips.items()
+    ]
     if parts:
         print(f"{shown(folder)}: who speaks is from {'; '.join(parts)}", flush=True)
 
@@ -132,7 +151,7 @@ def _header_seconds(path: Path, cfg_data: dict[str, Any]) -> float:
     if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
         raise EqknobsError("format not supported (convert to FLAC or WAV)")
     if not path.is_file():
-        raise EqknobsError("not a regular file")
+        raise EqknobsError("not a regular file" if os.path.exists(path) else NOWHERE)
     if not Path(shown(path)).is_file():  # what the manifest would say
         raise EqknobsError("name is not UTF-8 (rename the file)")
     seconds = audio_seconds(path)
@@ -207,12 +226,16 @@ def _split(manifest: pd.DataFrame, fractions: dict[str, float], seed: int) -> di
         raise EqknobsError(f"data.splits: train, val and test add up to {sum(fractions.values()):g}, not to 1")
     torn = manifest.groupby("speaker")["group"].nunique()
     if (torn > 1).any():
-        raise EqknobsError(f"data.split_by: speaker {torn.idxmax()} has several values; give a speaker just one")
+        values = sorted(manifest["group"][manifest["speaker"] == torn.idxmax()].unique())
+        raise EqknobsError(
+            f"data.split_by: speaker {torn.idxmax()} has several values ({few(values)}); give a speaker just one"
+        )
     sexes = manifest.groupby("group")["sex"].agg(lambda values: values.mode().iloc[0])
     total = len(sexes)
     if total < len(SPLITS):
+        noun = "speaker" if (manifest["group"] == manifest["speaker"]).all() else "speaker group"
         raise EqknobsError(
-            f"{total} speaker(s) left, but train, val and test must not share speakers and need at least 3; "
+            f"{counted(total, noun)} left, but train, val and test must not share speakers and need at least 3; "
             "add speakers, or name them in data.labels"
         )
     ranked = sexes.index.to_series().map(lambda name: _rank(seed, name)).sort_values().index
