@@ -29,6 +29,7 @@ _SCALES = (  # what samples are on by their peak, and how to mend that
     ),
     (np.inf, "damaged", "replace or remove the file"),
 )
+_OGG_PAGE = 27 + 255 + 255 * 255  # bytes at most
 _BLOCK = 1 << 20  # samples
 
 
@@ -112,6 +113,27 @@ def _unpack(file: BinaryIO, at: int) -> int:
     return int.from_bytes(file.read(8), "little")
 
 
+def _lost_of_ogg(file: BinaryIO) -> bool:
+    """Whether a file is Ogg and ends within a page.
+
+    That the last page lacks the flag for the end of the stream says nothing: Android's and Telegram's recorders never
+    set it.
+    """
+    file.seek(0)
+    if file.read(4) != b"OggS":
+        return False
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 2 * _OGG_PAGE))
+    tail = file.read()
+    at = tail.rfind(b"OggS\0")
+    if at < 0:
+        return False  # what follows the last page is more than a page
+    page = tail[at:]
+    table = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    end = 27 + len(table) + sum(table)
+    return len(page) < 27 or len(table) < page[26] or len(page) < end or page[end:] in (b"O", b"Og", b"Ogg", b"OggS")
+
+
 def _whole(path: Path) -> Path | io.BytesIO:
     """What libsndfile should open: the file, or a copy whose header tells the size that a stream's left open.
 
@@ -122,6 +144,8 @@ def _whole(path: Path) -> Path | io.BytesIO:
     with open(path, "rb") as file:
         found = _find_data(file)
         if found is None:
+            if _lost_of_ogg(file):
+                raise EqknobsError(f"{path}: cut short (within a page of Ogg); fetch it again or remove it")
             return path
         there = path.stat().st_size - found.start
         if there <= 0 or 0 < found.size <= there:
@@ -178,11 +202,11 @@ def _blocks(file: sf.SoundFile) -> Iterator[np.ndarray]:
 def read_samples(path: str | Path) -> tuple[np.ndarray, int]:
     """Samples of a file as float32 [samples, channels] in −1…1, and their rate (samples/s).
 
-    Reads every format libsndfile knows, streams of unknown length too: the bytes on disk count, not the header. A
-    float file may go over full scale, as mixdowns and lossy decoders do, but not over `LARGEST_SAMPLE`: nothing
-    but samples on an integer scale does, and which one (16, 24, 32 bits) cannot be told from the file, so that it is
-    refused, not rescaled. Raises EqknobsError for that, and when the file is missing, not audio, cut short, empty or
-    holds values that are not numbers.
+    Reads every format libsndfile knows, streams of unknown length too: the bytes on disk count, not the header. A float
+    file may go over full scale, as mixdowns and lossy decoders do, but not over `LARGEST_SAMPLE`: samples on an integer
+    scale do, and which one (16, 24, 32 bits) cannot be told for sure from the file, so that it is refused, not
+    rescaled. Raises EqknobsError for that, and when the file is missing, not audio, cut short, empty or holds values
+    that are not numbers.
     """
     path = Path(path)
     with _opened(path) as file:

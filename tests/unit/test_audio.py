@@ -86,6 +86,54 @@ def test_flac_cut_anywhere_is_refused(tmp_path, share):
         read_audio(path, 16000)
 
 
+def pages(content):
+    """Where the pages of an Ogg file begin, and its end."""
+    at = [0]
+    while at[-1] < len(content):
+        table = content[at[-1] + 27 : at[-1] + 27 + content[at[-1] + 26]]
+        at.append(at[-1] + 27 + len(table) + sum(table))
+    return at
+
+
+@pytest.mark.parametrize("coding", ["VORBIS", "OPUS"])
+def test_an_ogg_cut_within_a_page_is_refused_wherever(tmp_path, coding):
+    path = tmp_path / "cut.ogg"
+    sf.write(path, np.random.default_rng(0).normal(0, 0.1, 64000), 16000, format="OGG", subtype=coding)
+    content = path.read_bytes()
+    starts = pages(content)
+    assert starts[-1] == len(content) and len(starts) > 5
+    cuts = [start + part for start in starts[:-1] for part in (4, 5, 20, 27, 28, 40)] + [s + 2 for s in starts[2:-1]]
+    for cut in [*cuts, len(content) // 2, len(content) - 1]:
+        path.write_bytes(content[:cut])
+        for read in (audio_seconds, lambda path: read_audio(path, 16000)):
+            with pytest.raises(EqknobsError, match=r"cut\.ogg: (cut short|not readable)"):
+                read(path)
+
+
+@pytest.mark.parametrize("coding", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("samples", [1, 100, 1000, 64000])
+def test_a_whole_ogg_is_read_with_junk_behind_too(tmp_path, coding, samples):
+    path = tmp_path / "a.ogg"
+    sf.write(path, np.random.default_rng(0).normal(0, 0.1, samples), 16000, format="OGG", subtype=coding)
+    for junk in (b"", b"TAG" + bytes(125)):
+        path.write_bytes(path.read_bytes() + junk)
+        assert audio_seconds(path) == pytest.approx(samples / 16000, abs=1e-3)
+        assert len(read_audio(path, 16000)) == pytest.approx(samples, abs=16)
+
+
+@pytest.mark.parametrize("coding", ["VORBIS", "OPUS"])
+def test_an_ogg_of_whole_pages_without_the_flag_for_its_end_is_read(tmp_path, coding):
+    """So recorders of phones leave their files; a cut between two pages looks the same."""
+    path = tmp_path / "a.ogg"
+    sf.write(path, np.random.default_rng(0).normal(0, 0.1, 64000), 16000, format="OGG", subtype=coding)
+    content = path.read_bytes()
+    *_, before, last, _ = pages(content)
+    assert content[last + 5] & 4 and not content[before + 5] & 4
+    path.write_bytes(content[:last])
+    assert 2 < audio_seconds(path) < 4
+    assert len(read_audio(path, 16000)) == pytest.approx(16000 * audio_seconds(path), abs=16)
+
+
 # --- what the header says and what there is ---
 
 
@@ -147,8 +195,10 @@ def test_chunks_around_the_sound_are_no_sound(tmp_path):
     assert np.array_equal(read_audio(tmp_path / "a.wav", 16000), wav.astype(np.float32))
 
 
-@pytest.mark.parametrize("junk", [b"", bytes(7)], ids=["", "junk behind"])
-@pytest.mark.parametrize("kind", ["WAV", "WAV BIG", "WAVEX", "RF64", "W64"])
+@pytest.mark.parametrize(
+    ("kind", "junk"),
+    [("WAV", 0), ("WAV BIG", 0), ("WAVEX", 0), ("RF64", 0), ("W64", 0), ("WAV", 99), ("WAV BIG", 99), ("WAVEX", 99)],
+)
 def test_a_size_of_0_before_other_chunks_is_no_stream(tmp_path, kind, junk):
     """An empty recording with its notes, not a stream of them."""
     name, _, order = kind.partition(" ")
@@ -162,7 +212,7 @@ def test_a_size_of_0_before_other_chunks_is_no_stream(tmp_path, kind, junk):
             content += b"LIST" + len(note).to_bytes(4, "big" if order else "little") + note + bytes(len(note) % 2)
     if name in ("WAV", "WAVEX"):
         content[4:8] = (len(content) - 8).to_bytes(4, "big" if order else "little")
-    (tmp_path / "a.wav").write_bytes(content + junk)
+    (tmp_path / "a.wav").write_bytes(content + bytes(junk))  # behind the file's own end
     assert audio_seconds(tmp_path / "a.wav") == 0
     with pytest.raises(EqknobsError, match="holds no samples"):
         read_audio(tmp_path / "a.wav", 16000)
