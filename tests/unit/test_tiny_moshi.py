@@ -97,3 +97,8 @@ def test_the_committed_table_has_its_conditions_and_intervals():
             known[name] <= known[f"{name}_high"] + 1e-9
         ).all()
     assert (table["real_time_factor"] < 0.25).all() and table.loc["forced", "wer_prompt"] == 0
+
+
+def test_the_committed_benchmark_is_above_four_times_real_time():
+    table = pd.read_csv(ROOT / "benchmarks/results/speech_lm_answers.csv").set_index("batch")
+    assert table.loc[8, "times_real_time"] >= 4 and table.loc[8, "threads"] == 1 and table["equal"].all()
