@@ -73,7 +73,7 @@ def _on_device(snakemake: Any) -> dict[str, Any]:
     """The job's slice of the configuration with the device that it is to run on, which is no part of the slice."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
-    if "model" in cfg:
+    if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
     return {**cfg, "device": device}
 
