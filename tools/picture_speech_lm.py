@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import torch
 from picture_codec import mel_decibels
 
 from eqknobs.audio import read_audio
+from eqknobs.io import read_csv
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import generate
 from eqknobs.speech_lm.data import CUT, read_clips
@@ -33,7 +33,8 @@ def main() -> None:
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     grid = figure.add_gridspec(3, 3)
 
-    log, curve = pd.read_csv(args.model / "log.csv"), figure.add_subplot(grid[0, :2])
+    log = read_csv(args.model / "log.csv").astype({"text": float})  # a loss here, not words
+    curve = figure.add_subplot(grid[0, :2])
     for codebook in range(1, 9):
         label = f"codebook {codebook}" if codebook in (1, 2, 3, 8) else None
         curve.plot(log["step"], log[f"codebook_{codebook}"], color=plt.cm.viridis(codebook / 9), label=label)
@@ -42,7 +43,7 @@ def main() -> None:
     curve.legend(frameon=False, ncols=2, fontsize="small")
     curve.grid(alpha=0.3)
 
-    table, heads = pd.read_csv(args.table).set_index("condition"), figure.add_subplot(grid[0, 2])
+    table, heads = read_csv(args.table).set_index("condition"), figure.add_subplot(grid[0, 2])
     zeroed = {float(name.removeprefix("heads_zeroed_")): name for name in table.index if name.startswith("heads_")}
     shares, rows = [0.0, *zeroed], table.loc[["intact", *zeroed.values()]]
     for name, label in (("wer_monologue", "heard against monologue"), ("wer_prompt", "monologue against prompt")):

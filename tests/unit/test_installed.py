@@ -70,7 +70,7 @@ def test_no_subcommand_is_left_out_below(site, tmp_path):
 
 
 def test_clean(site, tmp_path):
-    assert eqknobs(site, tmp_path, "clean").startswith("removed 0 piece(s)")
+    assert eqknobs(site, tmp_path, "clean").startswith("removed 0 pieces")
 
 
 def test_vram(site, tmp_path):
