@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +9,8 @@ import yaml
 from eqknobs.config import DEFAULT, bundled_speech, describe, merge, read_config, settle, validate
 from eqknobs.errors import EqknobsError
 from eqknobs.strict_yaml import read_yaml
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [p for p in sorted((ROOT / "config").glob("*.yaml")) if not p.name.startswith("train-")]
 
 
