@@ -104,7 +104,9 @@ def test_a_moshi_model_may_say_all_or_nothing() -> None:
         config = json.loads(json.dumps(DEFAULT))
         moshi(config, **keys)
         validate(config)
-        assert model_config(config, "m.heads.0") == {"kind": "moshi", "name": "m", "path": "owner/name"} | keys | {"revision": None}
+        assert model_config(config, "m.heads.0") == {"kind": "moshi", "name": "m", "path": "owner/name"} | keys | {
+            "revision": None
+        }
 
 
 @pytest.mark.parametrize(
