@@ -448,7 +448,7 @@ def test_the_schema_is_one_and_every_key_says_what_it_means():
     splits, sizes = {"train", "val", "test"}, {"dim", "layers", "heads", "hidden", "context", "codebooks"}
     sizes |= {f"dep_{size}" for size in ("dim", "layers", "heads", "hidden")}
     choosers = {"kind", "variant"}  # their description stands with the mapping
-    assert silent(schema()) == {*splits, *sizes, *choosers, "pitch", "rms", "models"}
+    assert silent(schema()) == {*splits, *sizes, *choosers, "pitch", "rms", "models", "items"}  # `probes.properties`
 
 
 def test_the_table_of_keys_is_in_step():
