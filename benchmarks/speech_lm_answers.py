@@ -15,7 +15,6 @@ from statistics import median
 
 import pandas as pd
 import torch
-from moshi_speed import machine
 
 from eqknobs.io import write_csv
 from eqknobs.models.base import inference
@@ -23,6 +22,7 @@ from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.generate import Reply, generate
 from eqknobs.stages.speech_lm_training.grammar import sentence
+from moshi_speed import machine
 
 HERE = Path(__file__).resolve().parent
 

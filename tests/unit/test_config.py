@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -15,8 +14,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.plan import bundled_speech, stage_saes, stage_targets, trained_saes
 from eqknobs.schema import PACKAGE, PARTS, described, schema
 from eqknobs.strict_yaml import read_yaml
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [p for p in sorted((ROOT / "config").glob("*.yaml")) if not p.name.startswith("train-")]
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import soundfile as sf
 import yaml
-from moshi_world import write_codec, write_kyutai
-from test_sae_export import write_sae
 
 from eqknobs.config import DEFAULT
+from helpers import ROOT
+from helpers.moshi_world import write_codec, write_kyutai
+from helpers.saes import write_sae
 
-ROOT = Path(__file__).parents[2]
 OURS = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "src", "config", "workflow"]
 
 

@@ -3,19 +3,17 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, merge, snakemake
 
-from eqknobs.config import validate
+from eqknobs.config import merge, validate
 from eqknobs.errors import EqknobsError
 from eqknobs.plan import model_config
 from eqknobs.provenance import code_inputs
-
-sys.path.insert(0, str(ROOT / "tools"))
+from helpers import ROOT
+from helpers.workflow import snakemake
 from readme_graph import in_order
 
 DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -216,9 +214,6 @@ def test_readme_shows_the_current_rule_graph() -> None:
 
 
 def test_conda_environments_follow_the_lock() -> None:
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tools"))
     from make_env import files
 
     for path, text in files().items():
