@@ -1,6 +1,6 @@
 """Draw the package's rooms into docs/architecture.md: `python tools/architecture.py`; `--check` only compares.
 
-An arrow says that files of one room import files of another. Foundations, which all use, are drawn without arrows to them.
+An arrow: files of one room import files of another. Foundations, which all use, are drawn without arrows to them.
 """
 
 import re

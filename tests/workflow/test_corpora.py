@@ -1,4 +1,4 @@
-"""Corpora beside the speech: own manifests and splits, SAEs and probes that hear them, one put together from several."""
+"""Corpora beside the speech: own manifests and splits, SAEs and probes that hear them; unions of several."""
 
 import shutil
 from pathlib import Path
@@ -70,4 +70,6 @@ def test_another_draw_of_one_corpus_leaves_the_others_alone(run: Path) -> None:
     lines = snakemake(run, "--summary", "dictionaries", "probings").stdout.splitlines()
     stale = {line.split("\t")[0] for line in lines if line.endswith("update pending")}
     write_config(run, with_corpora)
-    assert f"results/small/activations/{TARGET}@other.h5" in stale and "results/small/manifest/manifest.csv" not in stale
+    assert (
+        f"results/small/activations/{TARGET}@other.h5" in stale and "results/small/manifest/manifest.csv" not in stale
+    )
