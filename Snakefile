@@ -37,6 +37,11 @@ if config["importance"]:
     include: "rules/importance.smk"
 
 
+if config["speech_lm"]:
+
+    include: "rules/speech_lm.smk"
+
+
 include: "rules/judges.smk"
 include: "rules/report.smk"
 

@@ -64,6 +64,7 @@ if workflow.is_main_process and "gpu" not in workflow.global_resources:
 
 wildcard_constraints:
     target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?(@[A-Za-z0-9][A-Za-z0-9_-]*)?",
+    model="[A-Za-z0-9][A-Za-z0-9_-]*",
     corpus="[A-Za-z0-9][A-Za-z0-9_-]*",
     property="centroid|rms|pitch",
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
@@ -150,9 +151,14 @@ def gpu(wildcards):
 
 
 def model_files(wildcards):
+    """The files of the model that a target is of."""
+    return files_of(parse_target(wildcards.target)[0])
+
+
+def files_of(name):
     """The code of a model's kind, and what is read of it in a local folder, and of its codec: other weights, other
     activations."""
-    model = config["models"][parse_target(wildcards.target)[0]]
+    model = config["models"][name]
     folders = [Path(model[key]) for key in ("path", "codec") if key in model]
     weights = [
         str(file)
@@ -204,8 +210,15 @@ def speech_lm_files(wildcards):
     """The clips that a speech LM learns from, with their word times, its codec, and the model that it starts as."""
     training = config["speech_lm_training"]
     folders = [training[key] for key in ("codec", "start") if key in training]
-    clips = sorted(Path(training["speech"]).glob("*/*.*"))
-    return [*(file for folder in folders for file in Path(folder).glob("*")), *clips]
+    return [
+        *(file for folder in folders for file in Path(folder).glob("*")),
+        *clip_files(training["speech"]),
+    ]
+
+
+def clip_files(folder):
+    """Clips with word times: sound and JSON, in one folder a voice."""
+    return sorted(Path(folder).glob("*/*.*"))
 
 
 def training_files(wildcards):

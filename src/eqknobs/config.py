@@ -21,6 +21,7 @@ import eqknobs.stages.codec.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
+import eqknobs.stages.speech_lm.checks
 import eqknobs.stages.steering.checks
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.plan import parse_target
@@ -39,6 +40,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
+    eqknobs.stages.speech_lm.checks.check,
 )
 
 

@@ -31,6 +31,7 @@ PARTS = (
     "stages/codec",
     "stages/steering",
     "stages/importance",
+    "stages/speech_lm",
     "sound",
     "report",
     "stages/codec_training",
