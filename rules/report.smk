@@ -47,6 +47,8 @@ rule tables:
 rule report:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
+        rejected=f"{RUN}/manifest/rejected.csv",
+        training=training_records,
         tables=expand(f"{RUN}/tables/{{table}}.csv", table=TABLES),
         summary=f"{RUN}/tables/summary.json",
         scores=SCORES,
@@ -82,7 +84,7 @@ rule report:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("report", sounds=page_sounds),
+        cfg=cfg("report", sounds=page_sounds, training=training_records),
     message:
         "Write the report"
     script:

@@ -360,6 +360,32 @@ def bundled_speech(config: dict[str, Any]) -> bool:
     return data["source"] != "librispeech" and bool(data.get("path")) and bundled(data["path"])
 
 
+def _bundled(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The models of the run that come with this project."""
+    used = {name: config["models"][name] for name in {parse_target(target)[0] for target in config["run"]["targets"]}}
+    return {name: model for name, model in used.items() if bundled(model["path"])}
+
+
+def _presented(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the tables' and the report's modules of each stage need of the configuration."""
+    targets = config["run"]["targets"]
+    sounding = [target for target in targets if decodes(config, target)]
+    # A bundled model's record names speakers of the bundled corpus; LibriSpeech has a reader 103 too.
+    tell = {} if bundled_speech(config) else _bundled(config)
+    records = {
+        target: str(Path(config["models"][parse_target(target)[0]]["path"]) / "training.json")
+        for target in sounding
+        if parse_target(target)[0] not in tell
+    }
+    return {
+        "codec": {"targets": sounding, "training": records},
+        "saes": {"targets": targets if config["saes"] else []},
+        "probes": {"targets": targets, **{key: config["probes"][key] for key in ("properties", "bins")}},
+        "steering": {"targets": sounding, "shift": config["steering"]["shift"]},
+        "importance": {"targets": sounding},
+    }
+
+
 def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dict[str, Any]:
     """The slice of the configuration that one job depends on, as sorted plain JSON values.
 
@@ -409,12 +435,14 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
             **config["tables"],
             "seed": seed,
             "targets": config["run"]["targets"],
-            "properties": probes["properties"],
-            "models": {parse_target(t)[0]: config["models"][parse_target(t)[0]] for t in config["run"]["targets"]},
-            "steering_codebooks": steering["codebooks"],
-            "saes": bool(config["saes"]),
+            "word_codebooks": steering["codebooks"],
+            "stages": _presented(config),
+        },
+        "report": lambda: {
+            "config": {key: value for key, value in config.items() if key != "hardware"},
+            "stages": _presented(config),
+            "training": {name: str(Path(model["path"]) / "training.json") for name, model in _bundled(config).items()},
             "bundled_speech": bundled_speech(config),
         },
-        "report": lambda: {"config": {key: value for key, value in config.items() if key != "hardware"}},
     }
     return plain(slices[stage]())
