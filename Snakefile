@@ -56,7 +56,7 @@ if "speech_lm_training" in config:
     include: "rules/speech_lm_training.smk"
 
 
-# What the stages that are on work on, and the corpora that they hear.
+# What the stages that are on work on (targets; of speech LMs that speak, models), and the corpora that they hear.
 WORKED_ON = list(
     dict.fromkeys(
         [*TARGETS, *(t for stage in SECTIONS.values() for t in stage["targets"])]
@@ -88,7 +88,10 @@ rule manifests:
 
 rule caches:
     input:
-        expand(f"{RUN}/labels/{{target}}.h5", target=WORKED_ON),
+        expand(
+            f"{RUN}/labels/{{target}}.h5",
+            target=[target for target in WORKED_ON if parse_target(target)[1]],
+        ),
 
 
 rule dictionaries:

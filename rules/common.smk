@@ -14,6 +14,7 @@ from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.models import KINDS
 from eqknobs.plan import (
     SPEECH,
+    bundled_models,
     bundled_speech,
     corpora_used,
     corpus_config,
@@ -24,6 +25,8 @@ from eqknobs.plan import (
     stage_saes,
     stage_targets,
     trained_saes,
+    training_record,
+    voice_records,
 )
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
@@ -173,11 +176,9 @@ def files_of(name):
 
 def training_records(wildcards):
     """Which voices a bundled model heard in its own training."""
-    records = [
-        Path(config["models"][parse_target(t)[0]]["path"]) / "training.json"
-        for t in TARGETS
-    ]
-    return ancient(sorted({str(record) for record in records if record.is_file()}))
+    names = {parse_target(target)[0] for target in WORKED_ON}
+    records = sorted(training_record(config, name) for name in names)
+    return ancient([record for record in records if Path(record).is_file()])
 
 
 def asr_files(wildcards):

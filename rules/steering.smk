@@ -22,6 +22,7 @@ SOUNDS["steering"] = STEERED
 SECTIONS["steering"] = {
     "targets": STEERED,
     "codebooks": config["steering"]["codebooks"],
+    "shift": config["steering"]["shift"],
 }
 TABLES += ["steering"]
 TABLE_INPUTS += [

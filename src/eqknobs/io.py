@@ -30,7 +30,7 @@ TEXT_COLUMNS = frozenset(
     "mode model name path phase property reason sae said sex sha256 source space speaker split target text transcript "
     "variant voice voices".split()
 )
-NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.report.headlines)
+NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.evidence.words)
 
 
 def _remove(path: Path) -> None:

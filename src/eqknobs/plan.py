@@ -141,6 +141,28 @@ def bundled(path: str | Path) -> bool:
     return Path(path).resolve().is_relative_to(Path("resources").resolve())
 
 
+def bundled_models(config: dict[str, Any]) -> list[str]:
+    """Names of the models of the run that come with this project, sorted."""
+    used = {parse_target(target)[0] for target in config["run"]["targets"]}
+    used |= set((config.get("speech_lm") or {}).get("models", []))
+    return sorted(name for name in used if bundled(config["models"][name]["path"]))
+
+
+def training_record(config: dict[str, Any], model: str) -> str:
+    """The file in a model's folder that says which voices it heard in its own training, whether or not it is there."""
+    return str(Path(config["models"][model]["path"]) / "training.json")
+
+
+def voice_records(config: dict[str, Any], targets: list[str]) -> dict[str, str]:
+    """target -> `training_record`, where that names speakers of this corpus.
+
+    A bundled model's names those of the bundled corpus; LibriSpeech has a reader 103 too.
+    """
+    models = {target: parse_target(target)[0] for target in targets}
+    strangers = [] if bundled_speech(config) else bundled_models(config)
+    return {target: training_record(config, name) for target, name in models.items() if name not in strangers}
+
+
 def bundled_speech(config: dict[str, Any]) -> bool:
     """Whether the speech is the synthetic corpus that comes with this project."""
     data = config["data"]

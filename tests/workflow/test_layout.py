@@ -117,8 +117,26 @@ def test_no_script_reads_the_configuration() -> None:
 
 def test_code_inputs_follow_imports_and_find_the_pages_template() -> None:
     names = {Path(path).name for path in code_inputs(ROOT / "workflow/scripts/report.py")}
-    assert {"page.py", "page.html.j2", "io.py", "errors.py"} <= names
+    assert {"page.py", "page.html.j2", "section.html.j2", "page.macros.html.j2", "io.py", "errors.py"} <= names
     assert "sae.py" not in {Path(p).name for p in code_inputs(ROOT / "workflow/scripts/manifest.py")}
+
+
+def test_computation_imports_no_presentation() -> None:
+    """So editing a figure or a sentence never reruns it; the tables do not depend on the figures either."""
+    scripts = {path.stem: path for path in (ROOT / "workflow/scripts").glob("*.py")}
+    found = {name: {Path(file).as_posix() for file in code_inputs(path)} for name, path in scripts.items()}
+    drawn = r"/section\.(py|html\.j2)$|/report/(page|players)|/evidence/(drawing|display)"
+    for name, files in found.items():
+        hidden = {"report": r"^$", "tables": drawn, "speech_lm_table": drawn}.get(
+            name, rf"{drawn}|/stages/\w+/tables\.py$|/report/\w|/evidence/w"
+        )
+        assert not [file for file in files if re.search(hidden, file)], name
+    for name, part in (("tables", "tables.py"), ("report", "section.py"), ("report", "section.html.j2")):
+        listed = {path.parent.name for path in (ROOT / "src/eqknobs/stages").glob(f"*/{part}")}
+        assert (
+            listed == {Path(file).parent.name for file in found[name] if re.search(rf"/stages/\w+/{part}$", file)}
+            and listed
+        )
 
 
 def moshi(config: dict, targets: tuple[str, ...] = ("m.heads.0", "m.residual.1"), **keys) -> None:

@@ -34,7 +34,7 @@ COLUMNS = {
         ]
     )
 }
-NOTHING: dict[str, Any] = {"answers": []}
+NOTHING: dict[str, Any] = {}
 
 
 def conditions(answers: pd.DataFrame, cfg: dict[str, Any]) -> pd.DataFrame:
