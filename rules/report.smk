@@ -1,23 +1,4 @@
-def tables_slice(wildcards):
-    return {
-        **config["tables"],
-        "seed": SEED,
-        "targets": TARGETS,
-        "stages": SECTIONS,
-        "properties": SECTIONS.get("probes", {}).get("properties", []),
-        "models": {
-            parse_target(target)[0]: config["models"][parse_target(target)[0]]
-            for target in TARGETS
-        },
-        "steering_codebooks": SECTIONS.get("steering", {}).get("codebooks"),
-        "saes": "saes" in SECTIONS,
-        "bundled_speech": bundled_speech(config),
-    }
-
-
-def report_slice(wildcards):
-    shown = but(config, "hardware") | {"data": but(config["data"], *DOWNLOAD)}
-    return {"config": shown, "stages": SECTIONS}
+MODELS = {name: config["models"][name] for name, _ in map(parse_target, TARGETS)}
 
 
 rule tables:
@@ -37,7 +18,21 @@ rule tables:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("tables", tables_slice, training=training_records),
+        cfg=cfg(
+            "tables",
+            lambda wildcards: {
+                **config["tables"],
+                "seed": SEED,
+                "targets": TARGETS,
+                "stages": SECTIONS,
+                "properties": SECTIONS.get("probes", {}).get("properties", []),
+                "models": MODELS,
+                "steering_codebooks": SECTIONS.get("steering", {}).get("codebooks"),
+                "saes": "saes" in SECTIONS,
+                "bundled_speech": bundled_speech(config),
+            },
+            training=training_records,
+        ),
     message:
         "Compute the tables from the raw scores"
     script:
@@ -69,7 +64,15 @@ rule report:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("report", report_slice, sounds=page_sounds),
+        cfg=cfg(
+            "report",
+            lambda wildcards: {
+                "config": but(config, "hardware")
+                | {"data": but(config["data"], *DOWNLOAD)},
+                "stages": SECTIONS,
+            },
+            sounds=page_sounds,
+        ),
     message:
         "Write the report"
     script:
