@@ -51,6 +51,15 @@ if "speech_lm_training" in config:
     include: "rules/speech_lm_training.smk"
 
 
+# What the stages that are on work on, and the corpora that they hear.
+WORKED_ON = list(
+    dict.fromkeys(
+        [*TARGETS, *(t for stage in SECTIONS.values() for t in stage["targets"])]
+    )
+)
+CORPORA = corpora_used(config, WORKED_ON)
+
+
 localrules:
     all,
     manifests,
@@ -69,12 +78,12 @@ rule all:
 # Milestones: `snakemake caches --cores 2` stops after the activation caches and their labels, and so on.
 rule manifests:
     input:
-        f"{RUN}/manifest/manifest.csv",
+        [manifest_file(corpus) for corpus in CORPORA],
 
 
 rule caches:
     input:
-        expand(f"{RUN}/labels/{{target}}.h5", target=TARGETS),
+        expand(f"{RUN}/labels/{{target}}.h5", target=WORKED_ON),
 
 
 rule dictionaries:

@@ -13,9 +13,14 @@ from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.models import KINDS
 from eqknobs.plan import (
+    SPEECH,
     bundled_speech,
+    corpora_used,
+    corpus_config,
+    corpus_of,
     model_config,
     parse_target,
+    sae_home,
     stage_saes,
     stage_targets,
     trained_saes,
@@ -58,7 +63,8 @@ if workflow.is_main_process and "gpu" not in workflow.global_resources:
 
 
 wildcard_constraints:
-    target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?",
+    target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?(@[A-Za-z0-9][A-Za-z0-9_-]*)?",
+    corpus="[A-Za-z0-9][A-Za-z0-9_-]*",
     property="centroid|rms|pitch",
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
@@ -99,13 +105,20 @@ def opened(wildcards):
 
 def first_saes(names):
     """The files of the first seed of each SAE that `names`, a function of the target, names."""
-    folder = f"{RUN}/saes/{{target}}/{{sae}}/seed{FIRST_SEED}/{{file}}"
-    return lambda wildcards: expand(
-        folder,
-        target=wildcards.target,
-        sae=names(wildcards.target),
-        file=["config.json", "sae.safetensors"],
-    )
+    return lambda wildcards: [
+        f"{RUN}/saes/{sae_home(config, wildcards.target, sae)}/{sae}/seed{FIRST_SEED}/{file}"
+        for sae in names(wildcards.target)
+        for file in ("config.json", "sae.safetensors")
+    ]
+
+
+def manifest_of(wildcards):
+    """The manifest of the corpus that a target hears."""
+    return manifest_file(corpus_of(wildcards.target))
+
+
+def manifest_file(corpus):
+    return f"{RUN}/manifest/{'' if corpus == SPEECH else corpus + '/'}manifest.csv"
 
 
 def really_runs():
@@ -166,16 +179,22 @@ def asr_files(wildcards):
     return ancient(sorted(str(file) for file in folder.glob("*") if file.is_file()))
 
 
+def corpus_data(wildcards):
+    """The configuration of the corpus that a rule draws, of speech where it has no such wildcard."""
+    return corpus_config(config, wildcards.get("corpus", SPEECH))
+
+
 def label_files(wildcards):
     """The labels CSV, where one is configured."""
-    path = config["data"]["labels"]
+    path = corpus_data(wildcards).get("labels")
     return ancient([path] if path and Path(path).is_file() else [])
 
 
 def speech_files(wildcards):
-    """The speech on this disk; that of LibriSpeech is known by its published checksum."""
-    source, path = config["data"]["source"], config["data"]["path"]
-    if source == "librispeech":
+    """The sound of a corpus on this disk; that of LibriSpeech is known by its published checksum."""
+    data = corpus_data(wildcards)
+    source, path = data["source"], data.get("path")
+    if source in ("librispeech", "union"):
         return []
     return corpus_files(path) if source == "folder" else [path]
 

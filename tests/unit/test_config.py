@@ -446,7 +446,7 @@ def test_the_schema_is_one_and_every_key_says_what_it_means():
 
     splits, sizes = {"train", "val", "test"}, {"dim", "layers", "heads", "hidden", "context", "codebooks"}
     sizes |= {f"dep_{size}" for size in ("dim", "layers", "heads", "hidden")}
-    choosers = {"kind", "variant"}  # their description stands with the mapping
+    choosers = {"kind", "variant", "source", "data"}  # their description stands with the mapping
     assert silent(schema()) == {*splits, *sizes, *choosers, "pitch", "rms", "models", "items"}  # `probes.properties`
 
 
@@ -460,3 +460,32 @@ def test_the_table_of_keys_is_in_step():
 def test_every_settings_file_is_read():
     found = {str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("settings.yaml")}
     assert found == set(PARTS)
+
+
+def corpora(config):
+    config["corpora"] = {
+        "music": config["data"] | {"path": "music"},
+        "mix": {"source": "union", "of": ["music", "speech"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["corpora"]["mix"].update(of=["speech", "noise"]), "corpora.mix.of: names the corpus 'noise'"),
+        (lambda c: c["corpora"].update(more={"source": "union", "of": ["mix", "speech"]}), "mix is a union itself"),
+        (lambda c: c["corpora"]["music"].update(min_seconds=99), "corpora.music.min_seconds: 99 must be below"),
+        (lambda c: c["corpora"]["music"].update(path=None), "corpora.music.path: is null"),
+        (lambda c: c["corpora"]["mix"].update(path="x"), "corpora.mix: unknown key 'path'"),
+        (lambda c: c["corpora"].update(speech=c["data"]), "corpora"),
+        (lambda c: c["probes"].update(corpora=["noise"]), "probes.corpora: names the corpus 'noise'"),
+        (lambda c: c["saes"]["topk"].update(corpus="noise"), "saes.topk.corpus: names the corpus 'noise'"),
+    ],
+)
+def test_corpora_that_cannot_be_are_refused(change, said):
+    config = read_yaml(DEFAULT)
+    corpora(config)
+    change(config)
+    with pytest.raises(EqknobsError) as caught:
+        validate(config)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
