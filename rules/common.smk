@@ -72,7 +72,6 @@ wildcard_constraints:
     property="centroid|rms|pitch",
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
-    sound="codec|steering|importance",
 
 
 def script_of(rule):

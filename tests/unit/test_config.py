@@ -105,7 +105,7 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
     assert config["data"]["labels"] is None  # null is a value of its own here
     path.write_text("models: {tiny-mimi: null, other: {kind: dac, path: x, revision: null}}\n")
     with pytest.raises(
-        EqknobsError, match="names the model 'tiny-mimi', which is not under models \\(other, tiny-moshi\\)"
+        EqknobsError, match="which is not under models \\(other, tiny-moshi\\)"
     ):
         read_config(path)
 
