@@ -12,34 +12,11 @@ include: "rules/activations.smk"
 
 
 # The stages, in the order of the report; one that is null in the configuration is not there at all.
-if config["saes"]:
+STAGES = ["saes", "probes", "codec", "steering", "importance", "speech_lm"]
+for stage in STAGES:
+    if config[stage]:
 
-    include: "rules/saes.smk"
-
-
-if config["probes"]:
-
-    include: "rules/probes.smk"
-
-
-if config["codec"]:
-
-    include: "rules/codec.smk"
-
-
-if config["steering"]:
-
-    include: "rules/steering.smk"
-
-
-if config["importance"]:
-
-    include: "rules/importance.smk"
-
-
-if config["speech_lm"]:
-
-    include: "rules/speech_lm.smk"
+        include: f"rules/{stage}.smk"
 
 
 include: "rules/judges.smk"
