@@ -14,6 +14,7 @@ from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.models import KINDS
 from eqknobs.plan import (
     SPEECH,
+    as_drawn,
     bundled_models,
     bundled_speech,
     corpora_used,
@@ -27,6 +28,7 @@ from eqknobs.plan import (
     trained_saes,
     training_record,
     voice_records,
+    word_codebooks,
 )
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
@@ -122,7 +124,8 @@ def manifest_of(wildcards):
 
 
 def manifest_file(corpus):
-    return f"{RUN}/manifest/{'' if corpus == SPEECH else corpus + '/'}manifest.csv"
+    folder = "manifest" if corpus == SPEECH else f"manifest/{corpus}"
+    return f"{RUN}/{folder}/manifest.csv"
 
 
 def really_runs():
@@ -189,6 +192,13 @@ def asr_files(wildcards):
 def corpus_data(wildcards):
     """The configuration of the corpus that a rule draws, of speech where it has no such wildcard."""
     return corpus_config(config, wildcards.get("corpus", SPEECH))
+
+
+def limit_as_drawn(wildcards):
+    """Its `max_minutes`, as the last draw had it where neither limits that: another draw would be the same."""
+    manifest = manifest_file(wildcards.get("corpus", SPEECH))
+    limit = corpus_data(wildcards).get("max_minutes")
+    return as_drawn(limit, Path(manifest).with_name("drawn.json"))
 
 
 def label_files(wildcards):

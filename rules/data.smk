@@ -19,15 +19,6 @@ onstart:
                 raise WorkflowError(str(error)) from None
 
 
-def manifest_slice(wildcards):
-    return {"data": but(corpus_data(wildcards), *DOWNLOAD), "seed": SEED}
-
-
-def part_manifests(wildcards):
-    """Of a corpus that is put together from others, their manifests."""
-    return [manifest_file(part) for part in corpus_data(wildcards).get("of", [])]
-
-
 rule manifest:
     input:
         labels=label_files,
@@ -35,6 +26,7 @@ rule manifest:
     output:
         manifest=f"{RUN}/manifest/manifest.csv",
         rejected=f"{RUN}/manifest/rejected.csv",
+        drawn=f"{RUN}/manifest/drawn.json",
     log:
         f"{RUN}/logs/manifest.log",
     benchmark:
@@ -43,7 +35,16 @@ rule manifest:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("manifest", manifest_slice, data=speech_files, labels=label_files),
+        cfg=cfg(
+            "manifest",
+            lambda wildcards: {
+                "data": but(corpus_data(wildcards), *DOWNLOAD, "max_minutes"),
+                "max_minutes": limit_as_drawn(wildcards),
+                "seed": SEED,
+            },
+            data=speech_files,
+            labels=label_files,
+        ),
     message:
         "Draw the manifest"
     script:
@@ -53,12 +54,15 @@ rule manifest:
 # A corpus beside the speech (`corpora`).
 use rule manifest as corpus_manifest with:
     input:
-        parts=part_manifests,
+        parts=lambda wildcards: [
+            manifest_file(part) for part in corpus_data(wildcards).get("of", [])
+        ],
         labels=label_files,
         script=code("manifest.py"),
     output:
         manifest=f"{RUN}/manifest/{{corpus}}/manifest.csv",
         rejected=f"{RUN}/manifest/{{corpus}}/rejected.csv",
+        drawn=f"{RUN}/manifest/{{corpus}}/drawn.json",
     log:
         f"{RUN}/logs/manifest.{{corpus}}.log",
     benchmark:

@@ -1,30 +1,3 @@
-def tables_slice(wildcards):
-    return {
-        **config["tables"],
-        "seed": SEED,
-        "targets": WORKED_ON,
-        "stages": SECTIONS,
-        # at which the codec's own word errors say whether words can be judged
-        "word_codebooks": (
-            SECTIONS["steering"]["codebooks"]
-            if "steering" in SECTIONS
-            else max((config["codec"] or {"codebooks": [0]})["codebooks"])
-        ),
-    }
-
-
-def report_slice(wildcards):
-    return {
-        "config": but(config, "hardware") | {"data": but(config["data"], *DOWNLOAD)},
-        "targets": WORKED_ON,
-        "stages": SECTIONS,
-        "training": {
-            name: training_record(config, name) for name in bundled_models(config)
-        },
-        "bundled_speech": bundled_speech(config),
-    }
-
-
 rule tables:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
@@ -42,7 +15,17 @@ rule tables:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("tables", tables_slice, training=training_records),
+        cfg=cfg(
+            "tables",
+            lambda wildcards: {
+                **config["tables"],
+                "seed": SEED,
+                "targets": WORKED_ON,
+                "stages": SECTIONS,
+                "word_codebooks": word_codebooks(config),
+            },
+            training=training_records,
+        ),
     message:
         "Compute the tables from the raw scores"
     script:
@@ -76,7 +59,22 @@ rule report:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("report", report_slice, sounds=page_sounds, training=training_records),
+        cfg=cfg(
+            "report",
+            lambda wildcards: {
+                "config": but(config, "hardware")
+                | {"data": but(config["data"], *DOWNLOAD)},
+                "targets": WORKED_ON,
+                "stages": SECTIONS,
+                "training": {
+                    name: training_record(config, name)
+                    for name in bundled_models(config)
+                },
+                "bundled_speech": bundled_speech(config),
+            },
+            sounds=page_sounds,
+            training=training_records,
+        ),
     message:
         "Write the report"
     script:

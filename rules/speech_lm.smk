@@ -5,15 +5,6 @@ TABLE_INPUTS += expand(f"{RUN}/scores/{{model}}.answers.csv", model=SPEAKING)
 REPORT_INPUTS += expand(f"{RUN}/renders/{{model}}/answers/index.csv", model=SPEAKING)
 
 
-def speaking(wildcards):
-    """The model, and what it is let say."""
-    return {
-        **but(config["speech_lm"], "models"),
-        "model": model_config(config, wildcards.model),
-        "judges": config["judges"],
-    }
-
-
 rule speech_lm_answers:
     input:
         model=lambda wildcards: files_of(wildcards.model),
@@ -34,7 +25,11 @@ rule speech_lm_answers:
     params:
         cfg=cfg(
             "speech_lm_answers",
-            speaking,
+            lambda wildcards: {
+                **but(config["speech_lm"], "models"),
+                "model": model_config(config, wildcards.model),
+                "judges": config["judges"],
+            },
             model=lambda wildcards: files_of(wildcards.model),
             speech=lambda wildcards: clip_files(config["speech_lm"]["speech"]),
             asr=asr_files,

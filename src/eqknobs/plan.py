@@ -1,5 +1,6 @@
 """What of a run each stage works on: its targets and SAEs, read from the configuration alone."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ def on_corpus(target: str, corpus: str) -> str:
 def corpus_config(config: dict[str, Any], corpus: str) -> dict[str, Any]:
     """Where a corpus is from and how it is drawn: `data`, or a section of `corpora`."""
     return config["data"] if corpus == SPEECH else config["corpora"][corpus]
+
+
+def as_drawn(max_minutes: float | None, record: Path) -> float | None:
+    """`max_minutes` of a corpus, as it was at the last draw where neither value limits that.
+
+    record: `drawn.json` of that draw: `max_minutes`, `seconds` (drawn) and `limited` (whether the limit left any clip
+    out). So a limit that does not bind reruns nothing. A union has none.
+    """
+    try:
+        drawn = json.loads(record.read_text())
+        free = not drawn["limited"] and max_minutes is not None and 60 * max_minutes >= drawn["seconds"]
+        return drawn["max_minutes"] if free else max_minutes
+    except (OSError, ValueError, KeyError):  # a first draw
+        return max_minutes
 
 
 def corpora_used(config: dict[str, Any], targets: list[str]) -> list[str]:
@@ -146,6 +161,13 @@ def bundled_models(config: dict[str, Any]) -> list[str]:
     used = {parse_target(target)[0] for target in config["run"]["targets"]}
     used |= set((config.get("speech_lm") or {}).get("models", []))
     return sorted(name for name in used if bundled(config["models"][name]["path"]))
+
+
+def word_codebooks(config: dict[str, Any]) -> int | None:
+    """At how many codebooks the codec's own word errors say whether words can be judged: steering's, else the most."""
+    if config["steering"]:
+        return config["steering"]["codebooks"]
+    return max(config["codec"]["codebooks"]) if config["codec"] else None
 
 
 def training_record(config: dict[str, Any], model: str) -> str:

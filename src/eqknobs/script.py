@@ -72,12 +72,13 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
 
 def _with_circumstances(snakemake: Any) -> dict[str, Any]:
     """The job's slice of the configuration, and what is no part of it as it does not decide what is made: the device
-    that it is to run on, and how speech is downloaded."""
+    that it is to run on, how speech is downloaded, and a limit of the draw that may not bind (`plan.as_drawn`)."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
     if "source" in cfg.get("data", {}):  # the speech of a run; a training's `data` is its folders
         data = corpus_config(snakemake.config, snakemake.wildcards.get("corpus", SPEECH))
-        cfg["data"] = cfg["data"] | {k: v for k, v in data.items() if k in ("url", "timeout_seconds")}
+        free = ("url", "timeout_seconds", "max_minutes")
+        cfg["data"] = cfg["data"] | {key: value for key, value in data.items() if key in free}
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
     return {**cfg, "device": device}

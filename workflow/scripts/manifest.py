@@ -6,7 +6,7 @@ from typing import Any
 import eqknobs.script
 from eqknobs.corpus.manifest import build_manifest, fetch, unite
 from eqknobs.errors import counted
-from eqknobs.io import read_csv, write_csv
+from eqknobs.io import read_csv, write_csv, write_json
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
@@ -17,6 +17,8 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
         manifest, rejected = build_manifest(folder, cfg["data"], cfg["seed"])
     drawn = f"{counted(len(manifest), 'utterance')} of {counted(manifest.speaker.nunique(), 'speaker')}"
     print(f"{drawn}, {counted(len(rejected), 'file')} rejected")
+    record = {"max_minutes": cfg["max_minutes"], "seconds": float(manifest.seconds.sum())}
+    write_json(outputs.drawn, record | {"limited": manifest.attrs.get("limited", True)})
     write_csv(outputs.rejected, rejected)
     write_csv(outputs.manifest, manifest)
 

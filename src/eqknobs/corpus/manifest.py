@@ -42,7 +42,8 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
     """Draw utterances from a folder of audio: (manifest, rejected); print where the speakers are from.
 
     Manifest: `id, path, speaker, sex, accent, seconds, split, sha256, text`; rejected: `path, reason`, a row for every
-    file that could not be used, whatever went wrong with it, and for every folder and link that was not followed.
+    file that could not be used, whatever went wrong with it, and for every folder and link that was not followed. The
+    manifest's `attrs["limited"]` says whether `max_minutes` left clips out.
     Speakers come from the layouts of LibriSpeech, LibriTTS or VCTK (`eqknobs.corpus.files`), from one folder a speaker,
     or from what `speaker_from` names; sexes and texts from the files that lie beside the sound (`SPEAKERS.TXT`,
     `*.trans.txt`, `*.normalized.txt`); the CSV `labels` (keyed by `id`, `path` or `speaker`) has the last word. The
@@ -56,7 +57,7 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
     """
     folder = Path(folder)
     records, rejected = _scan(folder, cfg_data)
-    chosen = _draw(records, rejected, cfg_data, seed)
+    chosen, limited = _draw(records, rejected, cfg_data, seed)
     if not chosen:
         reasons = Counter(row["reason"].split(" (")[0] for row in rejected).most_common(3)
         detail = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "no audio files found"
@@ -64,6 +65,7 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
     manifest = pd.DataFrame(chosen)
     manifest["split"] = manifest["group"].map(_split(manifest, cfg_data["splits"], seed))
     manifest = manifest.sort_values("id", ignore_index=True)[MANIFEST_COLUMNS]
+    manifest.attrs["limited"] = limited
     return manifest, pd.DataFrame(rejected, columns=["path", "reason"]).sort_values("path", ignore_index=True)
 
 
@@ -190,8 +192,11 @@ def _reason(path: Path, error: Exception) -> str:
 
 def _draw(
     records: list[dict[str, Any]], rejected: list[dict[str, str]], cfg_data: dict[str, Any], seed: int
-) -> list[dict[str, Any]]:
-    """One utterance of each speaker in turn until a limit is reached; unusable ones go to `rejected`."""
+) -> tuple[list[dict[str, Any]], bool]:
+    """One utterance of each speaker in turn until a limit is reached; unusable ones go to `rejected`.
+
+    Returns them, and whether `max_minutes` left any out.
+    """
     queues: dict[str, list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda r: _rank(seed, r["name"])):
         queues.setdefault(record["speaker"], []).append(record)
@@ -199,6 +204,7 @@ def _draw(
     room = 60 * (cfg_data.get("max_minutes") or np.inf)
     number = cfg_data.get("max_utterances") or len(records)
     chosen: list[dict[str, Any]] = []
+    limited = False
     seen: set[str] = set()
     with tqdm(desc="draw", total=min(number, len(records)), unit="clip") as bar:
         while len(chosen) < number and any(queues.values()):
@@ -206,6 +212,7 @@ def _draw(
                 while queues[speaker] and len(chosen) < number:
                     record = queues[speaker].pop(0)
                     if record["seconds"] > room:
+                        limited = True
                         continue
                     try:
                         digest = file_sha256(record["file"])
@@ -220,7 +227,7 @@ def _draw(
                     chosen.append(record | {"path": shown(record["file"]), "sha256": digest})
                     bar.update()
                     break
-    return chosen
+    return chosen, limited
 
 
 def require_sound(path: Path) -> None:
