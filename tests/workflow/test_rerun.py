@@ -204,6 +204,8 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_config(lambda c: c["data"].update(url="https://example.org", timeout_seconds=9)),
         set(),
     ),
+    "a limit of minutes that does not bind": (edit_config(lambda c: c["data"].update(max_minutes=90)), {("report", "")}),
+    "a limit of minutes that binds": (edit_config(lambda c: c["data"].update(max_minutes=1)), EVERYTHING),
     "no codec stage": (edit_config(lambda c: c.update(codec=None)), TABLES),
     "no steering": (edit_config(lambda c: c.update(steering=None)), TABLES),
     "no importance": (edit_config(lambda c: c.update(importance=None)), TABLES),
