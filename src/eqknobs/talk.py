@@ -51,19 +51,21 @@ def talk(
         raise EqknobsError(f"--out {out}: its folder cannot be written to; name another")
     if seconds is not None and not 0 < seconds < float("inf"):
         raise EqknobsError(f"--seconds: must be above 0, got {seconds:g}")
-    recorded = voice is not None and Path(voice).suffix != ".pt"
-    for file in [audio, *([voice] if recorded else [])]:
+    recording = voice if voice is not None and Path(voice).suffix != ".pt" else None
+    for file in [audio, *([recording] if recording is not None else [])]:
         read_audio(file, MIMI_RATE)  # only to find out whether it can be read: the model's rate is not known yet
-    if voice is not None and not recorded and not Path(voice).is_file():
+    if voice is not None and recording is None and not Path(voice).is_file():
         raise EqknobsError(f"{voice}: no such voice; give a .pt file of PersonaPlex or a recording")
     with gpu_lock(pick_device(cfg_model.get("device") or "auto")):
         model = load_model(cfg_model)
+        if not isinstance(model, Moshi):
+            raise EqknobsError(f"models.{model.name}.kind: only a moshi can be talked to")
         rate = model.sample_rate
         heard = read_audio(audio, rate)
         if seconds is not None:
             length = max(1, round(seconds * rate))
             heard = np.pad(heard[:length], (0, max(0, length - len(heard))))
-        prompt = model.prompt(text_prompt, read_audio(voice, rate) if recorded else voice)
+        prompt = model.prompt(text_prompt, voice if recording is None else read_audio(recording, rate))
         answer = reply(model, heard, prompt, sampling or Sampling(), say)
         write_flac(out, answer, rate, KINDS[out.suffix.lower()])
 

@@ -207,7 +207,7 @@ def _extract_tar(archive: Path, folder: Path) -> None:
                 _write_member(archive, target, tar.extractfile(member), member.size)
             else:
                 raise EqknobsError(f"{archive}: member {member.name!r} is a link or device; do not trust this archive")
-            tar.members = []  # or the headers of 150,000 files stay in memory
+            vars(tar)["members"] = []  # or the headers of 150,000 files stay in memory
             bar.update()
         # tarfile takes a broken header or a cut between members for the end, and skips the gzip's checksum.
         tar.fileobj.seek(tar.offset)
