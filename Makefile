@@ -32,6 +32,7 @@ lint: $(READY)
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/python tools/make_env.py --check
+	$(BIN)/python tools/config_table.py --check
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -29,7 +29,7 @@ from eqknobs.models.moshi.generate import Sampling, generate
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.sound.judges import SpeakerEncoder, Transcriber, similarity, word_errors
-from eqknobs.speech_lm.data import SPECIAL, Clip, Sequences, read_clips
+from eqknobs.stages.speech_lm_training.data import SPECIAL, Clip, Sequences, read_clips
 
 VOICE_FRAMES = 25  # of the voice prompt: two seconds
 # measure: numerator and denominator, summed over answers

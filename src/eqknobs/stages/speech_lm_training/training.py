@@ -30,8 +30,16 @@ from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net, save_net
 from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.speech_lm.circuit import write_copying
-from eqknobs.speech_lm.data import SPECIAL, Sequences, collate, encode_speech, read_clips, sounds, write_tokeniser
+from eqknobs.stages.speech_lm_training.circuit import write_copying
+from eqknobs.stages.speech_lm_training.data import (
+    SPECIAL,
+    Sequences,
+    collate,
+    encode_speech,
+    read_clips,
+    sounds,
+    write_tokeniser,
+)
 
 TEXT_WEIGHT = 3.0
 PAD_WEIGHT = 0.5  # of frames in which no word begins, within the text's loss

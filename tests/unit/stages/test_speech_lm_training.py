@@ -17,11 +17,19 @@ from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.generate import GREEDY
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.speech_lm import grammar
-from eqknobs.speech_lm.circuit import codes, write_copying
-from eqknobs.speech_lm.data import CUT, LEAD, Sequences, collate, encode_speech, read_clips, write_tokeniser
-from eqknobs.speech_lm.evaluation import Speaker, random_heads_zeroed, table
-from eqknobs.speech_lm.training import batch_of, learning_rate, losses, new_net, right, train
+from eqknobs.stages.speech_lm_training import grammar
+from eqknobs.stages.speech_lm_training.circuit import codes, write_copying
+from eqknobs.stages.speech_lm_training.data import (
+    CUT,
+    LEAD,
+    Sequences,
+    collate,
+    encode_speech,
+    read_clips,
+    write_tokeniser,
+)
+from eqknobs.stages.speech_lm_training.evaluation import Speaker, random_heads_zeroed, table
+from eqknobs.stages.speech_lm_training.training import batch_of, learning_rate, losses, new_net, right, train
 from helpers.speech_lm_world import CODEC, PARTS, SIZES, write_speech
 
 CFG = {"seed": 1, "codec": str(CODEC), "levels": 2, "model": SIZES, "batch": 4, "copy_rows": 1, "voice_prompts": 0.5}
