@@ -451,8 +451,8 @@ class Adversary:
 class Training:
     """A codec in training: everything that a run changes.
 
-    Attributes `model`, `done` (of `total` steps), `log` (a record every `log_every` steps), `errors` (what each codebook
-    leaves; empty until they are fitted) and `before` (the training.json of the start). Raises EqknobsError on bad
+    Attributes `model`, `done` (of `total` steps), `log` (a record every `log_every` steps), `errors` (what codebooks
+    leave; empty until they are fitted) and `before` (the training.json of the start). Raises EqknobsError on bad
     audio, a start of another architecture, or none where the first phase is left out.
     """
 

@@ -174,8 +174,8 @@ def evaluate(cfg: dict[str, Any], folder: str | Path, codes: str | Path, out_csv
         for condition in scores["conditions"]:
             for seed in range(1 if condition in ("intact", "forced") else scores["seeds"]):
                 count = scores["zeroed_answers"] if condition.startswith("heads") else len(clips)
-                folder = audio if condition == "intact" else None
-                records += speaker.score(condition, seed, folder, count)
+                kept = audio if condition == "intact" else None
+                records += speaker.score(condition, seed, kept, count)
                 print(table(pd.DataFrame(records[-count:]), "", "", 1).iloc[0, 2:15].to_dict(), flush=True)
     write_csv(out_csv.with_name("speech_lm_answers.csv"), pd.DataFrame(records))
     write_csv(out_csv, table(pd.DataFrame(records), model.name, scores["split"], scores["draws"]))
