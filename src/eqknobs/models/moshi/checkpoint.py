@@ -49,21 +49,8 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
     Raises EqknobsError: no such folder or hub model, files missing, gated weights (saying how to get access), a
     folder whose weights are not those of `revision`.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        weights = folder_weights(folder, name)
-        raw = read_raw(folder / "config.json", f"models.{name}")
-        chosen = folder / raw.get("moshi_name", "model.safetensors")
-        if chosen not in weights:
-            raise EqknobsError(f"models.{name}.path: {folder} has no {chosen.name}; Moshi's weights are one file")
-        found = weights_hash([chosen])
-        if revision is not None and revision != found:
-            raise EqknobsError(
-                f"models.{name}.revision: {folder} has weights {found}, not {revision}; mend the folder or the config"
-            )
-        named = [folder / raw["tokenizer_name"]] if "tokenizer_name" in raw else []
-        models = [p for p in named + sorted(folder.glob("tokenizer*.model")) if p.is_file()]
-        return MoshiFiles(folder / "config.json", chosen, models[0] if models else None, found)
+    if Path(path).is_dir():
+        return _files_of_folder(name, Path(path), revision)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise EqknobsError(f"models.{name}.path: no folder {path}; give a model folder or a hub id such as owner/name")
 
@@ -93,6 +80,29 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
     return MoshiFiles(config, file, get(raw.get("tokenizer_name", "tokenizer_spm_32k_3.model")), revision)
 
 
+def _files_of_folder(name: str, folder: Path, revision: str | None) -> MoshiFiles:
+    weights = folder_weights(folder, name)
+    raw = read_raw(folder / "config.json", f"models.{name}")
+    chosen = folder / raw.get("moshi_name", "model.safetensors")
+    if chosen not in weights:
+        raise EqknobsError(f"models.{name}.path: {folder} has no {chosen.name}; Moshi's weights are one file")
+    found = weights_hash([chosen])
+    if revision is not None and revision != found:
+        raise EqknobsError(
+            f"models.{name}.revision: {folder} has weights {found}, not {revision}; mend the folder or the config"
+        )
+    named = [folder / raw["tokenizer_name"]] if "tokenizer_name" in raw else []
+    models = [p for p in named + sorted(folder.glob("tokenizer*.model")) if p.is_file()]
+    return MoshiFiles(folder / "config.json", chosen, models[0] if models else None, found)
+
+
+def _open(weights: Path) -> Any:
+    try:
+        return safe_open(weights, framework="pt", device="cpu")
+    except Exception as error:  # OSError, SafetensorError
+        raise EqknobsError(f"{weights}: not a readable safetensors file ({error}); fetch it again") from error
+
+
 def load_net(
     files: MoshiFiles, dtype: torch.dtype = torch.float32, nf4: Nf4 | None = None, device: str = "cpu"
 ) -> MoshiNet:
@@ -107,11 +117,7 @@ def load_net(
     """
     where = str(files.weights)
     raw = {} if files.config is None else read_raw(files.config, where)
-    try:
-        file = safe_open(files.weights, framework="pt", device="cpu")
-    except Exception as error:  # OSError, SafetensorError
-        raise EqknobsError(f"{where}: not a readable safetensors file ({error}); fetch it again") from error
-    with file:
+    with _open(files.weights) as file:
         names = set(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         config = read_config(raw, shapes, where)
