@@ -51,7 +51,8 @@ def main(run: str) -> None:
     shutil.rmtree(out / "figures", ignore_errors=True)
     shutil.copytree(source / "tables", out / "tables")
     (out / "figures").mkdir(parents=True)
-    colours = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", re.search(r":root\s*\{(.*?)\}", page, re.S).group(1)))
+    root = re.search(r":root\s*\{(.*?)\}", page, re.S)
+    colours = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", root[1] if root else ""))
     for number, match in enumerate(re.finditer(r'<svg role="img" aria-label="([^"]*)".*?</svg>', page, re.S), 1):
         drawing = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], match[0])
         drawing = drawing.replace("<svg ", f'<svg style="background:{colours["--card"]}" ', 1)

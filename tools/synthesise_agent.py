@@ -58,7 +58,7 @@ class Joe:
             graph.graph.node.remove(node)
         graph.graph.input.append(onnx.helper.make_tensor_value_info(cut, onnx.TensorProto.FLOAT, [1, 1, None]))
         self.sound = onnxruntime.InferenceSession(graph.SerializeToString(), options)
-        self.cut, self.known = cut, {}
+        self.cut, self.known = cut, dict[str, list[str]]()
 
     def phonemes(self, word: str) -> list[str]:
         """Piper's phonemes of a word by itself."""
@@ -89,9 +89,9 @@ class Joe:
         feed = {"input": np.array([ids]), "input_lengths": np.array([len(ids)]), "scales": scales}
         natural = self.durations.run(None, feed)[0][0, 0]
         rounded, starts, at, group = natural.copy(), [], 0, np.array(owner)
-        for word in range(-1, len(words) + 1):
-            mine = group == word
-            whole = unit * {-1: 1, len(words): 3}.get(word, max(1, round(natural[mine].sum() / unit)))
+        for index in range(-1, len(words) + 1):
+            mine = group == index
+            whole = unit * {-1: 1, len(words): 3}.get(index, max(1, round(natural[mine].sum() / unit)))
             edges = np.round(np.concatenate([[0], np.cumsum(natural[mine])]) * whole / natural[mine].sum())
             rounded[mine] = np.diff(edges)
             starts.append(at * HOP)

@@ -27,12 +27,11 @@ def talk(
     voice: str | Path | None = None,
     seconds: float | None = None,
     sampling: Sampling | None = None,
-    say: Callable[[str], object] = lambda piece: print(piece, end="", flush=True),
 ) -> None:
-    """Let a model hear `audio` and write what it says meanwhile to `out` (.wav or .flac, 16 bits).
+    """Let a model hear `audio`, write what it says meanwhile to `out` (.wav or .flac, 16 bits) and print its monologue.
 
     cfg_model: see `load_model`, kind moshi. voice: a `.pt` voice of PersonaPlex or a recording of one. seconds: length
-    of the conversation; the recording is cut, or silence follows it. say: gets the monologue piece by piece.
+    of the conversation; the recording is cut, or silence follows it.
 
     Everything is checked that can be before the model is loaded. Raises EqknobsError: bad files or values, no GPU.
     """
@@ -51,20 +50,22 @@ def talk(
         raise EqknobsError(f"--out {out}: its folder cannot be written to; name another")
     if seconds is not None and not 0 < seconds < float("inf"):
         raise EqknobsError(f"--seconds: must be above 0, got {seconds:g}")
-    recorded = voice is not None and Path(voice).suffix != ".pt"
-    for file in [audio, *([voice] if recorded else [])]:
+    recording = voice if voice is not None and Path(voice).suffix != ".pt" else None
+    for file in [audio, *([recording] if recording is not None else [])]:
         read_audio(file, MIMI_RATE)  # only to find out whether it can be read: the model's rate is not known yet
-    if voice is not None and not recorded and not Path(voice).is_file():
+    if voice is not None and recording is None and not Path(voice).is_file():
         raise EqknobsError(f"{voice}: no such voice; give a .pt file of PersonaPlex or a recording")
     with gpu_lock(pick_device(cfg_model.get("device") or "auto")):
         model = load_model(cfg_model)
+        if not isinstance(model, Moshi):
+            raise EqknobsError(f"models.{model.name}.kind: only a moshi can be talked to")
         rate = model.sample_rate
         heard = read_audio(audio, rate)
         if seconds is not None:
             length = max(1, round(seconds * rate))
             heard = np.pad(heard[:length], (0, max(0, length - len(heard))))
-        prompt = model.prompt(text_prompt, read_audio(voice, rate) if recorded else voice)
-        answer = reply(model, heard, prompt, sampling or Sampling(), say)
+        prompt = model.prompt(text_prompt, voice if recording is None else read_audio(recording, rate))
+        answer = reply(model, heard, prompt, sampling or Sampling(), lambda piece: print(piece, end="", flush=True))
         write_flac(out, answer, rate, KINDS[out.suffix.lower()])
 
 

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.stages.codec_training.training import train
+from eqknobs.stages.codec_training.training import CodecTrainingCfg, train
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: CodecTrainingCfg) -> None:
     out = Path(outputs.weights).parent
-    del cfg["content"]  # decides when to train again, not how
     train(cfg, out, out.with_name("checkpoint.pt"))
 
 

@@ -90,21 +90,8 @@ def _download(url: str, path: Path, md5: str, timeout: float, retries: int) -> N
     failures, resumed = 0, part.exists()
     while True:
         before = part.stat().st_size if part.exists() else 0
-        try:
-            _transfer(url, part, timeout)
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 429):
-                raise EqknobsError(f"{url}: the server answered {error.code} {error.reason}; check data.url") from error
-            reason = f"the server answered {error.code}"
-        except ValueError as error:
-            raise EqknobsError(f"{url}: not a web address ({error}); mend data.url") from error
-        except http.client.HTTPException as error:
-            reason = f"the answer broke off: {error!r}"
-        except OSError as error:  # URLError, TimeoutError and broken connections are OSErrors
-            if error.errno == errno.ENOSPC:
-                raise EqknobsError(f"{part}: disk full; free some space and run again to resume") from error
-            reason = "the connection stalled" if "timed out" in str(error) else str(error)
-        else:
+        reason = _attempt(url, part, timeout)
+        if reason is None:
             found = _file_md5(part)
             if found == md5:
                 os.replace(part, path)
@@ -122,6 +109,25 @@ def _download(url: str, path: Path, md5: str, timeout: float, retries: int) -> N
         if failures >= retries:
             raise EqknobsError(f"{url}: download failed ({reason}); run again to resume, or set data.source to archive")
         time.sleep(RETRY_SECONDS * failures)
+
+
+def _attempt(url: str, part: Path, timeout: float) -> str | None:
+    """Go on with `part`; returns None when all has arrived, else why not, if another attempt may help."""
+    try:
+        _transfer(url, part, timeout)
+    except urllib.error.HTTPError as error:
+        if error.code < 500 and error.code not in (408, 429):
+            raise EqknobsError(f"{url}: the server answered {error.code} {error.reason}; check data.url") from error
+        return f"the server answered {error.code}"
+    except ValueError as error:
+        raise EqknobsError(f"{url}: not a web address ({error}); mend data.url") from error
+    except http.client.HTTPException as error:
+        return f"the answer broke off: {error!r}"
+    except OSError as error:  # URLError, TimeoutError and broken connections are OSErrors
+        if error.errno == errno.ENOSPC:
+            raise EqknobsError(f"{part}: disk full; free some space and run again to resume") from error
+        return "the connection stalled" if "timed out" in str(error) else str(error)
+    return None
 
 
 def _transfer(url: str, part: Path, timeout: float) -> None:
@@ -207,7 +213,7 @@ def _extract_tar(archive: Path, folder: Path) -> None:
                 _write_member(archive, target, tar.extractfile(member), member.size)
             else:
                 raise EqknobsError(f"{archive}: member {member.name!r} is a link or device; do not trust this archive")
-            tar.members = []  # or the headers of 150,000 files stay in memory
+            vars(tar)["members"] = []  # or the headers of 150,000 files stay in memory
             bar.update()
         # tarfile takes a broken header or a cut between members for the end, and skips the gzip's checksum.
         tar.fileobj.seek(tar.offset)

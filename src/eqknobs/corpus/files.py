@@ -73,7 +73,7 @@ def walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     files: list[Path] = []
     left_out: dict[Path, str] = {}
     seen: dict[tuple[int, int], Path] = {}
-    real, linked = [folder], []
+    real, linked = [folder], list[Path]()
     while real or linked:
         here = real.pop() if real else linked.pop(0)
         try:

@@ -27,9 +27,9 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, measure: Measure, cfg: dict[str, A
     both = _pool(a, measure).merge(_pool(b, measure), on=["id", "speaker"], suffixes=("_a", "_b")).sort_values("id")
     if both.empty:
         return None
-    columns = [both[name].to_numpy(float) for name in ("top_a", "bottom_a", "top_b", "bottom_b")]
-    found = stats.paired_difference(*columns, both["speaker"].tolist(), cfg["bootstrap"], cfg["seed"])
-    values = {"value_a": columns[0].sum() / columns[1].sum(), "value_b": columns[2].sum() / columns[3].sum()}
+    a1, a0, b1, b0 = (both[name].to_numpy(float) for name in ("top_a", "bottom_a", "top_b", "bottom_b"))
+    found = stats.paired_difference(a1, a0, b1, b0, both["speaker"].tolist(), cfg["bootstrap"], cfg["seed"])
+    values = {"value_a": a1.sum() / a0.sum(), "value_b": b1.sum() / b0.sum()}
     numbers = {name: float(value) for name, value in {**values, **found._asdict()}.items()}
     return {"measure": measure.name, "verdict": _verdict(numbers, measure), **numbers, **counts(both)}
 

@@ -20,7 +20,7 @@ VARIABLES = {INK: "ink", FAINT: "faint", GRID: "grid", PAPER: "card"} | {v: k fo
 SAE_HUES = ("blue", "purple", "sky", "green")
 
 
-def style() -> dict[str, Any]:
+def style() -> dict[Any, Any]:
     """Settings of matplotlib that every figure shares."""
     return {
         "svg.fonttype": "none",

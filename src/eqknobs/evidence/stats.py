@@ -31,11 +31,11 @@ def bootstrap_weights(speakers: Sequence[str], n: int, seed: int) -> NDArray[np.
 
 def interval(values: ArrayLike) -> tuple[float, float]:
     """95 % percentile interval of bootstrap values; undefined draws (NaN) are left out."""
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
+    found = np.asarray(values, dtype=float)
+    found = found[np.isfinite(found)]
+    if len(found) == 0:
         return float("nan"), float("nan")
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)
 
 

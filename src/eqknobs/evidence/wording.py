@@ -28,7 +28,7 @@ def ends(low: float, high: float, signed: bool = False) -> str:
 
 def sample(row: dict[str, Any]) -> str:
     """How many clips and speakers a row rests on."""
-    clips, speakers = row.get("clips", row.get("utterances")), row["speakers"]
+    clips, speakers = row["clips"] if "clips" in row else row["utterances"], row["speakers"]
     return f"{counted(clips, 'clip')}, {counted(speakers, 'speaker')}"
 
 

@@ -47,7 +47,7 @@ def weights_hash(weights: list[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_pretrained(cls: type, cfg: dict) -> tuple[nn.Module, str]:
+def load_pretrained(cls: Any, cfg: dict) -> tuple[Any, str]:
     """Load a network of class `cls` and its revision; see `load_model` for cfg and errors."""
     name, path, pinned = cfg["name"], str(cfg["path"]), cfg.get("revision")
     folder = Path(path)
@@ -169,6 +169,8 @@ class Pretrained:
     """Base of the adapters; a subclass sets `net_class`, `sample_rate`, `sites` and adds `encode`."""
 
     net_class: type
+    net: Any  # a `net_class`
+    config: Any  # its own
     sample_rate: int
     sites: dict[str, Site]
     n_codebooks = 0

@@ -1,6 +1,7 @@
 """Mimi (Défossez et al. 2024, arXiv 2410.00037) in transformers' implementation and file format."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Mimi(Pretrained):
         block = self.stride * place.hop
         wave = self._wave(wav, block)
         chunk = block * max(1, round(self.chunk_seconds * self.sample_rate / block))
-        out, state = [], {}
+        out, state = [], dict[str, Any]()
         with inference(), captured(self.net.get_submodule(place.path)) as seen:
             for start in range(0, len(wave), chunk):
                 step = self.net.encoder(wave[None, None, start : start + chunk], use_streaming=True, **state)

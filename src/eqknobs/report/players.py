@@ -140,7 +140,8 @@ def copy_sounds(
 
     sounding: (target, stage) whose renders are declared. clips: target -> ids.
     """
-    listed, names = [], set()
+    listed: list[dict[str, Any]] = []
+    names: set[str] = set()
     with atomic_path(out_dir / "audio") as folder:
         folder.mkdir()
         for target, stage in sounding:

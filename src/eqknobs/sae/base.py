@@ -90,6 +90,8 @@ class SAE(nn.Module, ABC):
     """
 
     Config: ClassVar[type[SAEConfig]]
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: SAEConfig, mean: Any, std: Any):
         super().__init__()

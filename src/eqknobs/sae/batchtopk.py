@@ -17,7 +17,7 @@ from eqknobs.sae.unit_norm import UnitNormConfig, UnitNormSAE
 class BatchTopKConfig(UnitNormConfig):
     """`k`: features kept on a frame, on average."""
 
-    k: int | None = None
+    k: int = 0
     variant: ClassVar[str] = "batchtopk"
 
     def __post_init__(self) -> None:
@@ -33,6 +33,8 @@ class BatchTopKSAE(UnitNormSAE):
     """
 
     Config = BatchTopKConfig
+    config: BatchTopKConfig
+    threshold: Tensor
 
     def __init__(self, config: BatchTopKConfig, mean: Any, std: Any):
         super().__init__(config, mean, std)

@@ -21,6 +21,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_json, write_json
 from eqknobs.sae.base import SAE, make_config, new_sae
 from eqknobs.sae.rms_l1 import EPS
+from eqknobs.sae.topk import TopKConfig
 from eqknobs.sae.unit_norm import UnitNormSAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -89,7 +90,7 @@ def _saelens_config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
             "eqknobs": sae.config.as_dict(),
         },
     }
-    if values["architecture"] == "topk":
+    if isinstance(sae.config, TopKConfig):
         # Folding σ stretches the decoder's rows, which must not change which features are the largest.
         values |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
     elif values["architecture"] == "rms_l1":

@@ -21,14 +21,14 @@ class JumpReLUConfig(UnitNormConfig):
     thresholds' learning rate as a multiple of `lr`: they are of the size of activations, not of weights, and at the
     weights' rate lag behind while the encoder grows sparser (L0 15 for a target of 32 on tiny-mimi)."""
 
-    l0: float | None = None
+    l0: float = 0.0
     l0_coefficient: float = 1.0
     bandwidth: float = 1.0
     threshold_lr: float = 10.0
     variant: ClassVar[str] = "jumprelu"
 
     def __post_init__(self) -> None:
-        self.require(self.l0 is not None and 0 < self.l0 <= self.d_sae, "l0 between 0 and d_sae")
+        self.require(0 < self.l0 <= self.d_sae, "l0 between 0 and d_sae")
         self.require(self.bandwidth > 0 and self.threshold_lr > 0, "bandwidth and threshold_lr above 0")
 
 
@@ -68,6 +68,7 @@ class JumpReLUSAE(UnitNormSAE):
     """
 
     Config = JumpReLUConfig
+    config: JumpReLUConfig
     _encoder_start = 0.5
 
     def __init__(self, config: JumpReLUConfig, mean: Any, std: Any):

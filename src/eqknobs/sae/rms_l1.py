@@ -18,12 +18,12 @@ class RmsL1Config(SAEConfig):
     """`l1`: λ in the paper's scale (squared error summed over d). `l1_on`: h, before the RMS norm (the paper), or f,
     after it (the blog)."""
 
-    l1: float | None = None
-    l1_on: str | None = None
+    l1: float = float("nan")
+    l1_on: str = ""
     variant: ClassVar[str] = "rms_l1"
 
     def __post_init__(self) -> None:
-        self.require(self.l1 is not None and self.l1 >= 0, "l1, not negative")
+        self.require(self.l1 >= 0, "l1, not negative")
         self.require(self.l1_on in ("h", "f"), "l1_on: h or f")
 
 
@@ -77,6 +77,7 @@ class RmsL1SAE(SAE):
     """
 
     Config = RmsL1Config
+    config: RmsL1Config
 
     def __init__(self, config: RmsL1Config, mean: Any, std: Any):
         super().__init__(config, mean, std)

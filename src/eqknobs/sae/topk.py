@@ -15,7 +15,7 @@ from eqknobs.sae.unit_norm import UnitNormConfig, UnitNormSAE
 class TopKConfig(UnitNormConfig):
     """`k`: features kept on a frame."""
 
-    k: int | None = None
+    k: int = 0
     variant: ClassVar[str] = "topk"
 
     def __post_init__(self) -> None:
@@ -27,6 +27,7 @@ class TopKSAE(UnitNormSAE):
     """f = the k largest of relu(h) on each frame; loss ‖z − ẑ‖² / d plus AuxK."""
 
     Config = TopKConfig
+    config: TopKConfig
 
     def _code(self, z: Tensor) -> Tensor:
         h = torch.relu(self._pre(z))

@@ -201,13 +201,7 @@ def train_together(
         steps = -(-len(rows) // first.batch_size) * first.epochs
         trainers = [Trainer(config, cache.mean, cache.std, len(rows), steps, device) for config in configs]
         checkpoint = _checkpoint_path(checkpoint_stem, configs, cache)
-        if checkpoint.exists():
-            states = torch.load(checkpoint, weights_only=True, map_location=device)
-            for trainer, state in zip(trainers, states, strict=True):
-                trainer.load_state_dict(state)
-        else:
-            for trainer in trainers:
-                trainer.start(sample)
+        _begin(trainers, checkpoint, sample, device)
         label = f"SAE {first.variant} seed {first.seed}" + (f" x{len(configs)}" if len(configs) > 1 else "")
         start = len(trainers[0].log)
         progress = tqdm(range(start, first.epochs), desc=label, unit="epoch", initial=start, total=first.epochs)
@@ -225,6 +219,17 @@ def train_together(
             trainer.sae.save(folder)
             write_csv(folder / "log.csv", pd.DataFrame(trainer.log))
         checkpoint.unlink(missing_ok=True)
+
+
+def _begin(trainers: list[Trainer], checkpoint: Path, sample: np.ndarray, device: str) -> None:
+    """Resume from the checkpoint where there is one; else set what depends on data from a sample of train frames."""
+    if checkpoint.exists():
+        states = torch.load(checkpoint, weights_only=True, map_location=device)
+        for trainer, state in zip(trainers, states, strict=True):
+            trainer.load_state_dict(state)
+    else:
+        for trainer in trainers:
+            trainer.start(sample)
 
 
 def _thinned(rows: np.ndarray) -> np.ndarray:

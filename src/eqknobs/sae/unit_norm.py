@@ -107,9 +107,11 @@ class UnitNormSAE(SAE):
     def _before_update(self) -> None:
         """Drop the gradient along the decoder's directions: the norm is not free (Gao et al., appendix A.3)."""
         with torch.no_grad():
-            along = (self.W_dec * self.W_dec.grad).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
+            gradient = self.W_dec.grad
+            assert gradient is not None  # `Trainer.step` has just gone backward
+            along = (self.W_dec * gradient).sum(1, keepdim=True)
+            gradient.addcmul_(self.W_dec, along, value=-1)
 
     def _after_update(self) -> None:
         with torch.no_grad():
-            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))

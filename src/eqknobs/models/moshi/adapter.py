@@ -15,7 +15,7 @@ from eqknobs.models import Site
 from eqknobs.models.base import Pretrained, gpu_memory, inference, one_line
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net
-from eqknobs.models.moshi.config import FRAME_RATE, Nf4, codec_of
+from eqknobs.models.moshi.config import FRAME_RATE, MoshiConfig, Nf4, codec_of
 from eqknobs.models.moshi.generate import (
     GREEDY,
     Prompt,
@@ -27,6 +27,7 @@ from eqknobs.models.moshi.generate import (
     system_text,
 )
 from eqknobs.models.moshi.loudness import normalised
+from eqknobs.models.moshi.network import MoshiNet
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -46,6 +47,8 @@ class Moshi(Pretrained):
     bfloat16 or float16), nf4 (true, or {linears, block, double}), stream (user or agent).
     """
 
+    net: MoshiNet
+    config: MoshiConfig
     n_codebooks = 0
     decodes = False
 

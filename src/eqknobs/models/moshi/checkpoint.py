@@ -49,45 +49,58 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
     Raises EqknobsError: no such folder or hub model, files missing, gated weights (saying how to get access), a
     folder whose weights are not those of `revision`.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        weights = folder_weights(folder, name)
-        raw = read_raw(folder / "config.json", f"models.{name}")
-        chosen = folder / raw.get("moshi_name", "model.safetensors")
-        if chosen not in weights:
-            raise EqknobsError(f"models.{name}.path: {folder} has no {chosen.name}; Moshi's weights are one file")
-        found = weights_hash([chosen])
-        if revision is not None and revision != found:
-            raise EqknobsError(
-                f"models.{name}.revision: {folder} has weights {found}, not {revision}; mend the folder or the config"
-            )
-        named = [folder / raw["tokenizer_name"]] if "tokenizer_name" in raw else []
-        models = [p for p in named + sorted(folder.glob("tokenizer*.model")) if p.is_file()]
-        return MoshiFiles(folder / "config.json", chosen, models[0] if models else None, found)
+    if Path(path).is_dir():
+        return _files_of_folder(name, Path(path), revision)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise EqknobsError(f"models.{name}.path: no folder {path}; give a model folder or a hub id such as owner/name")
 
-    def get(file: str, optional: bool = False) -> Path | None:
+    def get(file: str) -> Path:
         try:
             return Path(hf_hub_download(path, file, revision=revision))
         except GatedRepoError as error:
             raise gated(name, path) from error
         except Exception as error:  # whatever the network and the hub's client come up with
-            if optional and isinstance(error, RemoteEntryNotFoundError):
-                return None
             reason = next(iter(str(error).strip().splitlines()), "")
             raise EqknobsError(
                 f"models.{name}: cannot get {file} of {path!r} (no such folder, so taken as a hub id); check path, "
                 f"revision and network ({type(error).__name__}: {reason[:300]})"
             ) from error
 
-    config = get("config.json", optional=True)
+    config: Path | None = None
+    try:
+        config = get("config.json")
+    except EqknobsError as error:
+        if not isinstance(error.__cause__, RemoteEntryNotFoundError):
+            raise
     raw = {} if config is None else read_raw(config, f"models.{name}")
     if config is not None:
         revision = config.parent.name  # the snapshot's folder is named after the commit; what follows reads that one
-    weights = get(raw.get("moshi_name", "model.safetensors"))
-    revision = weights.parent.name
-    return MoshiFiles(config, weights, get(raw.get("tokenizer_name", "tokenizer_spm_32k_3.model")), revision)
+    file = get(raw.get("moshi_name", "model.safetensors"))
+    revision = file.parent.name
+    return MoshiFiles(config, file, get(raw.get("tokenizer_name", "tokenizer_spm_32k_3.model")), revision)
+
+
+def _files_of_folder(name: str, folder: Path, revision: str | None) -> MoshiFiles:
+    weights = folder_weights(folder, name)
+    raw = read_raw(folder / "config.json", f"models.{name}")
+    chosen = folder / raw.get("moshi_name", "model.safetensors")
+    if chosen not in weights:
+        raise EqknobsError(f"models.{name}.path: {folder} has no {chosen.name}; Moshi's weights are one file")
+    found = weights_hash([chosen])
+    if revision is not None and revision != found:
+        raise EqknobsError(
+            f"models.{name}.revision: {folder} has weights {found}, not {revision}; mend the folder or the config"
+        )
+    named = [folder / raw["tokenizer_name"]] if "tokenizer_name" in raw else []
+    models = [p for p in named + sorted(folder.glob("tokenizer*.model")) if p.is_file()]
+    return MoshiFiles(folder / "config.json", chosen, models[0] if models else None, found)
+
+
+def _open(weights: Path) -> Any:
+    try:
+        return safe_open(weights, framework="pt", device="cpu")
+    except Exception as error:  # OSError, SafetensorError
+        raise EqknobsError(f"{weights}: not a readable safetensors file ({error}); fetch it again") from error
 
 
 def load_net(
@@ -104,18 +117,14 @@ def load_net(
     """
     where = str(files.weights)
     raw = {} if files.config is None else read_raw(files.config, where)
-    try:
-        file = safe_open(files.weights, framework="pt", device="cpu")
-    except Exception as error:  # OSError, SafetensorError
-        raise EqknobsError(f"{where}: not a readable safetensors file ({error}); fetch it again") from error
-    with file:
+    with _open(files.weights) as file:
         names = set(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         config = read_config(raw, shapes, where)
         heads = heads_left(raw, config, where)
         with torch.device("meta"):
             net = MoshiNet(config, heads)
-        packable = set() if nf4 is None else set(linears(net, nf4.linears))
+        packable = {} if nf4 is None else dict.fromkeys(linears(net, nf4.linears), nf4)
         used: set[str] = set()
         for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
             source, step = _source(name, names)
@@ -141,7 +150,7 @@ def load_net(
                 value = file.get_slice(source)[step * wanted[0] : (step + 1) * wanted[0]]
             module = net.get_submodule(owner)
             if owner in packable:
-                put_module(net, owner, packed_linear(*pack(value.to(device), nf4, dtype), dtype))
+                put_module(net, owner, packed_linear(*pack(value.to(device), packable[owner], dtype), dtype))
             else:
                 setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
         if extra := sorted(name for name in names - used if not _dropped(name, config.codebooks)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import is_packed, put_module, weight_of, with_weight
+from eqknobs.models.moshi.quantise import Linear, is_packed, put_module, weight_of, with_weight
 
 Heads = Mapping[int, Sequence[int]]
 
@@ -44,7 +44,7 @@ def zeroed_heads(net: MoshiNet, heads: Heads) -> Iterator[None]:
                 # not a product with 0: that would keep NaN and infinity
                 return (torch.where(keep, inputs[0].unflatten(-1, (len(keep), -1)), 0).flatten(-2),)
 
-            if places:
+            if places and attention.out_proj is not None:
                 stack.callback(attention.out_proj.register_forward_pre_hook(clear, prepend=True).remove)
         yield
 
@@ -114,7 +114,7 @@ def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[
         raise EqknobsError(f"fake_quantise: bits must be 2 to 16, got {bits}")
     names = linears(net, patterns)
     for name in names:
-        linear = net.get_submodule(name)
+        linear: Linear = net.get_submodule(name)
         if is_packed(linear):
             raise EqknobsError(f"fake_quantise: {name} is packed in NF4; load the model without nf4 to round it")
         if linear.in_features % block:
@@ -141,7 +141,7 @@ def masked_streams(net: MoshiNet, streams: Iterable[int]) -> Iterator[None]:
         raise EqknobsError(f"streams: 0 (text) to {net.config.streams - 1}, got {streams}")
     with ExitStack() as stack:
         for stream in streams:
-            embedding = net.emb[stream - 1] if stream else net.text_emb
+            embedding: nn.Module = net.emb[stream - 1] if stream else net.text_emb
             hook = embedding.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
             stack.callback(hook.remove)
         yield

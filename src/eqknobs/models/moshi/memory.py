@@ -295,7 +295,8 @@ def _files(path: str, revision: str | None, where: str) -> tuple[Path, Path] | N
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(path, file, revision=revision) for file in ("config.json", "model.safetensors")]
-    return (Path(found[0]), Path(found[1])) if all(isinstance(file, str) for file in found) else None
+    config_file, weights = (Path(file) if isinstance(file, str) else None for file in found)
+    return (config_file, weights) if config_file and weights else None
 
 
 def _codec_bytes(model: dict[str, Any]) -> int:

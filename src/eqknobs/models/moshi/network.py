@@ -10,8 +10,8 @@ holds the initial tokens; column t + 1 of an undelayed stream holds frame t. Tok
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +120,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, config.dim, bias=False) if heads else None
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        in_proj, out_proj = self.in_proj, self.out_proj
+        assert in_proj is not None and out_proj is not None
         batch, steps, _ = x.shape
-        projected = self.in_proj(x).view(batch, steps, 3, len(self.heads), self.head_dim)
+        projected = in_proj(x).view(batch, steps, 3, len(self.heads), self.head_dim)
         pairs = torch.view_as_complex(projected[:, :, :2].float().unflatten(-1, (-1, 2)))
         turned = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
         queries, keys = turned.permute(2, 0, 3, 1, 4)
@@ -130,7 +132,7 @@ class Attention(nn.Module):
             keys, values = cache.add(layer, keys, values)
         causal = mask is None and steps > 1
         mixed = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, steps, -1))
+        return out_proj(mixed.transpose(1, 2).reshape(batch, steps, -1))
 
 
 class Layer(nn.Module):
@@ -214,8 +216,12 @@ class MoshiNet(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(config.dep_dim, codes, bias=False) for _ in steps)
 
     @property
-    def layers(self) -> nn.ModuleList:
-        return self.transformer["layers"]
+    def layers(self) -> Sequence[Layer]:
+        return cast(Sequence[Layer], self.transformer["layers"])
+
+    @property
+    def dep_layers(self) -> Sequence[DepLayer]:
+        return cast(Sequence[DepLayer], self.depformer["layers"])
 
     @property
     def heads(self) -> tuple[tuple[int, ...], ...]:
@@ -304,7 +310,7 @@ class MoshiNet(nn.Module):
         batch, steps, _ = hidden.shape
         inputs = [self._dep_input(k, hidden, targets[:, k]) for k in range(self.config.codebooks)]
         x = torch.stack(inputs, dim=2).flatten(0, 1)
-        for layer in self.depformer["layers"]:
+        for layer in self.dep_layers:
             x = layer(x, 0)
         return torch.stack([linear(x[:, k]).view(batch, steps, -1) for k, linear in enumerate(self.linears)], dim=1)
 
@@ -330,7 +336,7 @@ class MoshiNet(nn.Module):
         token, chosen = text, []
         for k in range(config.codebooks):
             x = self._dep_input(k, hidden[:, None], token[:, None])
-            for layer, past in zip(self.depformer["layers"], pasts):
+            for layer, past in zip(self.dep_layers, pasts):
                 x = layer(x, k, past)
             token = choose(self.linears[k](x)[:, 0])
             token = torch.where(forced[:, k] == -2, token, forced[:, k])

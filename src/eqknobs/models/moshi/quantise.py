@@ -25,7 +25,11 @@ def bitsandbytes() -> Any:
     return library
 
 
-def is_packed(linear: nn.Module) -> bool:
+# PyTorch's, or bitsandbytes' subclass, which is imported only when needed.
+Linear = Any
+
+
+def is_packed(linear: Linear) -> bool:
     """Whether a module is a linear in 4 bits."""
     return hasattr(linear.weight, "quant_state")
 
@@ -41,7 +45,8 @@ def pack(weight: Tensor, nf4: Nf4, dtype: torch.dtype) -> tuple[Tensor, Any]:
         raise EqknobsError(
             f"nf4: blocks of {nf4.block} do not divide a weight {list(weight.shape)}; take smaller blocks"
         )
-    packed, scales, state = [], [], None
+    packed, scales = [], []
+    state: Any = None  # the last piece's becomes that of all
     for piece in weight.reshape(-1).split(max(1, _PIECE // nf4.block) * nf4.block):
         bytes_, state = library.functional.quantize_4bit(piece.to(dtype)[None], blocksize=nf4.block, quant_type="nf4")
         packed.append(bytes_)
@@ -54,7 +59,7 @@ def pack(weight: Tensor, nf4: Nf4, dtype: torch.dtype) -> tuple[Tensor, Any]:
     return torch.cat(packed), state
 
 
-def packed_linear(data: Tensor, state: Any, dtype: torch.dtype) -> nn.Module:
+def packed_linear(data: Tensor, state: Any, dtype: torch.dtype) -> Linear:
     """A linear around packed bytes; `dtype` is what it computes in."""
     library = bitsandbytes()
     outputs, inputs = state.shape
@@ -75,14 +80,14 @@ def packed_linear(data: Tensor, state: Any, dtype: torch.dtype) -> nn.Module:
     return linear.eval().requires_grad_(False)
 
 
-def weight_of(linear: nn.Module) -> Tensor:
+def weight_of(linear: Linear) -> Tensor:
     """The weight [out, in] of a linear, unpacked if need be (then a copy)."""
     if not is_packed(linear):
         return linear.weight.data
     return bitsandbytes().functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
-def with_weight(linear: nn.Module, weight: Tensor) -> nn.Module:
+def with_weight(linear: Linear, weight: Tensor) -> Linear:
     """A linear of the same kind with another weight, of whatever shape; packed ones keep block and double scales."""
     if not is_packed(linear):
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

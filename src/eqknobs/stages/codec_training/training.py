@@ -21,7 +21,7 @@ import os
 import shutil
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,53 @@ from eqknobs.io import atomic_path
 WINDOWS = (1024, 512, 256, 128)  # samples
 MEL_BANDS = (80, 64, 40, 20)
 LOG_FLOOR = 3e-4  # of full scale: about 50 dB below speech at -23 dBFS
+
+# ---------------------------------------------------------------- configuration
+
+
+class AdversarialCfg(TypedDict):
+    """The discriminator of the second phase."""
+
+    channels: int  # its width
+    crops: int  # of a batch, that it sees
+    learning_rate: float
+    hinge: float  # weights of the codec's two losses against it
+    features: float
+
+
+class CodecTrainingCfg(TypedDict):
+    """What `train` reads: the section `codec_training`, the run's seed and the device."""
+
+    seed: int
+    data: dict[str, float]  # folder of mono speech at the model's rate -> its share of the crops
+    description: str  # of the data
+    voices_heard: NotRequired[list[str]]  # noted beside the weights
+    voices_unheard: NotRequired[list[str]]
+    model: dict[str, Any]  # arguments of transformers' MimiConfig
+    batch: int  # crops
+    seconds: float  # of a crop
+    augment: float  # share of crops at another speed
+    noise: float  # most noise on latents, in units of their RMS
+    steps: int  # of the first phase
+    learning_rate: float
+    warmup: int  # steps, in each phase
+    finetune_steps: int  # of the second phase
+    finetune_learning_rate: float
+    commitment: float  # weight of the commitment term
+    codebook_decay: float  # of the codebooks' moving averages, a step
+    semantic_dims: int  # principal directions of the semantic codebook
+    kmeans_frames: int
+    kmeans_iterations: int
+    log_every: int  # steps
+    export_every: int
+    start: NotRequired[str]  # a folder that `train` wrote
+    adversarial: NotRequired[AdversarialCfg | None]
+    device: NotRequired[str]  # auto | cpu | cuda
+    content: NotRequired[Any]  # digests, which decide when to train again, not how
+
+
+# Not in training.json's `config`: they say where and on what, or have a place of their own there.
+APART = ("content", "data", "device", "start", "voices_heard", "voices_unheard")
 
 # ---------------------------------------------------------------- data
 
@@ -115,7 +162,7 @@ def new_model(config: dict[str, Any], seed: int) -> MimiModel:
                 module.weight.normal_(0, (module.in_channels / module.groups * taps) ** -0.5)
             elif isinstance(module, nn.Conv1d | nn.Linear):
                 module.weight.normal_(0, module.weight[0].numel() ** -0.5)
-            if getattr(module, "bias", None) is not None and isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) and module.bias is not None:
                 module.bias.zero_()
     return model
 
@@ -141,9 +188,9 @@ def _channels_last(model: MimiModel) -> None:
 
     for module in model.modules():
         if isinstance(module, nn.Conv1d):
-            module.forward = types.MethodType(conv, module)
+            vars(module)["forward"] = types.MethodType(conv, module)
         elif isinstance(module, nn.ConvTranspose1d):
-            module.forward = types.MethodType(transposed, module)
+            vars(module)["forward"] = types.MethodType(transposed, module)
 
 
 class SpectralLoss(nn.Module):
@@ -191,8 +238,7 @@ class Discriminator(nn.Module):
             self.register_buffer(f"taper{window}", torch.hann_window(window) / (window * 0.375) ** 0.5)
             layers = [norm(nn.Conv2d(2, channels, (9, 3), (2, 1), (4, 1)))]
             for dilation in (1, 2):
-                shape = {"kernel_size": (9, 3), "stride": (2, 1), "padding": (4, dilation), "dilation": (1, dilation)}
-                layers.append(norm(nn.Conv2d(channels, channels, **shape)))
+                layers.append(norm(nn.Conv2d(channels, channels, (9, 3), (2, 1), (4, dilation), (1, dilation))))
             layers.append(norm(nn.Conv2d(channels, 1, 3, 1, 1)))
             self.stacks.append(nn.ModuleList(layers))
 
@@ -206,7 +252,7 @@ class Discriminator(nn.Module):
             # Compressed to the power 0.3, or the loudest partials would be all that it sees.
             x = x * (x.square().sum(1, keepdim=True) + 1e-6) ** -0.35
             maps = []
-            for number, layer in enumerate(layers):
+            for number, layer in enumerate(cast(nn.ModuleList, layers)):
                 x = layer(x if not number else F.leaky_relu(x, 0.2))
                 maps.append(x)
             found.append(maps)
@@ -282,8 +328,11 @@ def quantise_straight_through(
 
 
 @torch.no_grad()
-def move_codebook(book: nn.Module, rows: Tensor, chosen: Tensor, decay: float) -> None:
-    """Moves a codebook's entries towards the rows [n, dims] that chose them (indices [n]): one step of the average."""
+def move_codebook(book: Any, rows: Tensor, chosen: Tensor, decay: float) -> None:
+    """Moves a codebook's entries towards the rows [n, dims] that chose them (indices [n]): one step of the average.
+
+    `book` is transformers' MimiEuclideanCodebook.
+    """
     one_hot = F.one_hot(chosen, book.codebook_size).to(rows.dtype)
     book.cluster_usage.mul_(decay).add_(one_hot.sum(0), alpha=1 - decay)
     book.embed_sum.mul_(decay).add_(one_hot.T @ rows, alpha=1 - decay)
@@ -356,112 +405,166 @@ def latent_frames(model: MimiModel, clips: list[np.ndarray], limit: int) -> Tens
 # ---------------------------------------------------------------- training
 
 
-def train(cfg: dict[str, Any], out: str | Path, checkpoint: str | Path, stop_after: int | None = None) -> None:
+def train(cfg: CodecTrainingCfg, out: str | Path, checkpoint: str | Path, stop_after: int | None = None) -> None:
     """Trains a codec and writes it to the folder `out`, resuming from the file `checkpoint` where it exists.
 
-    `cfg` holds seed, data (folders of 16 kHz mono speech: shares), description, model (MimiConfig's arguments),
-    batch, seconds, augment, noise, steps, learning_rate, warmup, finetune_steps, finetune_learning_rate, commitment,
-    codebook_decay, semantic_dims, kmeans_frames, kmeans_iterations, log_every, export_every; and, if wanted, device,
-    start (a folder that this function wrote) and adversarial (channels, crops, learning_rate, hinge, features: the
-    discriminator's width, how many crops of a batch it sees, its rate and the weights of the codec's two losses).
     `stop_after` ends the run early at that step (after a checkpoint). Raises EqknobsError on bad audio, a checkpoint or
     a start of another configuration, or a loss that is not finite.
     """
     out, checkpoint = Path(out), Path(checkpoint)
-    seed, steps = cfg["seed"], cfg["steps"]
-    device = pick_device(cfg.get("device", "auto"))
-    model = new_model(cfg["model"], seed).to(device)
-    speech = Speech(cfg["data"], model.config.sampling_rate)
-    samples = max(1, round(cfg["seconds"] * model.config.frame_rate)) * hop(model)
-    _channels_last(model)
-    loss_of = SpectralLoss(model.config.sampling_rate).to(device)
-    optimizer = _adam(model)
-    done, log, errors = 0, [], []
-    before: dict[str, Any] = {}
-    if "start" in cfg:
-        before = begin_with(model, Path(cfg["start"]))
-        errors = [] if steps else before["residual_power_after_codebooks"]
-    elif not steps:
-        raise EqknobsError("codec_training.steps: 0 needs a start, whose codebooks are trained on")
-    adversarial = cfg.get("adversarial")
-    if adversarial:
-        judge = Discriminator(adversarial["channels"], seed).to(device)
-        judge_optimizer = _adam(judge)
-    identity = json.dumps(cfg["model"] | {"seed": seed}, sort_keys=True)
+    training = Training(cfg)
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        if state["identity"] != identity:
-            raise EqknobsError(f"{checkpoint}: belongs to another model or seed; delete it or name another checkpoint")
-        done, log, errors = state["step"], state["log"], state["errors"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if adversarial and "judge" in state:
-            judge.load_state_dict(state["judge"])
-            judge_optimizer.load_state_dict(state["judge_optimizer"])
-    total = steps + cfg["finetune_steps"]
-    running = []
-    for step in range(done, total):
-        if step >= steps and not errors:
-            errors = fit_codebooks(
-                model,
-                latent_frames(model, speech.training, cfg["kmeans_frames"]),
-                cfg["semantic_dims"],
-                cfg["kmeans_iterations"],
-                seed,
-            )
-            optimizer = _adam(model)
-            print(f"all {len(errors)} codebooks leave {errors[-1]:.3f} of the latents' power", flush=True)
-        rate = learning_rate(cfg, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rng = np.random.default_rng([seed, step])
-        audio = speech.batch(rng, cfg["batch"], samples, cfg["augment"]).to(device)
-        latents, commitment = encode(model, audio), torch.zeros((), device=device)
-        if step < steps:
-            latents = _noisy(latents, rng, cfg["noise"])
-        else:
-            latents, commitment = _partly_quantised(model, latents, rng, cfg["codebook_decay"])
-        output = decode(model, latents)
-        loss = loss_of(output, audio)
-        if not torch.isfinite(loss):
-            raise EqknobsError(f"codec training: the loss is not finite at step {step}; lower the learning rate")
-        total_loss = loss + cfg["commitment"] * commitment
-        if adversarial and step >= steps:
-            seen = torch.from_numpy(rng.permutation(len(audio))[: adversarial["crops"]]).to(device)
-            judge_optimizer.param_groups[0]["lr"] = rate / cfg["finetune_learning_rate"] * adversarial["learning_rate"]
-            judge_optimizer.zero_grad()
-            discriminator_loss(judge(audio[seen]), judge(output[seen].detach())).backward()
-            judge_optimizer.step()
-            judge.requires_grad_(False)
-            hinge, features = generator_losses(judge(audio[seen]), judge(output[seen]))
-            judge.requires_grad_(True)
-            total_loss = total_loss + adversarial["hinge"] * hinge + adversarial["features"] * features
-        optimizer.zero_grad()
-        total_loss.backward()
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        running.append(loss.item())
-        done = step + 1
-        last = done in (steps, total) or done == stop_after
-        if done % cfg["log_every"] == 0 or last:
-            validation = validate(model, speech.validation, samples, loss_of, quantised=bool(errors))
-            phase = "codec" if step < steps else "quantiser"
-            log.append(
-                {"step": done, "phase": phase, "learning_rate": rate, "train": float(np.mean(running))} | validation
-            )
-            running = []
-            print(
-                " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in log[-1].items()), flush=True
-            )
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "log": log}
-            if adversarial:
-                state |= {"judge": judge.state_dict(), "judge_optimizer": judge_optimizer.state_dict()}
-            with atomic_path(checkpoint) as temporary:
-                torch.save(state | {"errors": errors, "identity": identity}, temporary)
-        if done % cfg["export_every"] == 0 or done == total:
-            export(model, out, cfg, speech, done, log, errors, before)
+        training.resume(checkpoint)
+    for step in range(training.done, training.total):
+        training.step(step)
+        done = training.done
+        if done % cfg["log_every"] == 0 or done in (cfg["steps"], training.total, stop_after):
+            training.record()
+            training.save(checkpoint)
+        if done % cfg["export_every"] == 0 or done == training.total:
+            export(training.model, out, training.facts(), training.log)
         if done == stop_after:
             return
+
+
+class Adversary:
+    """A discriminator in training, and what the codec's loss has from it."""
+
+    def __init__(self, cfg: AdversarialCfg, seed: int, device: str) -> None:
+        self.cfg = cfg
+        self.net = Discriminator(cfg["channels"], seed).to(device)
+        self.optimizer = _adam(self.net)
+
+    def step(self, real: Tensor, fake: Tensor, pace: float) -> tuple[Tensor, Tensor]:
+        """One step at `pace` times the learning rate on audio [crops, 1, samples]; then the codec's two weighted losses
+        (scalars)."""
+        self.optimizer.param_groups[0]["lr"] = pace * self.cfg["learning_rate"]
+        self.optimizer.zero_grad()
+        discriminator_loss(self.net(real), self.net(fake.detach())).backward()
+        self.optimizer.step()
+        self.net.requires_grad_(False)
+        hinge, features = generator_losses(self.net(real), self.net(fake))
+        self.net.requires_grad_(True)
+        return self.cfg["hinge"] * hinge, self.cfg["features"] * features
+
+
+class Training:
+    """A codec in training: everything that a run changes.
+
+    Attributes `model`, `done` (of `total` steps), `log` (a record every `log_every` steps), `errors` (what codebooks
+    leave; empty until they are fitted) and `before` (the training.json of the start). Raises EqknobsError on bad
+    audio, a start of another architecture, or none where the first phase is left out.
+    """
+
+    def __init__(self, cfg: CodecTrainingCfg) -> None:
+        self.cfg, self.device = cfg, pick_device(cfg.get("device", "auto"))
+        self.model = new_model(cfg["model"], cfg["seed"]).to(self.device)
+        self.speech = Speech(cfg["data"], self.model.config.sampling_rate)
+        self.samples = max(1, round(cfg["seconds"] * self.model.config.frame_rate)) * hop(self.model)
+        _channels_last(self.model)
+        self.loss_of = SpectralLoss(self.model.config.sampling_rate).to(self.device)
+        self.optimizer = _adam(self.model)
+        self.total = cfg["steps"] + cfg["finetune_steps"]
+        self.done = 0
+        self.log: list[dict[str, Any]] = []
+        self.errors: list[float] = []
+        self.before: dict[str, Any] = {}
+        self._losses: list[float] = []  # since the last record
+        if "start" in cfg:
+            self.before = begin_with(self.model, Path(cfg["start"]))
+            self.errors = [] if cfg["steps"] else self.before["residual_power_after_codebooks"]
+        elif not cfg["steps"]:
+            raise EqknobsError("codec_training.steps: 0 needs a start, whose codebooks are trained on")
+        adversarial = cfg.get("adversarial")
+        self.adversary = Adversary(adversarial, cfg["seed"], self.device) if adversarial else None
+
+    def _identity(self) -> str:
+        return json.dumps(self.cfg["model"] | {"seed": self.cfg["seed"]}, sort_keys=True)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Takes the state from a checkpoint. Raises EqknobsError if it belongs to another model or seed."""
+        state = torch.load(checkpoint, weights_only=True, map_location=self.device)
+        if state["identity"] != self._identity():
+            raise EqknobsError(f"{checkpoint}: belongs to another model or seed; delete it or name another checkpoint")
+        self.done, self.log, self.errors = state["step"], state["log"], state["errors"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.adversary and "judge" in state:
+            self.adversary.net.load_state_dict(state["judge"])
+            self.adversary.optimizer.load_state_dict(state["judge_optimizer"])
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes the state, atomically."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"step": self.done, "log": self.log}
+        if self.adversary:
+            state |= {"judge": self.adversary.net.state_dict()}
+            state |= {"judge_optimizer": self.adversary.optimizer.state_dict()}
+        with atomic_path(checkpoint) as temporary:
+            torch.save(state | {"errors": self.errors, "identity": self._identity()}, temporary)
+
+    def step(self, step: int) -> None:
+        """One step of the optimiser; before the second phase's first, the codebooks are fitted.
+
+        Raises EqknobsError if the loss is not finite.
+        """
+        cfg, second = self.cfg, step >= self.cfg["steps"]
+        if second and not self.errors:
+            self._fit_codebooks()
+        rate = learning_rate(cfg, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rng = np.random.default_rng([cfg["seed"], step])
+        audio = self.speech.batch(rng, cfg["batch"], self.samples, cfg["augment"]).to(self.device)
+        latents, commitment = encode(self.model, audio), torch.zeros((), device=self.device)
+        if second:
+            latents, commitment = _partly_quantised(self.model, latents, rng, cfg["codebook_decay"])
+        else:
+            latents = _noisy(latents, rng, cfg["noise"])
+        output = decode(self.model, latents)
+        loss = self.loss_of(output, audio)
+        if not torch.isfinite(loss):
+            raise EqknobsError(f"codec training: the loss is not finite at step {step}; lower the learning rate")
+        whole = loss + cfg["commitment"] * commitment
+        if self.adversary and second:
+            seen = torch.from_numpy(rng.permutation(len(audio))[: self.adversary.cfg["crops"]]).to(self.device)
+            for term in self.adversary.step(audio[seen], output[seen], rate / cfg["finetune_learning_rate"]):
+                whole = whole + term
+        self.optimizer.zero_grad()
+        whole.backward()
+        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self._losses.append(loss.item())
+        self.done = step + 1
+
+    def _fit_codebooks(self) -> None:
+        cfg = self.cfg
+        latents = latent_frames(self.model, self.speech.training, cfg["kmeans_frames"])
+        self.errors = fit_codebooks(self.model, latents, cfg["semantic_dims"], cfg["kmeans_iterations"], cfg["seed"])
+        self.optimizer = _adam(self.model)
+        print(f"all {len(self.errors)} codebooks leave {self.errors[-1]:.3f} of the latents' power", flush=True)
+
+    def record(self) -> None:
+        """Measures on held-out clips, adds a record to the log and prints it."""
+        step = self.done - 1
+        phase = "codec" if step < self.cfg["steps"] else "quantiser"
+        rate, mean = learning_rate(self.cfg, step), float(np.mean(self._losses))
+        measured = validate(self.model, self.speech.validation, self.samples, self.loss_of, quantised=bool(self.errors))
+        self.log.append({"step": self.done, "phase": phase, "learning_rate": rate, "train": mean} | measured)
+        self._losses = []
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.log[-1].items()), flush=True)
+
+    def facts(self) -> dict[str, Any]:
+        """What training.json says."""
+        facts = {
+            "config": {key: value for key, value in self.cfg.items() if key not in APART},
+            "clips": len(self.speech.clips),
+            "minutes": round(self.speech.minutes, 2),
+            "steps_done": self.done,
+            "residual_power_after_codebooks": [round(e, 5) for e in self.errors],
+        }
+        facts |= {key: value for key, value in self.cfg.items() if key.startswith("voices_")}
+        return facts | ({"before": self.before} if self.before else {})
 
 
 def begin_with(model: MimiModel, folder: Path) -> dict[str, Any]:
@@ -483,7 +586,7 @@ def _adam(module: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(module.parameters(), betas=(0.8, 0.99))
 
 
-def learning_rate(cfg: dict[str, Any], step: int) -> float:
+def learning_rate(cfg: CodecTrainingCfg, step: int) -> float:
     """Linear warm-up then cosine decay to 2 % of the peak, anew in each of the two phases."""
     if step < cfg["steps"]:
         peak, share = cfg["learning_rate"], step / cfg["steps"]
@@ -534,33 +637,11 @@ def validate(
     return result
 
 
-def export(
-    model: MimiModel,
-    out: Path,
-    cfg: dict[str, Any],
-    speech: Speech,
-    step: int,
-    log: list[dict[str, Any]],
-    errors: list[float],
-    before: dict[str, Any],
-) -> None:
+def export(model: MimiModel, out: Path, facts: dict[str, Any], log: list[dict[str, Any]]) -> None:
     """Writes a folder that MimiModel.from_pretrained and AutoFeatureExtractor load, with training.json and log.csv.
 
-    `before` is the training.json of the export that training started from. Weights are stored in half precision. Files
-    of `out` that this function does not write stay as they are.
+    Weights are stored in half precision. Files of `out` that this function does not write stay as they are.
     """
-    rate = model.config.sampling_rate
-    facts = {
-        "config": {
-            k: v for k, v in cfg.items() if k not in ("data", "device", "start", "voices_heard", "voices_unheard")
-        },
-        "clips": len(speech.clips),
-        "minutes": round(speech.minutes, 2),
-        "steps_done": step,
-        "residual_power_after_codebooks": [round(e, 5) for e in errors],
-        **{key: cfg[key] for key in ("voices_heard", "voices_unheard") if key in cfg},
-        **({"before": before} if before else {}),
-    }
     plain = MimiModel(model.config)
     plain.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     for module in plain.modules():
@@ -569,7 +650,9 @@ def export(
             module.cluster_usage.fill_(1)
     with atomic_path(out.with_name(f"{out.name}.new")) as temporary:
         plain.half().save_pretrained(temporary)
-        EncodecFeatureExtractor(sampling_rate=rate, return_attention_mask=True).save_pretrained(temporary)
+        EncodecFeatureExtractor(sampling_rate=model.config.sampling_rate, return_attention_mask=True).save_pretrained(
+            temporary
+        )
         (temporary / "training.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
         pd.DataFrame(log).to_csv(temporary / "log.csv", index=False, float_format="%.6g", lineterminator="\n")
     out.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,9 @@ def score_saes(
     a feature is dead there if it never fires; density is a histogram of log10(share of frames on which a feature
     fires) with dead features left out; `cross_seed` as in `match_features`, null with a single seed.
     """
-    rows, details, matches = [], {}, {}
+    rows: list[dict[str, Any]] = []
+    details: dict[str, dict[str, Any]] = {}
+    matches: dict[str, dict[str, Any] | None] = {}
     with ActivationCache(cache_h5) as cache:
         utterances = cache.utterances[cache.utterances["split"].isin(["val", "test"])]
         for name in sorted(sae_dirs):

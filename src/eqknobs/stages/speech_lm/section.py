@@ -29,7 +29,7 @@ def _errors(rows: pd.DataFrame) -> dict[str, str]:
         y = np.arange(len(rows))[::-1]
         for shift, (measure, hue, said) in zip((0.12, -0.12), HEARD):
             ends = np.abs(rows[[f"{measure}_low", f"{measure}_high"]].to_numpy().T - rows[measure].to_numpy())
-            style = {"fmt": "o", "color": HUES[hue], "elinewidth": 2, "ms": 5}
+            style: dict[str, Any] = {"fmt": "o", "color": HUES[hue], "elinewidth": 2, "ms": 5}
             axes.errorbar(rows[measure], y + shift, xerr=ends, label=said, **style)
         axes.axvline(rows["codec_wer"].iloc[0], color=INK, lw=1, ls="--", label="codec alone")
         axes.set_yticks(y, [condition(name) for name in rows["condition"]])

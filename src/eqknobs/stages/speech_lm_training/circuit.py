@@ -13,13 +13,15 @@ vocabulary; sizes: heads of 32 or more, dim of 128 or more, two layers.
 """
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.moshi.network import MoshiNet
+from eqknobs.models.moshi.network import Layer, MoshiNet
 
 BITS = 16
 # places in the residual stream: one; 1 of words; then the codes of the token, of the one before, of the last word, and
@@ -48,7 +50,7 @@ def write_copying(net: MoshiNet, first_word: int) -> None:
     if config.dim < PLACES + 32 or config.head_dim < 2 * BITS or config.layers < 2:
         raise EqknobsError("copying: the model is too small for the circuit: two layers, dim 128, heads of 32")
     code = codes(config.text_card)
-    for embedding in net.emb:
+    for embedding in cast(Sequence[nn.Embedding], net.emb):
         embedding.weight[:, :PLACES] = 0
     net.text_emb.weight[:, :PLACES] = 0
     net.text_emb.weight[:, ONE] = GAIN
@@ -57,7 +59,7 @@ def write_copying(net: MoshiNet, first_word: int) -> None:
     net.text_linear.weight.mul_(0.1)
     net.text_linear.weight[:, SAY : SAY + BITS] = 0.2 * code
     for layer in net.layers:  # nothing else writes there at first
-        layer.self_attn.out_proj.weight[:PLACES] = 0
+        _projections(layer)[1][:PLACES] = 0
         layer.gating.linear_out.weight[:PLACES] = 0
 
     pairs = config.head_dim // 2
@@ -77,16 +79,24 @@ def write_copying(net: MoshiNet, first_word: int) -> None:
     query[config.head_dim - BITS - 2, ONE] = key[config.head_dim - BITS - 2, WORD] = 2.7
 
 
+def _projections(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Weights of a layer's input and output projection; a new layer has all its heads."""
+    into, out_of = layer.self_attn.in_proj, layer.self_attn.out_proj
+    assert into is not None and out_of is not None
+    return into.weight, out_of.weight
+
+
 def _head(net: MoshiNet, layer: int, head: int, source: int, target: int) -> tuple[Tensor, Tensor]:
     """Clear a head and let it carry a code from one place to another; returns query and key weights [head_dim, dim]."""
-    attention, size = net.layers[layer].self_attn, net.config.head_dim
+    into, out_of = _projections(net.layers[layer])
+    size = net.config.head_dim
     width = size * net.config.heads
-    rows = [attention.in_proj.weight[i * width + head * size : i * width + (head + 1) * size] for i in range(3)]
+    rows = [into[i * width + head * size : i * width + (head + 1) * size] for i in range(3)]
     for row in rows:
         row.zero_()
     places = torch.arange(BITS)
     rows[2][places, source + places] = 1.0
-    out = attention.out_proj.weight[:, head * size : (head + 1) * size]
+    out = out_of[:, head * size : (head + 1) * size]
     out.zero_()
     out[target + places, places] = 0.35
     return rows[0], rows[1]

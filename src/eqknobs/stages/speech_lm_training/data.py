@@ -158,7 +158,9 @@ class Sequences:
         if text is None and voice is None:
             return torch.empty(self.config.streams, 0, dtype=torch.long)
         tokens = None if text is None else self.tokeniser.encode(system_text(text))
-        return persona_prompt(tokens, self.config, voice_codes=voice).frames
+        frames = persona_prompt(tokens, self.config, voice_codes=voice).frames
+        assert frames is not None
+        return frames
 
     def voice_codes(self, voice: str, frames: int, rng: random.Random) -> Tensor:
         """The first frames of some clip of a voice, from where it begins to speak [codebooks, frames]."""

@@ -14,8 +14,9 @@ import os
 import random
 import shutil
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -54,9 +55,9 @@ def new_net(config: MoshiConfig, seed: int) -> MoshiNet:
     torch.manual_seed(seed)
     net = MoshiNet(config)
     with torch.no_grad():
-        for stream, embedding in enumerate(net.emb, start=1):
+        for stream, embedding in enumerate(cast(Sequence[nn.Embedding], net.emb), start=1):
             embedding.weight.normal_(0, 0.1 if stream < config.user.start else 0.02)
-        for embedding in (net.text_emb, net.depformer_text_emb, *net.depformer_emb):
+        for embedding in (net.text_emb, net.depformer_text_emb, *cast(Sequence[nn.Embedding], net.depformer_emb)):
             embedding.weight.normal_(0, 0.2)
         for name, weight in net.named_parameters():
             if "out_proj" in name or "linear_out" in name or name.startswith("linears"):
@@ -77,7 +78,7 @@ def bfloat16_linears(net: MoshiNet) -> None:
 
     for module in net.modules():
         if isinstance(module, nn.Linear):
-            module.forward = types.MethodType(forward, module)
+            vars(module)["forward"] = types.MethodType(forward, module)
 
 
 def losses(
@@ -180,13 +181,14 @@ def begin(cfg: dict[str, Any], folder: Path, codec: Mimi) -> tuple[MoshiNet, sen
     folder.mkdir(parents=True, exist_ok=True)
     write_tokeniser(folder / TOKENISER)
     tokeniser = sentencepiece.SentencePieceProcessor(model_file=str(folder / TOKENISER))
-    card, steady = codec.config.codebook_size, sounds(codec, cfg["model"]["codebooks"])
-    config = MoshiConfig(**cfg["model"], text_card=len(tokeniser), card=card, **steady)
+    shape = cfg["model"] | sounds(codec, cfg["model"]["codebooks"])
+    config = MoshiConfig(**shape, text_card=len(tokeniser), card=codec.config.codebook_size)
     if not cfg.get("start"):
         return new_net(config, cfg["seed"]), tokeniser
     files = find_files("start", cfg["start"])
     net = load_net(files)
-    if net.config != config or file_sha256(files.tokenizer) != file_sha256(folder / TOKENISER):
+    ours = None if files.tokenizer is None else file_sha256(files.tokenizer)
+    if net.config != config or ours != file_sha256(folder / TOKENISER):
         raise EqknobsError(f"speech_lm_training.start: {cfg['start']} has other sizes, sounds or words than the config")
     for weight in net.parameters():
         weight.data = weight.data.clone()  # not the file's own pages
