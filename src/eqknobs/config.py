@@ -21,6 +21,7 @@ import jsonschema
 import yaml
 
 from eqknobs.errors import EqknobsError, counted
+from eqknobs.models.sites import expand_targets
 from eqknobs.strict_yaml import parse_yaml, read_yaml
 
 PACKAGE = Path(__file__).resolve().parent
@@ -75,6 +76,8 @@ def _validator() -> jsonschema.Draft202012Validator:
 def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> None:
     """Make a merged configuration what its writers meant, in place, and check it.
 
+    A target `<model>.<site>.*` becomes all layers that the model has there (`eqknobs.models.sites`).
+
     typed: what `--config` gave. Snakemake reads numbers, true and null inside a mapping or list there as text; where
     the schema wants another type they are read anew. An entry that is null where null is no value of it, such as an
     SAE or an optional key, was dropped by an overlay and goes; whole floats become ints, as 1 and 1.0 mean the same.
@@ -92,6 +95,8 @@ def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> No
                 parent.pop(last, None)
     for key, value in config.items():
         config[key] = _whole(value)
+    _check_schema(config)
+    config["run"]["targets"] = expand_targets(config["run"]["targets"], config["models"])
     validate(config)
     _own_speech(config["data"])
 
@@ -167,16 +172,20 @@ def validate(config: dict[str, Any]) -> None:
     Raises EqknobsError, one line, for an unknown key, a wrong type, an impossible value, values that contradict each
     other, or a target, SAE or model that is not defined.
     """
-    _check_plain(config, "")
-    errors = sorted(_validator().iter_errors(config), key=lambda e: (_place(e), e.message))
-    if errors:
-        raise EqknobsError(f"config: {_place(errors[0])}: {_mend(errors[0])}")
+    _check_schema(config)
     for target in config["run"]["targets"]:
         _check_target(config, target)
     for name, sae in (config["saes"] or {}).items():
         _check_sae(f"saes.{name}", sae)
     _check_named_saes(config)
     _check_relations(config)
+
+
+def _check_schema(config: dict[str, Any]) -> None:
+    _check_plain(config, "")
+    errors = sorted(_validator().iter_errors(config), key=lambda e: (_place(e), e.message))
+    if errors:
+        raise EqknobsError(f"config: {_place(errors[0])}: {_mend(errors[0])}")
 
 
 def _check_target(config: dict[str, Any], target: str) -> None:
@@ -255,6 +264,13 @@ def _check_relations(config: dict[str, Any]) -> None:
                 f"config: labels.{key}: {config['labels'][key]} leaves no pitch that CREPE knows, "
                 f"{CREPE_HZ[0]} to {CREPE_HZ[1]} Hz"
             )
+    codecs = [target for target in config["run"]["targets"] if decodes(config, target)]
+    sounding = [stage for stage in ("codec", "steering", "importance") if config.get(stage)]
+    if (config.get("activations") or {}).get("frames") and codecs and sounding:
+        raise EqknobsError(
+            f"config: activations.frames: keeps a part of each clip, but {sounding[0]} decodes whole clips of "
+            f"{codecs[0]}; remove activations.frames or put codecs into a run of their own"
+        )
     data = config["data"]
     if 60 * data["max_minutes"] < 3 * data["min_seconds"]:
         raise EqknobsError(
@@ -380,7 +396,10 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
         ),
         "speech_lm_scores": lambda: {k: config["speech_lm_training"][k] for k in ("speech", "codec", "scores")},
         "manifest": lambda: {"data": config["data"], "seed": seed},
-        "activations": model,
+        "activations": lambda: {
+            **model(),
+            **({**config["activations"], "seed": seed} if config.get("activations") else {}),
+        },
         "labels": lambda: config["labels"],
         "sae": lambda: {
             "sae": {k: v for k, v in config["saes"][wildcards["sae"]].items() if k != "grid"},

@@ -70,12 +70,22 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
 
 
 def _on_device(snakemake: Any) -> dict[str, Any]:
-    """The job's slice of the configuration with the device that it is to run on, which is no part of the slice."""
+    """The job's slice of the configuration with what is no part of it, as it does not decide the result: the device that
+    it is to run on, and for a job that caches a target its siblings (sites of the same model), by where they go."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
+    if getattr(snakemake, "rule", "") == "activations":
+        cfg["siblings"] = _siblings(snakemake.wildcards.target, snakemake.output[0], snakemake.config["run"]["targets"])
     return {**cfg, "device": device}
+
+
+def _siblings(target: str, output: str, targets: list[str]) -> dict[str, str]:
+    """Site and output of the other targets of a target's model."""
+    model, _, _ = target.partition(".")
+    own, others = Path(output), [other for other in targets if other != target and other.startswith(f"{model}.")]
+    return {other.partition(".")[2]: str(own.with_name(own.name.replace(target, other, 1))) for other in others}
 
 
 def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None:

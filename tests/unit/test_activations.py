@@ -165,14 +165,15 @@ def test_two_runs_give_the_same_bytes(world, tmp_path):
 def test_constant_dimension_has_a_std_above_zero(world, tmp_path, monkeypatch):
     from eqknobs.models.mimi import Mimi
 
-    encode = Mimi.encode
+    encode = Mimi.encode_sites
 
-    def flat(self, wav, site):
-        acts = encode(self, wav, site)
-        acts[:, 3] = 0.5
-        return acts
+    def flat(self, wav, sites):
+        found = encode(self, wav, sites)
+        for acts in found.values():
+            acts[:, 3] = 0.5
+        return found
 
-    monkeypatch.setattr(Mimi, "encode", flat)
+    monkeypatch.setattr(Mimi, "encode_sites", flat)
     run(world, tmp_path / "flat.h5")
     with ActivationCache(tmp_path / "flat.h5") as cache:
         assert cache.mean[3] == 0.5 and 0 < cache.std[3] < 1e-3 and (cache.std > 0).all()
@@ -184,27 +185,33 @@ SLOW = """
 import json, sys, time
 from eqknobs.corpus.activations import cache_activations
 from eqknobs.models.mimi import Mimi
-encode = Mimi.encode
-def slow(self, wav, site):
-    acts = encode(self, wav, site)
-    with open("encoded", "a") as file:
+encode = Mimi.encode_sites
+def slow(self, wav, sites):
+    acts = encode(self, wav, sites)
+    with open(sys.argv[3], "a") as file:
         file.write(".")
     time.sleep(0.4)
     return acts
-Mimi.encode = slow
-cache_activations("manifest.csv", sys.argv[1], json.loads(sys.argv[2]), "encoder_transformer", {"x": 1})
+Mimi.encode_sites = slow
+keys = json.loads(sys.argv[4])
+cache_activations("manifest.csv", sys.argv[1], json.loads(sys.argv[2]), "encoder_transformer", **keys)
 """
 
 
-def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
-    out = tmp_path / "cache.h5"
-    command = [sys.executable, "-c", SLOW, str(out), json.dumps(model_config(world / "mimi"))]
+def killed_after_3(world, out, keys):
+    """Kill a process that caches when it has encoded three clips."""
+    marks = out.parent / "encoded"
+    command = [sys.executable, "-c", SLOW, out, json.dumps(model_config(world / "mimi")), marks, json.dumps(keys)]
     process = subprocess.Popen(command, cwd=world, stderr=subprocess.DEVNULL)
-    marks = world / "encoded"
     while process.poll() is None and not (marks.exists() and marks.stat().st_size >= 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
+    out = tmp_path / "cache.h5"
+    killed_after_3(world, out, {"cfg": {"x": 1}})
     assert not out.exists() and len(work_files(tmp_path)) == 1  # nothing half-written is taken for whole
     with h5py.File(work_files(tmp_path)[0]) as file:
         done = int(file["done"][0])
@@ -214,8 +221,8 @@ def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
 
     from eqknobs.models.mimi import Mimi
 
-    encode, again = Mimi.encode, []
-    monkeypatch.setattr(Mimi, "encode", lambda *args: again.append(1) or encode(*args))
+    encode, again = Mimi.encode_sites, []
+    monkeypatch.setattr(Mimi, "encode_sites", lambda *args: again.append(1) or encode(*args))
     run(world, out)
     assert len(again) == 6 - done  # finished utterances were not encoded again
     assert out.read_bytes() == (world / "whole.h5").read_bytes()
@@ -229,16 +236,16 @@ class Stop(Exception):
 def interrupted(world, out, monkeypatch, after, cfg=None):
     from eqknobs.models.mimi import Mimi
 
-    encode, calls = Mimi.encode, []
+    encode, calls = Mimi.encode_sites, []
 
-    def stop(self, wav, site):
+    def stop(self, wav, sites):
         if len(calls) == after:
             raise Stop
         calls.append(1)
-        return encode(self, wav, site)
+        return encode(self, wav, sites)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Mimi, "encode", stop)
+        patch.setattr(Mimi, "encode_sites", stop)
         run(world, out, cfg=cfg)
     return work_files(out.parent)[0]
 
@@ -276,8 +283,10 @@ def encodings(monkeypatch):
     """Lengths of the waveforms that are encoded from now on."""
     from eqknobs.models.mimi import Mimi
 
-    encode, seen = Mimi.encode, []
-    monkeypatch.setattr(Mimi, "encode", lambda self, wav, site: seen.append(len(wav)) or encode(self, wav, site))
+    encode, seen = Mimi.encode_sites, []
+    monkeypatch.setattr(
+        Mimi, "encode_sites", lambda self, wav, sites: seen.append(len(wav)) or encode(self, wav, sites)
+    )
     return seen
 
 
