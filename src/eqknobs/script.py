@@ -70,8 +70,8 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
 
 
 def _on_device(snakemake: Any) -> dict[str, Any]:
-    """The job's slice of the configuration with what is no part of it, as it does not decide the result: the device that
-    it is to run on, and for a job that caches a target its siblings (sites of the same model), by where they go."""
+    """The job's slice of the configuration, and what is no part of it as it does not decide the result: the device that
+    it is to run on, and for a job that caches a target its siblings (sites of the same model) with their outputs."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes

@@ -376,8 +376,8 @@ def kept_frames(
     """Which frames of each clip a budget leaves: the first one and how many, int64 [clips] each.
 
     A clip keeps one run of consecutive frames, since probes pair a frame with its neighbours (lags); as long as its
-    share of all frames, but at least `LEAST_FRAMES`, and begun where the seed and the hash of its sound say. In all they
-    are `budget` at most; None keeps everything. Raises EqknobsError for a budget that does not reach for that.
+    share of all frames, but at least `LEAST_FRAMES`, and begun where the seed and the hash of its sound say. In all
+    they are `budget` at most; None keeps everything. Raises EqknobsError for a budget that does not reach for that.
     """
     if budget is None or clip_frames.sum() <= budget:
         return np.zeros_like(clip_frames), clip_frames

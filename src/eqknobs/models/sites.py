@@ -6,6 +6,7 @@ For checks and wildcard targets before any work; once loaded, a model's own `sit
 import json
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def _config_file(path: str, revision: str | None, fetch: bool) -> Path | None:
 
 
 def _moshi(model: dict[str, Any], file: Path | None) -> list[str] | None:
-    from eqknobs.models.moshi.memory import read_shapes  # here: it imports the configuration, which imports this
-
-    if shapes := read_shapes({"name": "", **model}):
+    # Named, as in `KINDS`: whoever reads a configuration does not depend on a kind's code.
+    memory = import_module("eqknobs.models.moshi.memory")
+    if shapes := memory.read_shapes({"name": "", **model}):
         heads = shapes.heads
     elif file is not None and isinstance(layers := _read(file).get("num_layers"), int):
         heads = (1,) * layers

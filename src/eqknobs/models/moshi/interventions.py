@@ -1,4 +1,4 @@
-"""What can be done to a network: activations edited, heads zeroed or removed, weights pruned or rounded, input streams silenced.
+"""What can be done to a network: activations edited, heads zeroed or removed, weights pruned or rounded, streams muted.
 
 Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed in NF4 everywhere.
 """
@@ -36,9 +36,9 @@ def _places(net: MoshiNet, heads: Heads) -> dict[int, list[int]]:
 def editing(net: MoshiNet, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While the block runs, the network goes on from `edit(activations)` at `residual.<layer>` or `heads.<layer>`.
 
-    The edit gets [batch, columns, width]: all columns of a clip that is heard or of a prompt, then one a frame. A `heads`
-    site is head after head, of those that are left. Raises EqknobsError for another site, and on running if the shape
-    changes.
+    The edit gets [batch, columns, width]: all columns of a clip that is heard or of a prompt, then one a frame. A
+    `heads` site is head after head, of those that are left. Raises EqknobsError for another site, and on running if the
+    shape changes.
     """
     kind, _, number = site.partition(".")
     layer = net.layers[int(number)] if number.isdecimal() and int(number) < len(net.layers) else None
