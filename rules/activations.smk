@@ -1,6 +1,15 @@
+def cached(wildcards):
+    """The slice of what a target is, and of the frames to keep where there is a budget."""
+    budget = config.get("activations")
+    return {
+        **opened(wildcards),
+        **({**budget, "seed": config["run"]["seed"]} if budget else {}),
+    }
+
+
 rule activations:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         model=model_files,
         script=code("activations.py"),
     output:
@@ -15,7 +24,7 @@ rule activations:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("activations", model=model_files),
+        cfg=cfg("activations", cached, model=model_files),
     message:
         "Cache activations of {wildcards.target}"
     script:
@@ -24,7 +33,7 @@ rule activations:
 
 rule labels:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         script=code("labels.py"),
     output:
@@ -39,7 +48,7 @@ rule labels:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("labels"),
+        cfg=cfg("labels", lambda wildcards: config["labels"]),
     message:
         "Label pitch, loudness and brightness on the frames of {wildcards.target}"
     script:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors
+from eqknobs.plan import SPEECH, corpus_config, corpus_of, on_corpus, parse_target
 
 
 def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -69,11 +70,15 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
             _run_logged(main, snakemake, file)
 
 
-def _on_device(snakemake: Any) -> dict[str, Any]:
-    """The job's slice of the configuration, and what is no part of it as it does not decide the result: the device that
-    it is to run on, and for a job that caches a target its siblings (sites of the same model) with their outputs."""
+def _with_circumstances(snakemake: Any) -> dict[str, Any]:
+    """The job's slice of the configuration, and what is no part of it as it does not decide what is made: the device
+    that it is to run on, how speech is downloaded, and for a job that caches a target its siblings (sites of the same
+    model on the same corpus) with their outputs."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
+    if "source" in cfg.get("data", {}):  # the speech of a run; a training's `data` is its folders
+        data = corpus_config(snakemake.config, snakemake.wildcards.get("corpus", SPEECH))
+        cfg["data"] = cfg["data"] | {k: v for k, v in data.items() if k in ("url", "timeout_seconds")}
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
     if getattr(snakemake, "rule", "") == "activations":
@@ -82,10 +87,11 @@ def _on_device(snakemake: Any) -> dict[str, Any]:
 
 
 def _siblings(target: str, output: str, targets: list[str]) -> dict[str, str]:
-    """Site and output of the other targets of a target's model."""
-    model, _, _ = target.partition(".")
-    own, others = Path(output), [other for other in targets if other != target and other.startswith(f"{model}.")]
-    return {other.partition(".")[2]: str(own.with_name(own.name.replace(target, other, 1))) for other in others}
+    """Site and output of the other targets of a target's model, on its corpus."""
+    own, (model, site) = Path(output), parse_target(target)
+    others = [on_corpus(other, corpus_of(target)) for other in targets if parse_target(other)[0] == model]
+    found = {parse_target(other)[1]: str(own.with_name(own.name.replace(target, other, 1))) for other in others}
+    return {other: path for other, path in found.items() if other != site}
 
 
 def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None:
@@ -94,7 +100,7 @@ def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None
     try:
         with one_line_errors():
             try:
-                main(snakemake.input, snakemake.output, _on_device(snakemake))
+                main(snakemake.input, snakemake.output, _with_circumstances(snakemake))
             except OSError:
                 traceback.print_exc(file=file)
                 raise
