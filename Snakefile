@@ -40,6 +40,7 @@ WORKED_ON = list(
     )
 )
 CORPORA = corpora_used(config, WORKED_ON)
+config["worked_on"] = WORKED_ON  # for jobs that serve several; no part of any slice
 
 
 localrules:

@@ -1,3 +1,12 @@
+def cached(wildcards):
+    """The slice of what a target is, and of the frames to keep where there is a budget."""
+    budget = config.get("activations")
+    return {
+        **opened(wildcards),
+        **({**budget, "seed": config["run"]["seed"]} if budget else {}),
+    }
+
+
 rule activations:
     input:
         manifest=manifest_of,
@@ -15,7 +24,7 @@ rule activations:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("activations", opened, model=model_files),
+        cfg=cfg("activations", cached, model=model_files),
     message:
         "Cache activations of {wildcards.target}"
     script:

@@ -62,7 +62,7 @@ rule report:
         cfg=cfg(
             "report",
             lambda wildcards: {
-                "config": but(config, "hardware")
+                "config": but(config, "hardware", "worked_on")
                 | {"data": but(config["data"], *DOWNLOAD)},
                 "targets": WORKED_ON,
                 "stages": SECTIONS,

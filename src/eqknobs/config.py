@@ -24,6 +24,7 @@ import eqknobs.stages.saes.checks
 import eqknobs.stages.speech_lm.checks
 import eqknobs.stages.steering.checks
 from eqknobs.errors import EqknobsError, counted
+from eqknobs.models.sites import expand_targets
 from eqknobs.plan import parse_target
 from eqknobs.schema import mend, place, settled, validator
 from eqknobs.strict_yaml import parse_yaml, read_yaml
@@ -47,6 +48,8 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
 def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> None:
     """Make a merged configuration what its writers meant, in place, and check it.
 
+    A target `<model>.<site>.*` becomes all layers that the model has there (`eqknobs.models.sites`).
+
     typed: what `--config` gave. Snakemake reads numbers, true and null inside a mapping or list there as text; where
     the schema wants another type they are read anew. An entry that is null where null is no value of it, such as an
     SAE or an optional key, was dropped by an overlay and goes; whole floats become ints, as 1 and 1.0 mean the same;
@@ -65,6 +68,8 @@ def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> No
                 parent.pop(last, None)
     for key, value in config.items():
         config[key] = _whole(value)
+    _check_schema(config)
+    config["run"]["targets"] = expand_targets(config["run"]["targets"], config["models"])
     validate(config)
     config.update(settled(config))
     _own_speech(config["data"])
@@ -141,12 +146,16 @@ def validate(config: dict[str, Any]) -> None:
     Raises EqknobsError, one line, for an unknown key, a wrong type, an impossible value, values that contradict each
     other, or a target, SAE or model that is not defined.
     """
+    _check_schema(config)
+    for check in CHECKS:
+        check(config)
+
+
+def _check_schema(config: dict[str, Any]) -> None:
     _check_plain(config, "")
     errors = sorted(validator().iter_errors(config), key=lambda e: (place(e), e.message))
     if errors:
         raise EqknobsError(f"config: {place(errors[0])}: {mend(errors[0])}")
-    for check in CHECKS:
-        check(config)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

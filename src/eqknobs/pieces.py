@@ -28,6 +28,14 @@ class Pieces:
     def __init__(self, folder: str | Path | None = STORE):
         self.folder = None if folder is None else Path(folder)
 
+    def path(self, kind: str, made_of: Any, suffix: str) -> Path:
+        """Where a piece is, or would be, in a store that has a folder: for pieces that are files of their own.
+
+        Whoever writes there does so atomically. made_of: as of `json`.
+        """
+        key = hashlib.sha256(json.dumps([kind, made_of], sort_keys=True).encode()).hexdigest()
+        return self.folder / kind / key[:2] / f"{key[2:]}{suffix}"
+
     def json(self, kind: str, made_of: Any, make: Callable[[], Any]) -> Any:
         """A piece of plain JSON values: what is kept, else what `make` returns.
 
@@ -36,8 +44,7 @@ class Pieces:
         """
         if self.folder is None:
             return make()
-        key = hashlib.sha256(json.dumps([kind, made_of], sort_keys=True).encode()).hexdigest()
-        path = self.folder / kind / key[:2] / f"{key[2:]}.json"
+        path = self.path(kind, made_of, ".json")
         try:
             value = json.loads(path.read_text())
             os.utime(path)  # used now: `prune` leaves it

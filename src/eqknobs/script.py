@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors
-from eqknobs.plan import SPEECH, corpus_config
+from eqknobs.plan import SPEECH, corpus_config, corpus_of, parse_target
 
 
 def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -72,7 +72,8 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
 
 def _with_circumstances(snakemake: Any) -> dict[str, Any]:
     """The job's slice of the configuration, and what is no part of it as it does not decide what is made: the device
-    that it is to run on, how speech is downloaded, and a limit of the draw that may not bind (`plan.as_drawn`)."""
+    that it is to run on, how speech is downloaded, a limit of the draw that may not bind (`plan.as_drawn`), and for a job
+    that caches a target its siblings (sites of the same model on the same corpus) with their outputs."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
     if "source" in cfg.get("data", {}):  # the speech of a run; a training's `data` is its folders
@@ -81,7 +82,17 @@ def _with_circumstances(snakemake: Any) -> dict[str, Any]:
         cfg["data"] = cfg["data"] | {key: value for key, value in data.items() if key in free}
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
+    if getattr(snakemake, "rule", "") == "activations":
+        cfg["siblings"] = _siblings(snakemake.wildcards.target, snakemake.output[0], snakemake.config["worked_on"])
     return {**cfg, "device": device}
+
+
+def _siblings(target: str, output: str, targets: list[str]) -> dict[str, str]:
+    """Site and output of the other targets of a target's model, on its corpus."""
+    own, (model, site) = Path(output), parse_target(target)
+    others = [o for o in targets if parse_target(o)[0] == model and corpus_of(o) == corpus_of(target)]
+    found = {parse_target(other)[1]: str(own.with_name(own.name.replace(target, other, 1))) for other in others}
+    return {other: path for other, path in found.items() if other not in (site, "")}
 
 
 def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None:

@@ -139,3 +139,16 @@ def test_other_errors_keep_their_traceback():
 
 def test_counts_in_words():
     assert [counted(n, "test speaker") for n in (0, 1, 2)] == ["0 test speakers", "1 test speaker", "2 test speakers"]
+
+
+def test_a_job_that_caches_a_target_knows_its_siblings(tmp_path):
+    """From the configuration, not from the slice: a target that is added reruns no other's job."""
+    made = job(tmp_path)
+    made.config["worked_on"] = ["m.layer.1", "m.layer.10", "mm.layer.0", "m.layer.0", "m.layer.5@music", "m"]
+    made.wildcards, made.output = SimpleNamespace(target="m.layer.1"), ["results/r/activations/m.layer.1.h5"]
+    seen = []
+    for made.rule in ("activations", "labels"):
+        run(lambda inputs, outputs, cfg: seen.append(cfg), made)
+    folder = "results/r/activations"
+    assert seen[0]["siblings"] == {"layer.10": f"{folder}/m.layer.10.h5", "layer.0": f"{folder}/m.layer.0.h5"}
+    assert "siblings" not in seen[1] and made.params.cfg == {}

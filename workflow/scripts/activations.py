@@ -4,10 +4,12 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.corpus.activations import cache_activations
+from eqknobs.pieces import STORE
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    cache_activations(inputs.manifest, outputs[0], cfg["model"], cfg["site"], cfg)
+    siblings = cfg.pop("siblings")
+    cache_activations(inputs.manifest, outputs[0], cfg["model"], cfg["site"], cfg, siblings, STORE)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ bytes at known offsets change: the frames of one utterance, then the counter of 
 metadata is never half-written, and on one machine the finished file has the same bytes however often work was
 interrupted.
 
+One pass of a model serves all of a run's targets at it: whichever target's job comes first reads the others' sites too,
+and leaves their finished caches in the store of pieces, from which their jobs take them without loading the model.
+
 A finished cache keeps a second name, `.<name>.kept`, since Snakemake deletes an output before it is made again: clips
 whose sound is unchanged are then copied from it. HDF5's own file locks are off: whoever looks into a file meanwhile
 stops nobody, and writers are kept apart in `eqknobs.script`.
@@ -14,8 +17,11 @@ import errno
 import hashlib
 import json
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,57 +34,190 @@ from tqdm import tqdm
 from eqknobs.audio import read_clip
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, file_sha256, read_csv, require_free_disk
+from eqknobs.io import atomic_path, file_sha256, read_csv, require_free_disk, writer_lock
 from eqknobs.models import Model, load_model
+from eqknobs.pieces import Pieces
+
+LEAST_FRAMES = 16  # that a clip keeps under a budget of frames, if it has as many
 
 
 def cache_activations(
-    manifest_csv: str | Path, out_h5: str | Path, cfg_model: dict, target_site: str, cfg: dict | None = None
+    manifest_csv: str | Path,
+    out_h5: str | Path,
+    cfg_model: dict,
+    target_site: str,
+    cfg: dict | None = None,
+    siblings: Mapping[str, str | Path] | None = None,
+    pieces: str | Path | None = None,
 ) -> None:
     """Encode every utterance of a manifest and write its activations at one site.
 
     manifest_csv: columns id, path, speaker, split, sha256. cfg_model: see `load_model`. cfg: plain values whose
-    change must restart half-done work (they are only hashed).
+    change must restart half-done work; of these are used `frames`, a budget of frames in all (see `kept_frames`), and
+    `seed`. siblings: sites of the same model whose caches at those paths are wanted too; what is missing of them is
+    made in the same pass and left in the store `pieces`. That needs `cfg["content"]`: digests of what the model's files
+    hold, and of the code, as what is in the store must be found before the model is loaded.
 
     HDF5: `activations` float32 [N, width] (contiguous), `frame_times` seconds [N] (centre of the hop),
-    `utterances/{id,speaker,split,sha256,start,frames,samples}`, `done` (finished utterances); attributes model,
+    `utterances/{id,speaker,split,sha256,start,frames,samples}`, under a budget also `utterances/{first,clip_frames}`
+    (where in the clip its frames begin, how many the clip has), `done` (finished utterances); attributes model,
     revision, site, module_path, frame_rate (Hz), hop (samples), sample_rate, device, manifest_sha256, versions
     (JSON), identity (hash of all that decides how a clip is encoded), train_frames, mean and std (float64 [width],
     over the train frames); of a moshi also codec_revision.
 
     Raises EqknobsError: unknown site, audio that is unreadable or not what the manifest promises, NaN or infinite
-    activations (naming the utterance), no train frames, full disk. Finished utterances stay in
+    activations (naming the utterance), no train frames, a budget too small, full disk. Finished utterances stay in
     `<out>.part-<hash>.h5`; neither they nor those of an earlier cache of the same identity are encoded again.
     """
-    out = Path(out_h5)
-    with gpu_lock(pick_device(cfg_model.get("device") or "auto")):
-        model = load_model(cfg_model)
-        manifest = read_csv(manifest_csv)
-        if not (manifest["split"] == "train").any():
-            raise EqknobsError(f"{manifest_csv} has no utterance in split train; the normaliser needs some")
-        attributes = _attributes(model, target_site)
-        identity = _hash([_deviceless(cfg_model), _deviceless(cfg or {}), attributes])
-        attributes |= {"identity": identity, "manifest_sha256": file_sha256(manifest_csv)}
-        work = out.with_name(f"{out.name}.part-{_hash([identity, attributes['manifest_sha256']])[:12]}.h5")
-        kept = out.with_name(f".{out.name}.kept")
-        known = _known_clips([p for p in (work, out, kept, *_parts(out)) if p.exists()], identity)
+    cfg, device, manifest = cfg or {}, pick_device(cfg_model.get("device") or "auto"), read_csv(manifest_csv)
+    if not (manifest["split"] == "train").any():
+        raise EqknobsError(f"{manifest_csv} has no utterance in split train; the normaliser needs some")
+    store = _Store(pieces, cfg_model, cfg, device, file_sha256(manifest_csv))
+    with store.one_pass():
+        out = Path(out_h5)
+        if store.take(target_site, out):
+            print(f"{out.name}: taken from the pass that cached its siblings")
+            return
+        with gpu_lock(device):
+            wanted = {target_site: out, **({} if store.folder is None else siblings or {})}
+            _one_pass(manifest, wanted, cfg_model, cfg, store)
+        _keep(out)
+
+
+def _one_pass(
+    manifest: pd.DataFrame, wanted: Mapping[str, str | Path], cfg_model: dict, cfg: dict, store: "_Store"
+) -> None:
+    """Cache the first of the wanted sites, and in the same pass those others that are nowhere yet."""
+    model = load_model(cfg_model)
+    asked, *more = wanted
+    own, *others = (
+        _Work(site, Path(wanted[site]), _attributes(model, site), cfg_model, _of_site(cfg, site), store.manifest_sha256)
+        for site in (asked, *(site for site in more if site in model.sites))  # of a bad one, its own job will say so
+    )
+    works = [own, *(work for work in others if not work.is_done() and not store.piece(work.site).exists())]
+    try:
+        _lay_out(works, manifest, model, cfg)
+        _fill(works, manifest, model)
+        for work in works[1:]:
+            _write_normaliser(work.path)
+            store.put(work.site, work.path)
+        _write_normaliser(own.path)
+        os.replace(own.path, own.out)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise EqknobsError(
+            f"disk full while writing {own.path}: free some space and run again; finished utterances are kept"
+        ) from error
+
+
+def _keep(out: Path) -> None:
+    """Give a finished cache its second name; half-done ones before it are of no use any more."""
+    kept = _kept(out)
+    kept.unlink(missing_ok=True)
+    with suppress(OSError):  # a file system without hard links: the next cache is made from the start
+        os.link(out, kept)
+    for stale in _parts(out):
+        stale.unlink()
+
+
+def _kept(out: Path) -> Path:
+    return out.with_name(f".{out.name}.kept")
+
+
+def _of_site(cfg: dict, site: str) -> dict:
+    """The settings with which the job of another site of the model caches it."""
+    return {**cfg, "site": site} if "site" in cfg else cfg
+
+
+class _Store:
+    """Finished caches of one pass (a model on a manifest, with settings) in the store of pieces, by their site."""
+
+    def __init__(self, folder: str | Path | None, cfg_model: dict, cfg: dict, device: str, manifest_sha256: str):
+        self.folder = folder if "content" in cfg else None
+        self.manifest_sha256, self._cfg, self._model, self._device = manifest_sha256, cfg, cfg_model, device
+
+    def piece(self, site: str | None) -> Path:
+        """Where a site's cache is, or would be."""
+        made_of = [
+            _deviceless(self._model),
+            _deviceless(_of_site(self._cfg, site)),
+            self._device,
+            _versions(),
+            _sources(self._model),
+            self.manifest_sha256,
+        ]
+        return Pieces(self.folder).path("activations", [site, *made_of], ".h5")
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """One process at a time makes this pass; the next one then finds what it made."""
+        if self.folder is None:
+            yield
+            return
+        # the configuration is the same for all targets but for the site
+        with writer_lock(self.piece(None)):
+            yield
+
+    def put(self, site: str, work: Path) -> None:
+        """Move a finished work file into the store."""
+        piece = self.piece(site)
+        piece.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if not work.exists() or _header(work) is None:
-                _lay_out(work, manifest, model, target_site, attributes, known)
-            _fill(work, manifest, model, target_site, known)
-            _write_normaliser(work)
-            os.replace(work, out)
+            os.replace(work, piece)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno != errno.EXDEV:
                 raise
-            raise EqknobsError(
-                f"disk full while writing {work}: free some space and run again; finished utterances are kept"
-            ) from error
-        kept.unlink(missing_ok=True)
-        with suppress(OSError):  # a file system without hard links: the next cache is made from the start
-            os.link(out, kept)
-        for stale in _parts(out):
-            stale.unlink()
+            with atomic_path(piece) as temporary:
+                shutil.copyfile(work, temporary)
+            work.unlink()
+
+    def take(self, site: str, out: Path) -> bool:
+        """Let `out` be what the store has for a site; False if that is nothing.
+
+        By a hard link, unless another run's output is one already: Snakemake touches its outputs, and one run must not
+        touch another's.
+        """
+        if self.folder is None or not (piece := self.piece(site)).is_file():
+            return False
+        kept = _kept(out)
+        if kept.exists() and kept.samefile(piece):
+            kept.unlink()
+        with atomic_path(out) as temporary:
+            try:
+                if piece.stat().st_nlink > 1:
+                    raise OSError(errno.EMLINK, "linked already")
+                os.link(piece, temporary)
+            except OSError:
+                shutil.copyfile(piece, temporary)
+        _keep(out)
+        return True
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}
+
+
+def _sources(cfg_model: dict) -> list[str]:
+    """What `content` does not tell of a model: the commits of hub models that are here, and a codec that the model's
+    own config.json names (`eqknobs.models.moshi`)."""
+    found = []
+    for key in ("path", "codec"):
+        path = cfg_model.get(key)
+        if path is None or Path(path).is_dir():
+            continue
+        from huggingface_hub import try_to_load_from_cache
+
+        with suppress(ValueError):  # neither a folder nor a hub id: loading it will say so
+            pinned = cfg_model.get("revision" if key == "path" else "codec_revision")
+            file = try_to_load_from_cache(str(path), "config.json", revision=pinned)
+            found.append(Path(file).parent.name if isinstance(file, str) else "")
+    if "codec" not in cfg_model:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            config = Path(str(cfg_model["path"])) / "config.json"
+            codec = config.parent / json.loads(config.read_text())["eqknobs"]["codec"]
+            found += [file_sha256(file) for file in sorted(codec.glob("*.safetensors"))]
+    return found
 
 
 def _attributes(model: Model, site_name: str) -> dict[str, Any]:
@@ -92,7 +231,7 @@ def _attributes(model: Model, site_name: str) -> dict[str, Any]:
         "hop": site.hop,
         "sample_rate": model.sample_rate,
         "device": model.device,
-        "versions": json.dumps({name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}),
+        "versions": json.dumps(_versions()),
     }
     if codec := getattr(model, "codec", None):  # of a speech LM: other codes, other activations
         found["codec_revision"] = codec.revision
@@ -121,6 +260,8 @@ class _Header:
     start: np.ndarray
     frames: np.ndarray
     samples: np.ndarray
+    first: np.ndarray  # of the clip's frames, the first one that is kept
+    clip_frames: np.ndarray
     done: int
     offset: int  # bytes
     done_offset: int  # bytes
@@ -137,10 +278,15 @@ def _header(path: Path) -> _Header | None:
             table, acts, done = file["utterances"], file["activations"], file["done"]
             if "std" not in file.attrs or acts.id.get_offset() is None:
                 return None
+            frames = table["frames"][:]
+            part = (table["first"][:], table["clip_frames"][:]) if "first" in table else (np.zeros_like(frames), frames)
             return _Header(
                 file.attrs["identity"],
                 table["sha256"].asstr()[:].tolist(),
-                *(table[name][:] for name in ("start", "frames", "samples")),
+                table["start"][:],
+                frames,
+                table["samples"][:],
+                *part,
                 int(done[0]),
                 acts.id.get_offset(),
                 done.id.get_offset(),
@@ -159,6 +305,7 @@ class _KnownClip:
     path: Path
     offset: int
     size: int
+    first: int
     frames: int
     samples: int
 
@@ -178,8 +325,76 @@ def _known_clips(paths: list[Path], identity: str) -> dict[str, _KnownClip]:
         for i in range(header.done):
             frames, row = int(header.frames[i]), 4 * header.width
             place = header.offset + int(header.start[i]) * row
-            known.setdefault(header.sha256[i], _KnownClip(path, place, frames * row, frames, int(header.samples[i])))
+            clip = _KnownClip(path, place, frames * row, int(header.first[i]), frames, int(header.samples[i]))
+            known.setdefault(header.sha256[i], clip)
     return known
+
+
+class _Work:
+    """A cache in the making: of one site, in a work file beside where the cache is to be."""
+
+    def __init__(
+        self, site: str, out: Path, attributes: dict[str, Any], cfg_model: dict, cfg: dict, manifest_sha256: str
+    ):
+        self.site, self.out, self.manifest_sha256 = site, out, manifest_sha256
+        self._plain, self._made_by = attributes, [_deviceless(cfg_model), _deviceless(cfg)]
+        self.identity = _hash([*self._made_by, attributes])
+        self.attributes = attributes | {"identity": self.identity, "manifest_sha256": manifest_sha256}
+        self.path = out.with_name(f"{out.name}.part-{_hash([self.identity, manifest_sha256])[:12]}.h5")
+
+    @cached_property
+    def known(self) -> dict[str, _KnownClip]:
+        """Clips that need not be encoded again."""
+        paths = (self.path, self.out, _kept(self.out), *_parts(self.out))
+        return _known_clips([path for path in paths if path.exists()], self.identity)
+
+    @cached_property
+    def header(self) -> _Header | None:
+        """What the work file said when this pass began (after `_lay_out` there is one)."""
+        return _header(self.path) if self.path.exists() else None
+
+    def is_done(self) -> bool:
+        """Whether the cache is there as its own job would make it, on whatever machine that was."""
+        try:
+            with h5py.File(self.out, "r", locking=False) as file:
+                where = {name: file.attrs[name] for name in ("device", "versions")}
+                made = file.attrs["identity"], file.attrs["manifest_sha256"]
+        except (OSError, KeyError):
+            return False
+        return made == (_hash([*self._made_by, self._plain | where]), self.manifest_sha256)
+
+    def reusable(self, i: int, sha256: str) -> _KnownClip | None:
+        """What is known of the i-th clip, if it is the same run of frames."""
+        clip, header = self.known.get(sha256), self.header
+        same = clip is not None and (clip.first, clip.frames) == (header.first[i], header.frames[i])
+        return clip if same else None
+
+
+def kept_frames(
+    clip_frames: np.ndarray, sha256: list[str], budget: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which frames of each clip a budget leaves: the first one and how many, int64 [clips] each.
+
+    A clip keeps one run of consecutive frames, since probes pair a frame with its neighbours (lags); as long as its
+    share of all frames, but at least `LEAST_FRAMES`, and begun where the seed and the hash of its sound say. In all
+    they are `budget` at most; None keeps everything. Raises EqknobsError for a budget that does not reach for that.
+    """
+    if budget is None or clip_frames.sum() <= budget:
+        return np.zeros_like(clip_frames), clip_frames
+    least = np.minimum(clip_frames, LEAST_FRAMES)
+    if least.sum() > budget:
+        raise EqknobsError(
+            f"activations.frames: {budget} frames are too few for {len(clip_frames)} clips, which keep {LEAST_FRAMES} "
+            f"each; give at least {least.sum()} or lower data.max_utterances"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the largest share that fits; what short clips get above theirs, long ones do without
+        share = (low + high) / 2
+        fits = np.maximum(least, (share * clip_frames).astype(np.int64)).sum() <= budget
+        low, high = (share, high) if fits else (low, share)
+    frames = np.maximum(least, (low * clip_frames).astype(np.int64))
+    places = [np.random.default_rng([seed, int(key[:15], 16)]).random() for key in sha256]
+    return (np.array(places) * (clip_frames - frames + 1)).astype(np.int64), frames
 
 
 def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -192,39 +407,59 @@ def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), dcpl=settings)
 
 
-def _lay_out(
-    work: Path,
-    manifest: pd.DataFrame,
-    model: Model,
-    site: str,
-    attributes: dict[str, Any],
-    known: dict[str, _KnownClip],
-) -> None:
-    """Write the work file with everything but the activations and the normaliser's values."""
-    samples = np.array(
+def _lay_out(works: list[_Work], manifest: pd.DataFrame, model: Model, cfg: dict) -> None:
+    """Write those work files that are not there, with everything but activations and the normalisers' values.
+
+    Room on the disk is asked for all of them at once.
+    """
+    new, needed = [work for work in works if work.header is None], 0
+    for work in works:
+        if work.header is not None and work.header.done < len(manifest):  # sparse: its room is not taken yet
+            left = int(work.header.frames.sum()) - int(work.header.start[work.header.done])
+            needed += 4 * left * work.header.width
+    if new:
+        samples = _lengths(new, manifest, model.sample_rate)
+        clip_frames = np.array([model.frames(int(n), new[0].site) for n in samples], dtype=np.int64)
+        if len(short := manifest["id"][clip_frames < 1]):
+            raise EqknobsError(f"utterance {short.iloc[0]} is too short for {model.name}; raise data.min_seconds")
+        first, frames = kept_frames(clip_frames, manifest["sha256"].tolist(), cfg.get("frames"), cfg.get("seed", 0))
+        needed += sum(int(frames.sum()) * (model.site(work.site).width * 4 + 8) + (1 << 20) for work in new)
+    require_free_disk(works[0].out.parent, needed)
+    for work in new:
+        columns = {"start": np.cumsum(frames) - frames, "frames": frames, "samples": samples}
+        if cfg.get("frames") is not None:
+            columns |= {"first": first, "clip_frames": clip_frames}
+        _lay_out_one(work, manifest, model, columns)
+        work.header = _header(work.path)
+
+
+def _lengths(works: list[_Work], manifest: pd.DataFrame, rate: int) -> np.ndarray:
+    """Samples of each clip at the model's rate, int64; read only of clips that no cache knows."""
+    known = {sha256: clip.samples for work in works for sha256, clip in work.known.items()}
+    return np.array(
         [
-            known[clip.sha256].samples if clip.sha256 in known else len(read_clip(clip, model.sample_rate))
+            known[clip.sha256] if clip.sha256 in known else len(read_clip(clip, rate))
             for clip in tqdm(manifest.itertuples(), desc="lengths", total=len(manifest), unit="utt")
         ],
         dtype=np.int64,
     )
-    frames = np.array([model.frames(int(n), site) for n in samples], dtype=np.int64)
-    if len(short := manifest["id"][frames < 1]):
-        raise EqknobsError(f"utterance {short.iloc[0]} is too short for {model.name}; raise data.min_seconds")
-    total, place = int(frames.sum()), model.site(site)
-    require_free_disk(work.parent, total * (place.width * 4 + 8) + (1 << 20))
-    with atomic_path(work) as temporary, h5py.File(temporary, "w") as file:
-        _contiguous(file, "activations", (total, place.width), np.dtype("<f4"))
+
+
+def _lay_out_one(work: _Work, manifest: pd.DataFrame, model: Model, columns: dict[str, np.ndarray]) -> None:
+    frames, place = columns["frames"], model.site(work.site)
+    first = columns.get("first", np.zeros_like(frames))
+    with atomic_path(work.path) as temporary, h5py.File(temporary, "w") as file:
+        _contiguous(file, "activations", (int(frames.sum()), place.width), np.dtype("<f4"))
         _contiguous(file, "done", (1,), np.dtype("<i8"))
         file["done"][:] = 0
-        file["frame_times"] = np.concatenate([np.arange(n) + 0.5 for n in frames]) * place.hop / model.sample_rate
+        times = np.concatenate([np.arange(begin, begin + n) + 0.5 for begin, n in zip(first, frames)])
+        file["frame_times"] = times * place.hop / model.sample_rate
         text = h5py.string_dtype("utf-8")
         for column in ("id", "speaker", "split", "sha256"):
             file.create_dataset(f"utterances/{column}", data=manifest[column].astype(str).tolist(), dtype=text)
-        file["utterances/start"] = np.cumsum(frames) - frames
-        file["utterances/frames"] = frames
-        file["utterances/samples"] = samples
-        file.attrs.update(attributes)
+        for column, values in columns.items():
+            file[f"utterances/{column}"] = values
+        file.attrs.update(work.attributes)
         file.attrs["train_frames"] = int(frames[(manifest["split"] == "train").to_numpy()].sum())
         for name in ("mean", "std"):  # their values come last, in place
             file.attrs[name] = np.zeros(place.width)
@@ -238,40 +473,60 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _fill(work: Path, manifest: pd.DataFrame, model: Model, site: str, known: dict[str, _KnownClip]) -> None:
-    """Encode the utterances that are not in the work file yet, or copy what is known of them."""
-    header = _header(work)
-    row, total = 4 * header.width, int(header.frames.sum())
-    if header.done < len(manifest):  # the file is sparse: what is not written yet still needs its room
-        require_free_disk(work.parent, (total - int(header.start[header.done])) * row)
-    descriptor = os.open(work, os.O_WRONLY)
-    try:
-        clips = list(manifest.itertuples())
-        name = f"activations {model.name}.{site}"
-        progress = tqdm(clips[header.done :], desc=name, total=len(clips), initial=header.done, unit="utt")
-        for i, clip in enumerate(progress, start=header.done):
-            before = known.get(clip.sha256)
-            data = before.read() if before else _encoded(clip, model, site).tobytes()
-            if len(data) != header.frames[i] * row:
-                raise EqknobsError(f"utterance {clip.id}: {clip.path} changed while it was being cached; run again")
-            _write_at(descriptor, data, header.offset + int(header.start[i]) * row)
-            _write_at(descriptor, np.array(i + 1, "<i8").tobytes(), header.done_offset)
-    finally:
-        os.close(descriptor)
+def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model) -> None:
+    """Encode the utterances that are not in the work files yet, each once for all of them, or copy what is known.
+
+    The first work is what was asked for. Another one whose activations are not finite is given up, and taken off the
+    list: it is for its own job to say so.
+    """
+    clips, begun = list(manifest.itertuples()), min(work.header.done for work in works)
+    name = f"activations {model.name}.{works[0].site}" + (f" and {len(works) - 1} more" if works[1:] else "")
+    with ExitStack() as stack:
+        files = {work: os.open(work.path, os.O_WRONLY) for work in works}
+        for descriptor in files.values():
+            stack.callback(os.close, descriptor)
+        progress = tqdm(clips[begun:], desc=name, total=len(clips), initial=begun, unit="utt")
+        for i, clip in enumerate(progress, start=begun):
+            waiting = {work: work.reusable(i, clip.sha256) for work in works if work.header.done <= i}
+            fresh = _encoded(clip, model, [work.site for work, known in waiting.items() if known is None])
+            for work, known in waiting.items():
+                header = work.header
+                if known is None:
+                    acts = fresh[work.site]
+                    if not np.isfinite(acts).all():
+                        if work is works[0]:
+                            raise _not_finite(clip, model, work.site)
+                        print(
+                            f"{work.out.name}: not cached along with the others: {_not_finite(clip, model, work.site)}"
+                        )
+                        works.remove(work)
+                        continue
+                    cut = slice(header.first[i], header.first[i] + header.frames[i])
+                    data = acts[cut].tobytes() if len(acts) == header.clip_frames[i] else b""
+                else:
+                    data = known.read()
+                if len(data) != header.frames[i] * 4 * header.width:
+                    raise EqknobsError(f"utterance {clip.id}: {clip.path} changed while it was being cached; run again")
+                _write_at(files[work], data, header.offset + int(header.start[i]) * 4 * header.width)
+                _write_at(files[work], np.array(i + 1, "<i8").tobytes(), header.done_offset)
 
 
-def _encoded(clip: Any, model: Model, site: str) -> np.ndarray:
-    """Activations [frames, width] of a manifest row, checked."""
+def _encoded(clip: Any, model: Model, sites: list[str]) -> dict[str, np.ndarray]:
+    """Activations [frames, width] of a manifest row at sites, in one pass."""
+    if not sites:
+        return {}
     try:
-        acts = model.encode(read_clip(clip, model.sample_rate), site)
+        found = model.encode_sites(read_clip(clip, model.sample_rate), sites)
     except EqknobsError as error:
         raise EqknobsError(f"utterance {clip.id} ({clip.path}): {error}") from error
-    if not np.isfinite(acts).all():
-        raise EqknobsError(
-            f"utterance {clip.id} ({clip.path}): {model.name}.{site} gave NaN or infinite activations; "
-            "check the model's weights, or remove the clip"
-        )
-    return acts.astype("<f4", copy=False)
+    return {site: acts.astype("<f4", copy=False) for site, acts in found.items()}
+
+
+def _not_finite(clip: Any, model: Model, site: str) -> EqknobsError:
+    return EqknobsError(
+        f"utterance {clip.id} ({clip.path}): {model.name}.{site} gave NaN or infinite activations; "
+        "check the model's weights, or remove the clip"
+    )
 
 
 def _write_normaliser(work: Path) -> None:

@@ -12,7 +12,8 @@ from eqknobs.errors import EqknobsError
 class ActivationCache:
     """A finished activation cache, read without loading it.
 
-    Attributes: `attrs` (dict), `utterances` (DataFrame id, speaker, split, sha256, start, frames, samples), `acts`
+    Attributes: `attrs` (dict), `utterances` (DataFrame id, speaker, split, sha256, start, frames, samples; of a cache
+    that keeps a run of consecutive frames of each clip also first, its place in the clip, and clip_frames), `acts`
     (read-only memory map float32 [N, width]), `mean`, `std` (float64 [width]), `utt_of_row` (int32 [N]),
     `frame_times` (seconds [N]). Raises EqknobsError if the file is not a finished cache.
     """
@@ -23,6 +24,8 @@ class ActivationCache:
                 self.attrs = dict(file.attrs)
                 columns = {name: file[f"utterances/{name}"] for name in ("id", "speaker", "split", "sha256")}
                 numbers = {name: file[f"utterances/{name}"][:] for name in ("start", "frames", "samples")}
+                if "first" in file["utterances"]:
+                    numbers |= {name: file[f"utterances/{name}"][:] for name in ("first", "clip_frames")}
                 self.utterances = pd.DataFrame({k: v.asstr()[:] for k, v in columns.items()} | numbers)
                 self.frame_times = file["frame_times"][:]
                 acts = file["activations"]
@@ -40,6 +43,14 @@ class ActivationCache:
 
     def __exit__(self, *_exc: object) -> None:
         del self.acts  # the map closes with its last view
+
+    def require_whole_clips(self) -> None:
+        """Raise EqknobsError if the cache keeps only a part of a clip, of which no sound can be made."""
+        if "first" in self.utterances and (self.utterances["frames"] < self.utterances["clip_frames"]).any():
+            raise EqknobsError(
+                f"the cache of {self.attrs['model']}.{self.attrs['site']} keeps a part of each clip's frames, but this "
+                "stage needs whole clips; remove activations.frames from the configuration"
+            )
 
     def rows(self, split: str) -> np.ndarray:
         """Row indices int64 of the frames of one split."""

@@ -232,8 +232,14 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
         for name in ("energetic", "voiced"):
             out.create_dataset(name, (total,), bool)
         out.create_dataset("logmel", (total, cfg["n_mels"]), np.float32, fillvalue=np.nan)
-        columns = (table["id"].asstr()[:], table["sha256"].asstr()[:], table["start"][:], table["frames"][:])
-        for key, sha256, start, frames in tqdm(list(zip(*columns, strict=True)), desc="labels", unit="clip"):
+        frames = table["frames"][:]
+        # A cache may keep a run of each clip's frames: what is measured on the whole clip is cut alike.
+        first = table["first"][:] if "first" in table else np.zeros_like(frames)
+        whole = table["clip_frames"][:] if "first" in table else frames
+        columns = (table["id"].asstr()[:], table["sha256"].asstr()[:], table["start"][:], frames, first, whole)
+        for key, sha256, start, kept, skipped, count in tqdm(
+            list(zip(*columns, strict=True)), desc="labels", unit="clip"
+        ):
             if key not in clips:
                 raise EqknobsError(f"{cache_h5}: utterance {key} is not in {manifest_csv}; delete the cache and rerun")
             if clips[key].sha256 != sha256:
@@ -241,7 +247,7 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
                     f"{clips[key].path}: {cache_h5} was made from another sound; delete that file and rerun"
                 )
             wav = read_clip(clips[key], rate)
-            rows = slice(int(start), int(start) + int(frames))
-            for name, values in label_utterance(wav, rate, Fraction(hop, rate), int(frames), cfg).items():
-                out[name][rows] = values
-            out["logmel"][rows] = logmel(wav, rate, hop, int(frames), cfg["n_mels"])
+            rows, cut = slice(int(start), int(start + kept)), slice(int(skipped), int(skipped + kept))
+            for name, values in label_utterance(wav, rate, Fraction(hop, rate), int(count), cfg).items():
+                out[name][rows] = values[cut]
+            out["logmel"][rows] = logmel(wav, rate, hop, int(count), cfg["n_mels"])[cut]

@@ -1,12 +1,20 @@
-"""Models behind one protocol: read activations at a site, continue the model from edited ones."""
+"""Models behind one protocol: read activations at sites, edit them there, continue the model from edited ones."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from eqknobs.errors import EqknobsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    # Activations [batch, frames, width] at a site, on the model's device -> what the model goes on with, as large.
+    SiteEdit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,29 @@ class Model(Protocol):
         """Activations [frames, width] of a waveform [samples]; padding is never returned."""
         ...
 
+    def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """As `encode` at several sites, in one pass; each is bit for bit what `encode` gives."""
+        ...
+
+    def editing(self, site: str, edit: "SiteEdit") -> AbstractContextManager[None]:
+        """While the block runs, the model goes on from `edit(activations)` at the site, whatever it does: a codec that
+        reconstructs, a Whisper whose decoder reads what its encoder passes on, a Moshi that listens and answers.
+
+        The edit gets the frames that the network runs at once (a chunk of a clip, a column of a dialogue, a Whisper's
+        whole window with its padding), so it must take each frame for itself or know that. Blocks nest, edits of one
+        site then act in turn; `encode` inside the block reads what the site passes on. Raises EqknobsError if there is
+        no such site, and on running if an edit changes the shape.
+        """
+        ...
+
     def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
         """Waveform [samples], the model continued from `acts` at the site; `codebooks` None skips the
-        quantiser. Raises EqknobsError if the model does not decode."""
+        quantiser. Inside `editing`, `acts` are what the site passes on: edits there do not act, those of later sites
+        do. Raises EqknobsError if the model does not decode."""
+        ...
+
+    def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
+        """Waveform [samples] through the whole codec, edits included. Raises as `decode`."""
         ...
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:

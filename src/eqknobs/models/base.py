@@ -3,10 +3,10 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.models import Site
+
+if TYPE_CHECKING:
+    from eqknobs.models import SiteEdit
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Made at construction, used in training only, and absent from some published encoders.
@@ -119,25 +122,60 @@ def unwrap(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def rewrap(output: Any, value: Tensor) -> Any:
+    """What a module returned, with `value` as its hidden states."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, Mapping):  # an output object of transformers
+        return type(output)(**{**output, next(iter(output)): value})
+    return (value, *output[1:])
+
+
 @contextmanager
-def captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the module returns, one entry a call."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _m, _i, output: seen.append(unwrap(output)))
-    try:
+def captured(modules: Mapping[str, nn.Module], last: nn.Module | None = None) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what modules return, by their names, one entry a call.
+
+    last: the module after which nothing is wanted any more: its call ends the forward pass that runs it, which then is
+    to be made by `until_last`.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: seen[name].append(unwrap(output))
+
+    def stop(*_args: Any) -> None:
+        raise _LastSiteReached
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        if last is not None:
+            stack.callback(last.register_forward_hook(stop).remove)
         yield seen
-    finally:
-        hook.remove()
+
+
+class _LastSiteReached(Exception):
+    pass
+
+
+def until_last(forward: Callable[..., Any], *args: Any) -> None:
+    """Run a forward pass as far as the `last` module of `captured`."""
+    with suppress(_LastSiteReached):
+        forward(*args)
+
+
+def checked(edit: "SiteEdit", acts: Tensor, site: str) -> Tensor:
+    """What an edit makes of activations. Raises EqknobsError if their shape is another."""
+    edited = edit(acts)
+    if edited.shape != acts.shape:
+        raise EqknobsError(f"the edit at {site} turned activations {list(acts.shape)} into {list(edited.shape)}")
+    return edited.to(acts.dtype)
 
 
 @contextmanager
-def substituted(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """Let the module return `value` in place of its own hidden states."""
-
-    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return value if isinstance(output, Tensor) else (value, *output[1:])
-
-    hook = module.register_forward_hook(replace)
+def substituted(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the module return `change(hidden states)` in place of its own."""
+    hook = module.register_forward_hook(lambda _module, _inputs, output: rewrap(output, change(unwrap(output))))
     try:
         yield
     finally:
@@ -166,7 +204,7 @@ def convolution_reach(net: nn.Module, jump: int = 1) -> int:
 
 
 class Pretrained:
-    """Base of the adapters; a subclass sets `net_class`, `sample_rate`, `sites` and adds `encode`."""
+    """Base of the adapters; a subclass sets `net_class`, `sample_rate`, `sites` and adds `encode_sites`."""
 
     net_class: type
     net: Any  # a `net_class`
@@ -207,7 +245,29 @@ class Pretrained:
     def frames(self, samples: int, site: str) -> int:
         return math.ceil(samples / self.site(site).hop)
 
+    def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
+        """Activations [frames, width] at one site; see `encode_sites`."""
+        return self.encode_sites(wav, [site])[site]
+
+    @contextmanager
+    def editing(self, site: str, edit: "SiteEdit") -> Iterator[None]:
+        module = self.net.get_submodule(self.site(site).path)
+        with substituted(module, lambda acts: checked(edit, acts, f"{self.name}.{site}")):
+            yield
+
+    def _modules(self, sites: Sequence[str]) -> dict[str, nn.Module]:
+        """The modules of sites, in the network's order."""
+        for name in sites:
+            self.site(name)
+        return {name: self.net.get_submodule(self.sites[name].path) for name in self.sites if name in sites}
+
     def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
+        raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
+
+    def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
@@ -246,6 +306,17 @@ class ConvCodec(Pretrained, ABC):
         rate = self.sample_rate / hop
         path = self.resolve("encoder")
         self.sites = {"encoder": Site("encoder", path, self.config.hidden_size, hop, rate, context)}
+        self._edits: list[SiteEdit] = []
+
+    @contextmanager
+    def editing(self, site: str, edit: "SiteEdit") -> Iterator[None]:
+        """Not by a hook: the encoder runs in chunks that overlap, and the edit gets the whole clip once."""
+        self.site(site)
+        self._edits.append(edit)
+        try:
+            yield
+        finally:
+            self._edits.pop()
 
     def _in_chunks(self, stack: Callable[[Tensor], Tensor], wave: Tensor) -> Tensor:
         """Apply convolutions with one output a hop to [1, 1, samples]; equal to applying them at once."""
@@ -263,14 +334,21 @@ class ConvCodec(Pretrained, ABC):
     def _encode(self, wave: Tensor) -> Tensor:
         return self._in_chunks(self.net.encoder, wave)
 
+    def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
+        return self.decode(self.encode(wav, "encoder"), "encoder", len(wav), codebooks)
+
     @abstractmethod
     def _quantise(self, latents: Tensor, codebooks: int) -> tuple[Tensor, Tensor]:
         """Dequantised latents [1, width, frames] and codes [codebooks, frames]."""
 
-    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
+    def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        (site,) = self._modules(sites)
         with inference():
             wave = self._wave(wav, self.site(site).hop)
-            return self._encode(wave[None, None])[0].T.contiguous().cpu().numpy()
+            acts = self._encode(wave[None, None]).transpose(1, 2)
+            for edit in self._edits:
+                acts = checked(edit, acts, f"{self.name}.{site}")
+            return {site: acts[0].contiguous().cpu().numpy()}
 
     def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
         """Waveform [samples]. Decoded in one piece, so memory grows with the clip."""

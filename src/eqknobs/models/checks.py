@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import parse_target
+from eqknobs.plan import parse_target, stage_targets
 
 # Per kind: its sites without layers, and its sites with layers -> the key of config.json that counts them.
 SITES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
@@ -32,6 +32,14 @@ def check(config: dict[str, Any]) -> None:
         if not site:
             raise EqknobsError(f"config: run.targets: {target!r} must read <model>.<site> or <model>.<site>.<layer>")
         _check_site(config["models"][name], target, site)
+    for stage in ("codec", "steering", "importance"):
+        if (config.get("activations") or {}).get("frames") and (
+            rendered := stage_targets(config, stage, decoding=True)
+        ):
+            raise EqknobsError(
+                f"config: activations.frames: keeps a part of each clip, but {stage} decodes whole clips of "
+                f"{rendered[0]}; remove activations.frames or put codecs into a run of their own"
+            )
 
 
 def _check_site(model: dict[str, Any], target: str, site: str) -> None:

@@ -1,12 +1,13 @@
 """HuBERT (Hsu et al. 2021, arXiv 2106.07447) in transformers: normalises and attends over the whole clip."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.base import LayeredEncoder, captured, inference, one_line
+from eqknobs.models.base import LayeredEncoder, captured, inference, one_line, until_last
 
 
 class Hubert(LayeredEncoder):
@@ -34,15 +35,15 @@ class Hubert(LayeredEncoder):
         self.site(site)
         return max(0, int(self.net._get_feat_extract_output_lengths(samples)))
 
-    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
-        """Activations [frames, width]; raises EqknobsError beyond `max_seconds`, or below one frame."""
-        place, samples = self.site(site), len(self._wave(wav))
-        if not self.frames(samples, site) or samples > self.max_seconds * self.sample_rate:
+    def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """Activations [frames, width] by site; raises EqknobsError beyond `max_seconds`, or below one frame."""
+        modules, samples = self._modules(sites), len(self._wave(wav))
+        if not self.frames(samples, sites[0]) or samples > self.max_seconds * self.sample_rate:
             raise EqknobsError(
                 f"model {self.name} takes clips up to {self.max_seconds:g} s and of at least one frame, got "
                 f"{samples / self.sample_rate:.3f} s; set data.min_seconds and data.max_seconds accordingly"
             )
         values = self._extract(wav, sampling_rate=self.sample_rate, return_tensors="pt").input_values
-        with inference(), captured(self.net.get_submodule(place.path)) as seen:
-            self.net(values.to(self.device))
-            return seen[0][0].cpu().numpy()
+        with inference(), captured(modules, last=[*modules.values()][-1]) as seen:
+            until_last(self.net, values.to(self.device))
+            return {name: acts[0][0].cpu().numpy() for name, acts in seen.items()}

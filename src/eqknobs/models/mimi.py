@@ -1,6 +1,7 @@
 """Mimi (Défossez et al. 2024, arXiv 2410.00037) in transformers' implementation and file format."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,30 +57,32 @@ class Mimi(Pretrained):
     def frames(self, samples: int, site: str) -> int:
         return self.stride * math.ceil(samples / (self.stride * self.site(site).hop))
 
-    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
-        """Activations [frames, width]. Exact for any length in bounded memory: chunks of `chunk_seconds`
+    def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """Activations [frames, width] by site. Exact for any length in bounded memory: chunks of `chunk_seconds`
         go through the model's own streaming caches (convolution inputs, keys and values of the window)."""
-        place = self.site(site)
-        block = self.stride * place.hop
+        modules = self._modules(sites)
+        block = self.stride * self._hop
         wave = self._wave(wav, block)
         chunk = block * max(1, round(self.chunk_seconds * self.sample_rate / block))
-        out, state = [], dict[str, Any]()
-        with inference(), captured(self.net.get_submodule(place.path)) as seen:
+        out: dict[str, list[Tensor]] = {name: [] for name in modules}
+        state: dict[str, Any] = {}
+        with inference(), captured(modules) as seen:
             for start in range(0, len(wave), chunk):
                 step = self.net.encoder(wave[None, None, start : start + chunk], use_streaming=True, **state)
                 state = {"past_key_values": step.past_key_values, "padding_cache": step.padding_cache}
-                out.append(seen.pop()[0].cpu())
-        return torch.cat(out).numpy()
+                for name, pieces in out.items():
+                    pieces.append(seen[name].pop()[0].cpu())
+        return {name: torch.cat(pieces).numpy() for name, pieces in out.items()}
 
     def _latents(self, acts: np.ndarray, site: str) -> Tensor:
         """Latents [1, width, code frames] at code rate, the encoder continued from `acts`."""
-        hidden = self._acts(acts, site)
-        if hidden.shape[1] % self.stride or not hidden.shape[1]:
-            raise EqknobsError(f"{self.name}: {hidden.shape[1]} frames are not whole code frames of {self.stride}")
+        given = hidden = self._acts(acts, site)
+        if given.shape[1] % self.stride or not given.shape[1]:
+            raise EqknobsError(f"{self.name}: {given.shape[1]} frames are not whole code frames of {self.stride}")
         if site != "encoder_transformer":
             # The layers up to the site run on zeros and are overruled; masks and positions stay the model's.
-            with substituted(self.net.get_submodule(self.site(site).path), hidden):
-                hidden = self._transformer(torch.zeros_like(hidden), use_cache=False)[0]
+            with substituted(self.net.get_submodule(self.site(site).path), lambda _zeros: given):
+                hidden = self._transformer(torch.zeros_like(given), use_cache=False)[0]
         return self._downsample(hidden.transpose(1, 2))
 
     def _codes(self, latents: Tensor, codebooks: int | None) -> Tensor:
@@ -92,6 +95,10 @@ class Mimi(Pretrained):
             if codebooks is not None:
                 latents = self.net.quantizer.decode(self._codes(latents, codebooks))
             return self.sound(latents, samples)
+
+    def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
+        acts = self.encode(wav, "encoder_transformer")  # after all other sites
+        return self.decode(acts, "encoder_transformer", len(wav), codebooks)
 
     def sound(self, latents: Tensor, samples: int) -> np.ndarray:
         """Waveform [samples] of latents [1, width, code frames] at code rate.

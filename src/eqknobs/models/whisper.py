@@ -1,10 +1,13 @@
 """Whisper's encoder (Radford et al. 2022, arXiv 2212.04356) in transformers: windows of 30 s, cut without overlap."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import WhisperFeatureExtractor, WhisperModel
 
-from eqknobs.models.base import LayeredEncoder, captured, inference, one_line
+from eqknobs.models.base import LayeredEncoder, captured, inference, one_line, until_last
 
 
 class Whisper(LayeredEncoder):
@@ -23,13 +26,26 @@ class Whisper(LayeredEncoder):
         seconds = self._window / self.sample_rate
         self._set_sites("encoder.layers", config.encoder_layers, config.d_model, hop, seconds)
 
-    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
-        """Activations [frames, width], window after window; what stands for padding is dropped."""
-        place, wave, out = self.site(site), self._wave(wav).cpu().numpy(), []
-        with inference(), captured(self.net.get_submodule(place.path)) as seen:
-            for start in range(0, len(wave), self._window):
-                piece = wave[start : start + self._window]
-                features = self._extract(piece, sampling_rate=self.sample_rate, return_tensors="pt").input_features
-                self.net.encoder(features.to(self.device))
-                out.append(seen.pop()[0, : self.frames(len(piece), site)].cpu())
-        return torch.cat(out).numpy()
+    def _windows(self, wav: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        """Samples and log-mel spectrogram [1, mels, 2 * positions] of each window, the last one padded."""
+        wave = self._wave(wav).cpu().numpy()
+        for start in range(0, len(wave), self._window):
+            piece = wave[start : start + self._window]
+            features = self._extract(piece, sampling_rate=self.sample_rate, return_tensors="pt").input_features
+            yield len(piece), features.to(self.device)
+
+    def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """Activations [frames, width] by site, window after window; what stands for padding is dropped."""
+        modules = self._modules(sites)
+        out: dict[str, list[Tensor]] = {name: [] for name in modules}
+        with inference(), captured(modules, last=[*modules.values()][-1]) as seen:
+            for samples, features in self._windows(wav):
+                until_last(self.net.encoder, features)
+                for name, pieces in out.items():
+                    pieces.append(seen[name].pop()[0, : self.frames(samples, name)].cpu())
+        return {name: torch.cat(pieces).numpy() for name, pieces in out.items()}
+
+    def memory(self, wav: np.ndarray) -> Tensor:
+        """What the decoder reads [windows, positions, width], edits included: a transcription begins from it."""
+        with inference():
+            return torch.cat([self.net.encoder(features).last_hidden_state for _, features in self._windows(wav)])

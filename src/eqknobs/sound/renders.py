@@ -57,8 +57,10 @@ class Clip:
 def open_codec(cfg: dict[str, Any], cache: ActivationCache) -> Iterator[Model]:
     """Load `cfg["model"]` with the GPU (if any) to itself.
 
-    Raises EqknobsError if it cannot decode, or is not the model whose activations the cache holds.
+    Raises EqknobsError if it cannot decode, is not the model whose activations the cache holds, or the cache holds
+    only parts of clips.
     """
+    cache.require_whole_clips()
     with gpu_lock(pick_device(cfg["model"].get("device") or "auto")):
         model = load_model(cfg["model"])
         if not model.decodes:

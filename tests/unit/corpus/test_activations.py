@@ -165,14 +165,15 @@ def test_two_runs_give_the_same_bytes(world, tmp_path):
 def test_constant_dimension_has_a_std_above_zero(world, tmp_path, monkeypatch):
     from eqknobs.models.mimi import Mimi
 
-    encode = Mimi.encode
+    encode = Mimi.encode_sites
 
-    def flat(self, wav, site):
-        acts = encode(self, wav, site)
-        acts[:, 3] = 0.5
-        return acts
+    def flat(self, wav, sites):
+        found = encode(self, wav, sites)
+        for acts in found.values():
+            acts[:, 3] = 0.5
+        return found
 
-    monkeypatch.setattr(Mimi, "encode", flat)
+    monkeypatch.setattr(Mimi, "encode_sites", flat)
     run(world, tmp_path / "flat.h5")
     with ActivationCache(tmp_path / "flat.h5") as cache:
         assert cache.mean[3] == 0.5 and 0 < cache.std[3] < 1e-3 and (cache.std > 0).all()
@@ -184,27 +185,38 @@ SLOW = """
 import json, sys, time
 from eqknobs.corpus.activations import cache_activations
 from eqknobs.models.mimi import Mimi
-encode = Mimi.encode
-def slow(self, wav, site):
-    acts = encode(self, wav, site)
-    with open("encoded", "a") as file:
+encode = Mimi.encode_sites
+def slow(self, wav, sites):
+    acts = encode(self, wav, sites)
+    with open(sys.argv[3], "a") as file:
         file.write(".")
     time.sleep(0.4)
     return acts
-Mimi.encode = slow
-cache_activations("manifest.csv", sys.argv[1], json.loads(sys.argv[2]), "encoder_transformer", {"x": 1})
+Mimi.encode_sites = slow
+keys = json.loads(sys.argv[4])
+cache_activations("manifest.csv", sys.argv[1], json.loads(sys.argv[2]), **keys)
 """
 
 
-def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
-    out = tmp_path / "cache.h5"
-    command = [sys.executable, "-c", SLOW, str(out), json.dumps(model_config(world / "mimi"))]
-    process = subprocess.Popen(command, cwd=world, stderr=subprocess.DEVNULL)
-    marks = world / "encoded"
+def slow_process(world, out, keys):
+    """A process that caches and marks each clip that it encodes in the file `encoded` beside `out`."""
+    marks = out.parent / "encoded"
+    command = [sys.executable, "-c", SLOW, out, json.dumps(model_config(world / "mimi")), marks, json.dumps(keys)]
+    return subprocess.Popen(command, cwd=world, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL), marks
+
+
+def killed_after_3(world, out, keys):
+    """Kill a process that caches when it has encoded three clips."""
+    process, marks = slow_process(world, out, keys)
     while process.poll() is None and not (marks.exists() and marks.stat().st_size >= 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
+    out = tmp_path / "cache.h5"
+    killed_after_3(world, out, {"target_site": SITE, "cfg": {"x": 1}})
     assert not out.exists() and len(work_files(tmp_path)) == 1  # nothing half-written is taken for whole
     with h5py.File(work_files(tmp_path)[0]) as file:
         done = int(file["done"][0])
@@ -214,8 +226,8 @@ def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
 
     from eqknobs.models.mimi import Mimi
 
-    encode, again = Mimi.encode, []
-    monkeypatch.setattr(Mimi, "encode", lambda *args: again.append(1) or encode(*args))
+    encode, again = Mimi.encode_sites, []
+    monkeypatch.setattr(Mimi, "encode_sites", lambda *args: again.append(1) or encode(*args))
     run(world, out)
     assert len(again) == 6 - done  # finished utterances were not encoded again
     assert out.read_bytes() == (world / "whole.h5").read_bytes()
@@ -229,16 +241,16 @@ class Stop(Exception):
 def interrupted(world, out, monkeypatch, after, cfg=None):
     from eqknobs.models.mimi import Mimi
 
-    encode, calls = Mimi.encode, []
+    encode, calls = Mimi.encode_sites, []
 
-    def stop(self, wav, site):
+    def stop(self, wav, sites):
         if len(calls) == after:
             raise Stop
         calls.append(1)
-        return encode(self, wav, site)
+        return encode(self, wav, sites)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Mimi, "encode", stop)
+        patch.setattr(Mimi, "encode_sites", stop)
         run(world, out, cfg=cfg)
     return work_files(out.parent)[0]
 
@@ -276,8 +288,10 @@ def encodings(monkeypatch):
     """Lengths of the waveforms that are encoded from now on."""
     from eqknobs.models.mimi import Mimi
 
-    encode, seen = Mimi.encode, []
-    monkeypatch.setattr(Mimi, "encode", lambda self, wav, site: seen.append(len(wav)) or encode(self, wav, site))
+    encode, seen = Mimi.encode_sites, []
+    monkeypatch.setattr(
+        Mimi, "encode_sites", lambda self, wav, sites: seen.append(len(wav)) or encode(self, wav, sites)
+    )
     return seen
 
 
@@ -363,6 +377,260 @@ def test_a_half_done_cache_that_may_not_be_read_is_not_thrown_away(world, tmp_pa
         patch.setattr(h5py, "File", refuse)
         run(world, tmp_path / "cache.h5")
     assert work_files(tmp_path) == [work]
+
+
+# Several targets of one model
+
+LAYERS = [SITE, "encoder_layer.0", "encoder_layer.1"]
+
+
+def job(folder, site, sites=LAYERS):
+    """What a job of one target says to `cache_activations`, when a run wants several sites of its model."""
+    return {
+        "target_site": site,
+        "cfg": {"site": site, "content": {"model": "digest"}},
+        "siblings": {other: str(folder / f"{other}.h5") for other in sites if other != site},
+        "pieces": str(folder / "pieces"),
+    }
+
+
+def run_job(world, folder, site, sites=LAYERS, manifest=None, **cfg):
+    keys = job(folder, site, sites)
+    keys["cfg"] |= cfg
+    manifest = manifest or world / "manifest.csv"
+    cache_activations(manifest, folder / f"{site}.h5", model_config(world / "mimi"), **keys)
+
+
+def pieces(folder):
+    return sorted((folder / "pieces").rglob("*.h5"))
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """Each site's cache, made by itself."""
+    folder = tmp_path_factory.mktemp("alone")
+    for site in LAYERS:
+        run(world, folder / f"{site}.h5", site, cfg=job(folder, site)["cfg"])
+    return folder
+
+
+def passes(monkeypatch):
+    """The sites of each pass of a model from now on."""
+    from eqknobs.models.mimi import Mimi
+
+    encode, seen = Mimi.encode_sites, []
+    monkeypatch.setattr(Mimi, "encode_sites", lambda self, wav, sites: seen.append(sites) or encode(self, wav, sites))
+    return seen
+
+
+def same(folder, alone, sites=LAYERS):
+    return all((folder / f"{site}.h5").read_bytes() == (alone / f"{site}.h5").read_bytes() for site in sites)
+
+
+def test_one_pass_caches_all_targets_of_a_model(world, alone, tmp_path, monkeypatch):
+    seen = passes(monkeypatch)
+    run_job(world, tmp_path, SITE)
+    assert seen == [LAYERS] * 6 and len(pieces(tmp_path)) == 2
+    assert sorted(p.name for p in tmp_path.glob("*.h5")) == [f"{SITE}.h5"]  # another's output is its own job's
+
+    def refuse(_cfg):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(activations, "load_model", refuse)
+    for site in LAYERS[1:]:
+        run_job(world, tmp_path, site)
+        assert any((tmp_path / f"{site}.h5").samefile(piece) for piece in pieces(tmp_path))  # and no disk more
+    assert same(tmp_path, alone) and len(list(tmp_path.glob(".*.kept"))) == 3 and not work_files(tmp_path)
+
+
+def test_a_target_that_is_added_touches_no_other_cache(world, alone, tmp_path, monkeypatch):
+    seen = passes(monkeypatch)
+    for site in LAYERS[:2]:
+        run_job(world, tmp_path, site, LAYERS[:2])
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.glob("*.h5")}
+    pieces(tmp_path)[0].unlink()
+    run_job(world, tmp_path, LAYERS[2])
+    assert seen == [LAYERS[:2]] * 6 + [LAYERS[2:]] * 6
+    assert len(before) == 2 and not pieces(tmp_path)
+    assert all((path.stat().st_mtime_ns, path.read_bytes()) == was for path, was in before.items())
+    assert same(tmp_path, alone)
+
+
+def test_a_killed_pass_goes_on_for_all_targets(world, alone, tmp_path, monkeypatch):
+    killed_after_3(world, tmp_path / f"{SITE}.h5", job(tmp_path, SITE))
+    assert len(work_files(tmp_path)) == 3
+    done = set()
+    for path in work_files(tmp_path):
+        with h5py.File(path) as file:
+            done.add(int(file["done"][0]))
+    assert min(done) >= 2
+    seen = passes(monkeypatch)
+    run_job(world, tmp_path, LAYERS[1])
+    assert len(seen) == 6 - min(done)
+    for site in (SITE, LAYERS[2]):
+        run_job(world, tmp_path, site)
+    assert len(seen) == 6 - min(done) and same(tmp_path, alone) and not work_files(tmp_path)
+
+
+def test_jobs_side_by_side_encode_once(world, alone, tmp_path):
+    started = [slow_process(world, tmp_path / f"{site}.h5", job(tmp_path, site)) for site in LAYERS[:2]]
+    assert [process.wait(120) for process, _ in started] == [0, 0]
+    assert started[0][1].read_text() == "." * 6
+    assert same(tmp_path, alone, LAYERS[:2])
+
+
+def test_two_runs_never_share_a_file(world, alone, tmp_path):
+    """Snakemake touches its outputs: a link to another run's would make that one's look new."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pieces").symlink_to(tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    for site in LAYERS:
+        run_job(world, tmp_path / "first", site)
+    for site in LAYERS[1:]:
+        run_job(world, tmp_path / "second", site)
+        ours, theirs = (tmp_path / name / f"{site}.h5" for name in ("second", "first"))
+        assert not ours.samefile(theirs) and ours.read_bytes() == theirs.read_bytes()
+        (tmp_path / "first" / f"{site}.h5").unlink()  # as Snakemake does before it makes it again
+        run_job(world, tmp_path / "first", site)
+        assert any(theirs.samefile(piece) for piece in (tmp_path / "store").rglob("*.h5"))
+
+
+def test_a_sibling_that_cannot_be_cached_stops_nobody(world, alone, tmp_path, monkeypatch, capsys):
+    from eqknobs.models.mimi import Mimi
+
+    encode = Mimi.encode_sites
+
+    def broken(self, wav, sites):
+        found = encode(self, wav, sites)
+        if LAYERS[1] in found and len(wav) < 13000:  # not the first clip
+            found[LAYERS[1]][0] = np.nan
+        return found
+
+    monkeypatch.setattr(Mimi, "encode_sites", broken)
+    sites = [*LAYERS, "encoder_layer.7"]
+    run_job(world, tmp_path, SITE, sites)
+    assert f"{LAYERS[1]}.h5: not cached along with the others: utterance 001" in capsys.readouterr().out
+    run_job(world, tmp_path, LAYERS[2], sites)
+    assert same(tmp_path, alone, [SITE, LAYERS[2]]) and len(pieces(tmp_path)) == 1
+    with pytest.raises(EqknobsError, match=r"001 .*encoder_layer\.0 gave NaN"):
+        run_job(world, tmp_path, LAYERS[1], sites)
+    with pytest.raises(EqknobsError, match=r"no site .encoder_layer\.7"):
+        run_job(world, tmp_path, "encoder_layer.7", sites)
+
+
+def test_the_disk_must_hold_all_siblings(world, tmp_path, monkeypatch):
+    rows = ActivationCache(world / "whole.h5").acts.shape[0]
+    one = rows * (32 * 4 + 8) + (1 << 20)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=3 * one - 1))
+    with pytest.raises(EqknobsError, match="not enough disk"):
+        run_job(world, tmp_path, SITE)
+    run_job(world, tmp_path, SITE, LAYERS[:2])
+
+
+def test_changed_clips_alone_are_encoded_for_all_targets(world, tmp_path, monkeypatch):
+    for site in LAYERS[:2]:
+        run_job(world, tmp_path, site, LAYERS[:2])
+
+    def change(table):
+        sf.write(table["path"][3], 0.1 * np.random.default_rng(99).standard_normal(16100), RATE)
+        return table.iloc[::-1]
+
+    edited_manifest(world, tmp_path, change)
+    seen = encodings(monkeypatch)
+    for site in LAYERS[:2]:
+        (tmp_path / f"{site}.h5").unlink()
+        run_job(world, tmp_path, site, LAYERS[:2], tmp_path / "manifest.csv")
+    assert seen == [16100]
+    with ActivationCache(tmp_path / f"{LAYERS[1]}.h5") as cache:
+        assert cache.attrs["manifest_sha256"] == file_sha256(tmp_path / "manifest.csv")
+
+
+def test_settings_and_other_models_have_pieces_of_their_own(world, tmp_path, monkeypatch):
+    run_job(world, tmp_path, SITE)
+    seen = passes(monkeypatch)
+    run_job(world, tmp_path, LAYERS[1], content={"model": "another"})
+    assert len(seen) == 6
+    keys = job(tmp_path, LAYERS[2])
+    del keys["cfg"]["content"]  # nothing tells what the model's files hold
+    cache_activations(world / "manifest.csv", tmp_path / "x.h5", model_config(world / "mimi"), **keys)
+    assert seen[6:] == [LAYERS[2:]] * 6
+
+
+# A budget of frames
+
+
+def test_a_budget_keeps_a_run_of_each_clip(world, alone, tmp_path):
+    budget = 110
+    for site in LAYERS[:2]:
+        run_job(world, tmp_path, site, LAYERS[:2], frames=budget, seed=0)
+    run_job(world, (other := tmp_path / "other"), SITE, [SITE], frames=budget, seed=1)
+    firsts = []
+    for folder, site in ((tmp_path, SITE), (tmp_path, LAYERS[1]), (other, SITE)):
+        with ActivationCache(alone / f"{site}.h5") as whole, ActivationCache(folder / f"{site}.h5") as cache:
+            table = cache.utterances
+            assert (table["clip_frames"] == whole.utterances["frames"]).all()
+            assert len(cache.acts) == table["frames"].sum() <= budget < len(whole.acts)
+            assert len(cache.acts) > budget - 6 and (table["frames"] >= np.minimum(table["clip_frames"], 16)).all()
+            assert table.loc[3, "frames"] > table.loc[1, "frames"]
+            for part, full in zip(table.itertuples(), whole.utterances.itertuples()):
+                kept = slice(full.start + part.first, full.start + part.first + part.frames)
+                rows = slice(part.start, part.start + part.frames)
+                assert part.first + part.frames <= full.frames
+                assert np.array_equal(cache.acts[rows], whole.acts[kept])
+                assert np.allclose(cache.frame_times[rows], whole.frame_times[kept])
+            train = np.asarray(cache.acts[cache.rows("train")], np.float64)
+            assert np.allclose(cache.mean, train.mean(0)) and cache.attrs["train_frames"] == len(train)
+            assert len(cache.utt_of_row) == len(cache.acts)
+            firsts.append(table["first"].tolist())
+            with pytest.raises(EqknobsError, match=r"needs whole clips; remove activations\.frames"):
+                cache.require_whole_clips()
+            whole.require_whole_clips()
+    assert firsts[0] == firsts[1] != firsts[2] and any(firsts[0])
+
+
+def test_a_budget_that_holds_everything_keeps_it(world, alone, tmp_path):
+    run_job(world, tmp_path, SITE, [SITE], frames=10**6, seed=0)
+    with ActivationCache(alone / f"{SITE}.h5") as whole, ActivationCache(tmp_path / f"{SITE}.h5") as cache:
+        assert np.array_equal(cache.acts, whole.acts) and not cache.utterances["first"].any()
+        cache.require_whole_clips()
+
+
+def test_a_budget_below_the_shortest_runs_is_refused(world, tmp_path):
+    with pytest.raises(EqknobsError, match=r"activations\.frames: 50 frames are too few for 6 clips.*at least 94"):
+        run_job(world, tmp_path, SITE, [SITE], frames=50, seed=0)
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_budgets_are_kept_to(world):
+    rng = np.random.default_rng(0)
+    keys = [f"{i:064x}" for i in range(200)]
+    frames = rng.integers(1, 400, 200)
+    for budget in (2 * frames.sum(), frames.sum() - 1, 20_000, 3_200):
+        first, kept = activations.kept_frames(frames, keys, budget, 0)
+        assert (kept >= np.minimum(frames, activations.LEAST_FRAMES)).all() and (first + kept <= frames).all()
+        assert min(budget, frames.sum()) - 200 <= kept.sum() <= budget
+    again = activations.kept_frames(frames[::-1], keys[::-1], 20_000, 0)[0][::-1]
+    assert np.array_equal(again, activations.kept_frames(frames, keys, 20_000, 0)[0])  # whatever the order
+
+
+def test_labels_of_a_budget_are_those_of_the_whole_clip(world, alone, tmp_path):
+    from eqknobs.corpus.labels import write_labels
+
+    run_job(world, tmp_path, SITE, [SITE], frames=110, seed=0)
+    cfg = {"crepe": "tiny", "periodicity": 0.5, "floor_db": 40, "fmin": 50, "fmax": 550, "n_mels": 8}
+    for folder in (alone, tmp_path):
+        write_labels(world / "manifest.csv", folder / f"{SITE}.h5", folder / "labels.h5", cfg)
+    with (
+        h5py.File(alone / "labels.h5") as whole,
+        h5py.File(tmp_path / "labels.h5") as part,
+        ActivationCache(tmp_path / f"{SITE}.h5") as cache,
+    ):
+        starts = whole["utterances/start"][:] + cache.utterances["first"]
+        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, cache.utterances["frames"])])
+        for name in ("centroid", "rms", "pitch", "periodicity", "energetic", "voiced", "logmel"):
+            assert np.array_equal(part[name][:], whole[name][:][rows], equal_nan=name == "pitch" or name == "centroid")
 
 
 # Bad input

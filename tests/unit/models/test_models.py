@@ -414,6 +414,137 @@ def test_whisper_drops_padding_and_cuts_windows(folders):
     assert np.abs(acts[:1500] - model.encode(long[: 30 * RATE], "layer.1")).max() <= 1e-6
 
 
+# Several sites, and edits, of every kind
+
+
+@pytest.mark.parametrize("kind", ["mimi", "encodec", "dac", "hubert", "whisper"])
+def test_one_pass_reads_all_sites_bit_for_bit(folders, kind, monkeypatch):
+    model, wav = load(folders / kind), noise(1.3, 8)
+    if kind == "mimi":
+        model.chunk_seconds = 0.5
+    runs = []
+    model.net.encoder.register_forward_pre_hook(lambda *_: runs.append(1))
+    for sites in (list(model.sites), list(model.sites)[::-1][:2]):
+        runs.clear()
+        found = model.encode_sites(wav, sites)
+        passes = len(runs)
+        assert found.keys() == set(sites)
+        for site in sites:
+            runs.clear()
+            assert np.array_equal(model.encode(wav, site), found[site]) and len(runs) == passes
+    with pytest.raises(EqknobsError, match="no site"):
+        model.encode_sites(wav, [sites[0], "nowhere"])
+
+
+@pytest.mark.parametrize("kind", ["hubert", "whisper"])
+def test_layers_above_the_last_site_do_not_run(folders, kind):
+    model, ran = load(folders / kind), []
+    layers = model.net.encoder.layers
+    for i, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_args, i=i: ran.append(i))
+    model.encode(noise(1), "layer.0")
+    assert ran == [0] and not layers[0]._forward_hooks
+    model.encode(noise(1), "layer.1")
+    assert ran == [0, 0, 1]
+
+
+def by_hand(module, change):
+    """A plain hook, to compare with; other outputs of the module stay."""
+
+    def hook(_module, _inputs, output):
+        return change(output) if isinstance(output, torch.Tensor) else (change(output[0]), *output[1:])
+
+    return module.register_forward_hook(hook)
+
+
+def louder(acts):
+    return 1.5 * acts + 0.1
+
+
+@pytest.mark.parametrize("site", ["encoder_layer.0", "encoder_layer.2", "encoder_transformer"])
+def test_mimi_reconstructs_from_edited_activations(mimi, site):
+    wav = noise(1.5, 9)
+    plain = mimi.reconstruct(wav, 6)
+    assert np.array_equal(plain, mimi.decode(mimi.encode(wav, site), site, len(wav), 6))
+    edited = louder(mimi.encode(wav, site))
+    expected = mimi.decode(edited, site, len(wav), 6)
+    with mimi.editing(site, louder):
+        assert close(mimi.reconstruct(wav, 6), expected, 1e-5)
+        acts = mimi.encode(wav, site)
+        assert close(acts, edited, 1e-5)
+        assert close(mimi.decode(acts, site, len(wav), 6), expected, 1e-5)  # an edit acts once
+    assert np.abs(expected - plain).max() > 1e-3
+    assert np.array_equal(mimi.reconstruct(wav, 6), plain)
+
+
+def test_mimi_edits_of_later_sites_act_on_decoding(mimi):
+    wav = noise(1.2, 3)
+    acts = mimi.encode(wav, "encoder_layer.0")
+    with mimi.editing("encoder_layer.2", louder):
+        ours = mimi.decode(acts, "encoder_layer.0", len(wav))
+        whole = mimi.reconstruct(wav)
+    assert close(ours, whole, 1e-5) and np.abs(ours - mimi.reconstruct(wav)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["encodec", "dac"])
+def test_codecs_reconstruct_from_edited_activations(folders, kind):
+    model, wav = load(folders / kind), noise(1.2, 4)
+    acts, shapes = model.encode(wav, "encoder"), []
+
+    def edit(found):
+        shapes.append(tuple(found.shape))
+        return louder(found)
+
+    model.chunk_seconds = 0.4
+    with model.editing("encoder", edit), model.editing("encoder", lambda found: 2 * found):
+        ours = model.reconstruct(wav, 4)
+    assert shapes == [(1, *acts.shape)]  # the whole clip at once
+    assert close(ours, model.decode(2 * louder(acts), "encoder", len(wav), 4), 1e-4)
+    assert np.abs(ours - model.reconstruct(wav, 4)).max() > 1e-4 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("kind", ["hubert", "whisper"])
+def test_encoders_go_on_from_edited_layers(folders, kind):
+    model, wav = load(folders / kind), noise(1.03, 5)
+    before = model.encode(wav, "layer.1")
+    hook = by_hand(model.net.encoder.layers[0], louder)
+    expected = model.encode_sites(wav, ["layer.0", "layer.1"])
+    hook.remove()
+    with model.editing("layer.0", louder):
+        ours = model.encode_sites(wav, ["layer.0", "layer.1"])
+    assert all(np.array_equal(ours[site], acts) for site, acts in expected.items())
+    assert np.abs(before - ours["layer.1"]).max() > 1e-3 and np.array_equal(model.encode(wav, "layer.1"), before)
+    with pytest.raises(EqknobsError, match="is an encoder"):
+        model.reconstruct(wav)
+    with pytest.raises(EqknobsError, match="no site"), model.editing("layer.2", louder):
+        pass
+    with (
+        pytest.raises(EqknobsError, match=r"edit at small\.layer\.0 turned"),
+        model.editing("layer.0", lambda x: x[:, 1:]),
+    ):
+        model.encode(wav, "layer.0")
+    assert not model.net.encoder.layers[0]._forward_hooks
+
+
+def test_whisper_decodes_words_from_edited_layers(folders):
+    """What the decoder reads, and what it makes of it, is the same as with a hook by hand."""
+    model, wav = load(folders / "whisper"), noise(1.03, 5)
+    tokens = torch.tensor([[1, 5, 7]])
+
+    def heard():
+        with torch.inference_mode():
+            memory = model.memory(wav)
+            return memory, model.net.decoder(tokens, encoder_hidden_states=memory).last_hidden_state
+
+    plain, hook = heard(), by_hand(model.net.encoder.layers[1], louder)
+    expected = heard()
+    hook.remove()
+    with model.editing("layer.1", louder):
+        ours = heard()
+    assert ours[0].shape == (1, 1500, 32)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected)) and not torch.equal(ours[1], plain[1])
+
+
 # Loading
 
 

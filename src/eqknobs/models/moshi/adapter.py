@@ -1,7 +1,8 @@
 """Moshi and PersonaPlex behind the `Model` protocol: what the model holds in mind while it listens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models import Site
 from eqknobs.models.base import Pretrained, gpu_memory, inference, one_line
 from eqknobs.models.mimi import Mimi
+from eqknobs.models.moshi import interventions
 from eqknobs.models.moshi.checkpoint import find_files, load_net
 from eqknobs.models.moshi.config import FRAME_RATE, MoshiConfig, Nf4, codec_of
 from eqknobs.models.moshi.generate import (
@@ -31,6 +33,8 @@ from eqknobs.models.moshi.network import MoshiNet
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+
+    from eqknobs.models import SiteEdit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -135,8 +139,12 @@ class Moshi(Pretrained):
         # column 0 has heard nothing
         return {name: seen[name][0, 1:].float().cpu().numpy() for name in places}
 
-    def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
-        return self.encode_sites(wav, [site])[site]
+    @contextmanager
+    def editing(self, site: str, edit: "SiteEdit") -> Iterator[None]:
+        """As the protocol says; what the edit gets, see `interventions.editing`."""
+        self.site(site)
+        with interventions.editing(self.net, site, edit):
+            yield
 
     def tokeniser(self) -> "SentencePieceProcessor":
         """The checkpoint's sentencepiece model. Raises EqknobsError if there is none, or a broken one."""

@@ -1,9 +1,9 @@
-"""What can be done to a network: heads zeroed or removed, weights pruned or rounded, input streams silenced.
+"""What can be done to a network: activations edited, heads zeroed or removed, weights pruned or rounded, streams muted.
 
 Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed in NF4 everywhere.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
+from eqknobs.models.base import checked
 from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.models.moshi.quantise import Linear, is_packed, put_module, weight_of, with_weight
@@ -32,20 +33,45 @@ def _places(net: MoshiNet, heads: Heads) -> dict[int, list[int]]:
 
 
 @contextmanager
+def editing(net: MoshiNet, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, the network goes on from `edit(activations)` at `residual.<layer>` or `heads.<layer>`.
+
+    The edit gets [batch, columns, width]: all columns of a clip that is heard or of a prompt, then one a frame. A
+    `heads` site is head after head, of those that are left. Raises EqknobsError for another site, and on running if the
+    shape changes.
+    """
+    kind, _, number = site.partition(".")
+    layer = net.layers[int(number)] if number.isdecimal() and int(number) < len(net.layers) else None
+    if layer is None or kind not in ("residual", "heads") or (kind == "heads" and not layer.self_attn.heads):
+        raise EqknobsError(
+            f"a Moshi of {len(net.layers)} layers has no site {site!r} (residual.<layer>, heads.<layer>)"
+        )
+    if kind == "residual":
+        hook = layer.register_forward_hook(lambda _module, _inputs, acts: checked(edit, acts, site))
+    else:
+        hook = layer.self_attn.out_proj.register_forward_pre_hook(
+            lambda _module, inputs: (checked(edit, inputs[0], site),)
+        )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def zeroed_heads(net: MoshiNet, heads: Heads) -> Iterator[None]:
-    """While the block runs, those heads give zeros: the input of `out_proj`, site `heads.<layer>`, is cleared there."""
+    """While the block runs, those heads give zeros: site `heads.<layer>` is cleared there."""
     with ExitStack() as stack:
         for layer, places in _places(net, heads).items():
-            attention = net.layers[layer].self_attn
-            keep = torch.ones(len(attention.heads), 1, dtype=torch.bool, device=net.device)
+            keep = torch.ones(len(net.heads[layer]), 1, dtype=torch.bool, device=net.device)
             keep[places] = False
 
-            def clear(_module: nn.Module, inputs: tuple[Tensor], keep: Tensor = keep) -> tuple[Tensor]:
+            def clear(acts: Tensor, keep: Tensor = keep) -> Tensor:
                 # not a product with 0: that would keep NaN and infinity
-                return (torch.where(keep, inputs[0].unflatten(-1, (len(keep), -1)), 0).flatten(-2),)
+                return torch.where(keep, acts.unflatten(-1, (len(keep), -1)), 0).flatten(-2)
 
-            if places and attention.out_proj is not None:
-                stack.callback(attention.out_proj.register_forward_pre_hook(clear, prepend=True).remove)
+            if places:
+                stack.enter_context(editing(net, f"heads.{layer}", clear))
         yield
 
 

@@ -38,6 +38,7 @@ from eqknobs.models.moshi.generate import (
     system_text,
 )
 from eqknobs.models.moshi.interventions import (
+    editing,
     fake_quantise,
     linears,
     masked_streams,
@@ -622,6 +623,45 @@ def test_activations(model):
     hook.remove()
     np.testing.assert_array_equal(seen["residual.1"], states[0][0, 1:])
     assert not model.net.layers[1]._forward_hooks
+
+
+@pytest.mark.parametrize("site", ["residual.1", "heads.1"])
+def test_edited_sites(model, site):
+    """While it listens and while it answers, the network goes on from the edit."""
+    wav, layer = clip(0.8, 3), model.net.layers[1]
+    read = ["residual.0", site, "residual.2"]
+    plain, before = model.converse(wav), model.encode_sites(wav, read)
+
+    def change(acts):
+        return 1.5 * acts + 0.3
+
+    if site == "residual.1":
+        hook = layer.register_forward_hook(lambda _m, _i, acts: change(acts))
+    else:
+        hook = layer.self_attn.out_proj.register_forward_pre_hook(lambda _m, inputs: (change(inputs[0]),))
+    expected, heard = model.converse(wav), model.encode_sites(wav, read)
+    hook.remove()
+    with model.editing(site, change):
+        ours, seen = model.converse(wav), model.encode_sites(wav, read)
+    assert torch.equal(ours.codes, expected.codes) and not torch.equal(ours.codes, plain.codes)
+    for name in read:
+        np.testing.assert_array_equal(seen[name], heard[name])
+        assert np.array_equal(seen[name], before[name]) == (name == "residual.0")
+    np.testing.assert_allclose(seen[site], 1.5 * before[site] + 0.3, atol=1e-4)
+    assert torch.equal(model.converse(wav).codes, plain.codes)
+
+
+def test_edited_sites_that_are_not_there(model):
+    for site in ("residual.3", "heads.9", "encoder.0", "residual"):
+        with pytest.raises(EqknobsError, match="no site"), model.editing(site, lambda acts: acts):
+            pass
+        with pytest.raises(EqknobsError, match="no site"), editing(model.net, site, lambda acts: acts):
+            pass
+    with (
+        pytest.raises(EqknobsError, match=r"edit at heads\.0 turned"),
+        model.editing("heads.0", lambda acts: acts[..., 1:]),
+    ):
+        model.encode(clip(0.3), "residual.0")
 
 
 def test_a_cache_says_which_codec_made_the_codes(folder, codec, tmp_path):
