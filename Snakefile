@@ -9,13 +9,46 @@ configfile: "config/config.yaml"
 include: "rules/common.smk"
 include: "rules/data.smk"
 include: "rules/activations.smk"
-include: "rules/saes.smk"
-include: "rules/probes.smk"
-include: "rules/renders.smk"
+
+
+# The stages, in the order of the report; one that is null in the configuration is not there at all.
+if config["saes"]:
+
+    include: "rules/saes.smk"
+
+
+if config["probes"]:
+
+    include: "rules/probes.smk"
+
+
+if config["codec"]:
+
+    include: "rules/codec.smk"
+
+
+if config["steering"]:
+
+    include: "rules/steering.smk"
+
+
+if config["importance"]:
+
+    include: "rules/importance.smk"
+
+
 include: "rules/judges.smk"
 include: "rules/report.smk"
-include: "rules/codec_training.smk"
-include: "rules/speech_lm_training.smk"
+
+
+if "codec_training" in config:
+
+    include: "rules/codec_training.smk"
+
+
+if "speech_lm_training" in config:
+
+    include: "rules/speech_lm_training.smk"
 
 
 localrules:
@@ -30,15 +63,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        (
-            TRAINED
-            if "codec_training" in config
-            else (
-                SPOKEN
-                if "speech_lm_training" in config
-                else f"{RUN}/report/index.html"
-            )
-        ),
+        FINAL,
 
 
 # Milestones: `snakemake caches --cores 2` stops after the activation caches and their labels, and so on.
@@ -54,22 +79,18 @@ rule caches:
 
 rule dictionaries:
     input:
-        expand(f"{RUN}/saes/{{target}}/saes.json", target=TARGETS if SAES else []),
+        SAE_SCORES,
 
 
 rule probings:
     input:
-        expand(
-            f"{RUN}/probes/{{target}}/{{property}}.npz",
-            target=TARGETS,
-            property=PROPERTIES,
-        ),
+        PROBES,
 
 
 rule sounds:
     input:
-        expand(
-            f"{RUN}/renders/{{target}}/{{stage}}/index.csv",
-            target=CODEC_TARGETS,
-            stage=SOUND_STAGES,
-        ),
+        [
+            f"{RUN}/renders/{target}/{sound}/index.csv"
+            for sound, targets in SOUNDS.items()
+            for target in targets
+        ],

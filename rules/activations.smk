@@ -15,7 +15,7 @@ rule activations:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("activations", model=model_files),
+        cfg=cfg("activations", opened, model=model_files),
     message:
         "Cache activations of {wildcards.target}"
     script:
@@ -39,7 +39,7 @@ rule labels:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("labels"),
+        cfg=cfg("labels", lambda wildcards: config["labels"]),
     message:
         "Label pitch, loudness and brightness on the frames of {wildcards.target}"
     script:

@@ -7,11 +7,19 @@ from snakemake.resources import Resource
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from eqknobs.config import decodes, describe, parse_target, settle, stage_config
+from eqknobs.config import describe, plain, settle
 from eqknobs.errors import EqknobsError
 from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.models import KINDS
+from eqknobs.plan import (
+    bundled_speech,
+    model_config,
+    parse_target,
+    stage_saes,
+    stage_targets,
+    trained_saes,
+)
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
 
@@ -27,21 +35,22 @@ except EqknobsError as error:
     raise WorkflowError(str(error)) from None
 
 RUN = f"results/{config['run']['name']}"
+SEED = config["run"]["seed"]
 TARGETS = config["run"]["targets"]
-CODEC_TARGETS = [target for target in TARGETS if decodes(config, target)]
-PROPERTIES = config["probes"]["properties"]
-SAES = sorted(config["saes"] or {})  # null: caches, labels and probes only
-SEEDS = sorted(config["sae_seeds"])
-SAE_FILES = ["config.json", "sae.safetensors"]
-# Of every SAE of a target, the first seed's files.
-FIRST_SAES = expand(
-    f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/{{file}}",
-    sae=SAES,
-    file=SAE_FILES,
-)
-GRIDS = [name for name in SAES if "grid" in config["saes"][name]]
-SOUND_STAGES = ["codec", "steering", "importance"]
+FIRST_SEED = min(config["sae_seeds"])
 ENV = "../envs/eqknobs.yaml"
+FINAL = f"{RUN}/report/index.html"  # a training has another end
+
+# What the rule files of the stages add to, each its own; judges, tables and report read them.
+SOUNDS = {}  # what makes sound -> its targets
+TABLES = []  # names of tables
+TABLE_INPUTS = []  # what tables and report read
+REPORT_INPUTS = []  # what only the report reads
+SAE_SCORES = []  # what the milestone `dictionaries` stops at
+PROBES = []  # and `probings`
+SECTIONS = (
+    {}
+)  # stage -> what of the run it works on: targets, and what else its section needs to know
 
 # One GPU, one job on it, also when the user forgets `--resources gpu=1`.
 if workflow.is_main_process and "gpu" not in workflow.global_resources:
@@ -53,29 +62,51 @@ wildcard_constraints:
     property="centroid|rms|pitch",
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
-    stage="codec|steering|importance",
+    sound="codec|steering|importance",
 
 
-def script_of(stage):
-    return Path(workflow.basedir) / "workflow" / "scripts" / f"{stage}.py"
+def script_of(rule):
+    return Path(workflow.basedir) / "workflow" / "scripts" / f"{rule}.py"
 
 
-def cfg(stage, **outside):
+def cfg(rule, slice, **outside):
     """The one parameter of a rule: its slice of the configuration, and digests of what it reads from outside results/.
 
-    `outside` names functions of the wildcards that list files, or tell a digest themselves; the code of the stage is
-    always among the digests.
+    `slice` is a function of the wildcards, to a dictionary. The device is none of it: where something was computed does
+    not decide what it is (`eqknobs.script` adds it). `outside` names functions of the wildcards that list files, or tell
+    a digest themselves; the code of the rule's script is always among the digests.
     """
 
     def parameter(wildcards):
-        content = {"code": code_inputs(script_of(stage))}
+        content = {"code": code_inputs(script_of(rule))}
         content |= {name: found(wildcards) for name, found in outside.items()}
         for name, files in content.items():
             content[name] = files if isinstance(files, str) else DIGESTS.of(files)
-        slice = stage_config(config, stage, **dict(wildcards))
-        return {**slice, "content": dict(sorted(content.items()))}
+        return {**plain(slice(wildcards)), "content": dict(sorted(content.items()))}
 
     return parameter
+
+
+def but(section, *keys):
+    """A section of the configuration without some keys."""
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def opened(wildcards):
+    """The slice of the model and site that a target is."""
+    target = wildcards.target
+    return {"model": model_config(config, target), "site": parse_target(target)[1]}
+
+
+def first_saes(names):
+    """The files of the first seed of each SAE that `names`, a function of the target, names."""
+    folder = f"{RUN}/saes/{{target}}/{{sae}}/seed{FIRST_SEED}/{{file}}"
+    return lambda wildcards: expand(
+        folder,
+        target=wildcards.target,
+        sae=names(wildcards.target),
+        file=["config.json", "sae.safetensors"],
+    )
 
 
 def really_runs():
@@ -87,9 +118,9 @@ def page_sounds(wildcards):
     return DIGESTS.of_sounds(f"{RUN}/report/index.html", really_runs())
 
 
-def sounds_of(stage):
+def sounds_of(sound):
     """A mark of a stage's renders, which are made again when some of them are gone."""
-    index = f"{RUN}/renders/{{}}/{stage}/index.csv"
+    index = f"{RUN}/renders/{{}}/{sound}/index.csv"
     return lambda wildcards: DIGESTS.of_sounds(
         index.format(wildcards.target), really_runs()
     )

@@ -1,3 +1,9 @@
+DOWNLOAD = (
+    "url",
+    "timeout_seconds",
+)  # how speech is fetched, not what: it has a published checksum
+
+
 onstart:
     if config["data"]["source"] == "librispeech":
         if any(job.rule.name == "manifest" for job in workflow.dag.needrun_jobs()):
@@ -22,7 +28,12 @@ rule manifest:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("manifest", data=speech_files, labels=label_files),
+        cfg=cfg(
+            "manifest",
+            lambda wildcards: {"data": but(config["data"], *DOWNLOAD), "seed": SEED},
+            data=speech_files,
+            labels=label_files,
+        ),
     message:
         "Draw the manifest"
     script:

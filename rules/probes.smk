@@ -1,8 +1,23 @@
+PROBED = stage_targets(config, "probes")
+PROPERTIES = config["probes"]["properties"]
+PROBES = expand(
+    f"{RUN}/probes/{{target}}/{{property}}.npz", target=PROBED, property=PROPERTIES
+)
+SECTIONS["probes"] = {"targets": PROBED, "properties": PROPERTIES}
+TABLES += ["probes"]
+TABLE_INPUTS += expand(
+    f"{RUN}/scores/{{target}}.{{kind}}.{{property}}.csv",
+    target=PROBED,
+    kind=["probes", "ridge"],
+    property=PROPERTIES,
+)
+
+
 rule probes:
     input:
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=FIRST_SAES,
+        saes=first_saes(lambda target: stage_saes(config, "probes", target)),
         script=code("probes.py"),
     output:
         probes=f"{RUN}/probes/{{target}}/{{property}}.npz",
@@ -18,7 +33,14 @@ rule probes:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("probes"),
+        cfg=cfg(
+            "probes",
+            lambda wildcards: {
+                **but(config["probes"], "properties", "saes", "targets"),
+                "property": wildcards.property,
+                "seed": SEED,
+            },
+        ),
     message:
         "Probe {wildcards.target} for {wildcards.property}"
     script:

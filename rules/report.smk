@@ -1,29 +1,29 @@
-SCORES = [
-    f"{RUN}/scores/originals.csv",
-    *expand(f"{RUN}/scores/{{target}}.sae.csv", target=TARGETS if SAES else []),
-    *expand(f"{RUN}/saes/{{target}}/saes.json", target=TARGETS if SAES else []),
-    *expand(
-        f"{RUN}/scores/{{target}}.{{kind}}.{{property}}.csv",
-        target=TARGETS,
-        kind=["probes", "ridge"],
-        property=PROPERTIES,
-    ),
-    *expand(
-        f"{RUN}/scores/{{target}}.{{stage}}.{{kind}}.csv",
-        target=CODEC_TARGETS,
-        stage=SOUND_STAGES,
-        kind=["signal", "words"],
-    ),
-    *expand(f"{RUN}/steering/{{target}}/calibration.json", target=CODEC_TARGETS),
-    *expand(f"{RUN}/importance/{{target}}.json", target=CODEC_TARGETS),
-]
-TABLES = ["codec", "sae", "probes", "steering", "importance_ablation"]
+def tables_slice(wildcards):
+    return {
+        **config["tables"],
+        "seed": SEED,
+        "targets": TARGETS,
+        "stages": SECTIONS,
+        "properties": SECTIONS.get("probes", {}).get("properties", []),
+        "models": {
+            parse_target(target)[0]: config["models"][parse_target(target)[0]]
+            for target in TARGETS
+        },
+        "steering_codebooks": SECTIONS.get("steering", {}).get("codebooks"),
+        "saes": "saes" in SECTIONS,
+        "bundled_speech": bundled_speech(config),
+    }
+
+
+def report_slice(wildcards):
+    shown = but(config, "hardware") | {"data": but(config["data"], *DOWNLOAD)}
+    return {"config": shown, "stages": SECTIONS}
 
 
 rule tables:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
-        scores=SCORES,
+        scores=TABLE_INPUTS,
         training=training_records,
         script=code("tables.py"),
     output:
@@ -37,7 +37,7 @@ rule tables:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("tables", training=training_records),
+        cfg=cfg("tables", tables_slice, training=training_records),
     message:
         "Compute the tables from the raw scores"
     script:
@@ -49,21 +49,8 @@ rule report:
         manifest=f"{RUN}/manifest/manifest.csv",
         tables=expand(f"{RUN}/tables/{{table}}.csv", table=TABLES),
         summary=f"{RUN}/tables/summary.json",
-        scores=SCORES,
-        logs=expand(
-            f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/log.csv",
-            target=TARGETS,
-            sae=SAES,
-            seed=SEEDS,
-        ),
-        fronts=expand(
-            f"{RUN}/saes/{{target}}/{{sae}}/grid/front.csv", target=TARGETS, sae=GRIDS
-        ),
-        sounds=expand(
-            f"{RUN}/renders/{{target}}/{{stage}}/index.csv",
-            target=CODEC_TARGETS,
-            stage=SOUND_STAGES,
-        ),
+        scores=TABLE_INPUTS,
+        sections=REPORT_INPUTS,
         script=code("report.py"),
     output:
         f"{RUN}/report/index.html",
@@ -82,7 +69,7 @@ rule report:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("report", sounds=page_sounds),
+        cfg=cfg("report", report_slice, sounds=page_sounds),
     message:
         "Write the report"
     script:

@@ -1,6 +1,6 @@
 # A configuration with `speech_lm_training` trains a speech LM and scores what it says (config/train-tiny-moshi.yaml).
 SPEECH_LM = f"{RUN}/speech_lm"
-SPOKEN = f"{RUN}/tables/speech_lm.csv"
+FINAL = SPOKEN = f"{RUN}/tables/speech_lm.csv"
 
 
 rule speech_lm_training:
@@ -18,7 +18,14 @@ rule speech_lm_training:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("speech_lm_training", data=speech_lm_files),
+        cfg=cfg(
+            "speech_lm_training",
+            lambda wildcards: {
+                **but(config["speech_lm_training"], "scores"),
+                "seed": SEED,
+            },
+            data=speech_lm_files,
+        ),
     message:
         "Train a speech LM"
     script:
@@ -40,7 +47,14 @@ rule speech_lm_scores:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("speech_lm_scores", data=speech_lm_files),
+        cfg=cfg(
+            "speech_lm_scores",
+            lambda wildcards: {
+                key: config["speech_lm_training"][key]
+                for key in ("speech", "codec", "scores")
+            },
+            data=speech_lm_files,
+        ),
     message:
         "Score what the speech LM says"
     script:

@@ -2,16 +2,16 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
-from eqknobs.config import DEFAULT, bundled_speech, describe, merge, read_config, settle, validate
+from eqknobs.config import DEFAULT, describe, merge, read_config, settle, validate
 from eqknobs.errors import EqknobsError
+from eqknobs.plan import bundled_speech
 from eqknobs.strict_yaml import read_yaml
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [p for p in sorted((ROOT / "config").glob("*.yaml")) if not p.name.startswith("train-")]
 
 
@@ -264,7 +264,7 @@ def test_the_bundled_labels_do_not_go_with_other_speech(tmp_path):
         ("data: {path: speech/}", None, "speech"),
         ("data: {path: ./resources//corpus/}", "resources/corpus/labels.csv", "resources/corpus"),
         ("data: {path: speech, labels: mine.csv}", "mine.csv", "speech"),
-        ("data: {source: librispeech, subset: dev-clean}", None, "resources/corpus"),
+        ("data: {source: librispeech, subset: dev-clean}", None, None),
     ):
         file.write_text(text)
         data = read_config(file)["data"]

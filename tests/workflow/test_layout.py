@@ -3,17 +3,17 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, merge, snakemake
 
-from eqknobs.config import EqknobsError, stage_config, validate
+from eqknobs.config import merge, validate
+from eqknobs.errors import EqknobsError
+from eqknobs.plan import model_config
 from eqknobs.provenance import code_inputs
-
-sys.path.insert(0, str(ROOT / "tools"))
+from helpers import ROOT
+from helpers.workflow import snakemake
 from readme_graph import in_order
 
 DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -80,15 +80,6 @@ def test_no_script_reads_the_configuration() -> None:
         assert "snakemake.config" not in script.read_text()
 
 
-def test_stage_slices_are_plain_sorted_json() -> None:
-    wildcards = {"target": "tiny-mimi.encoder_transformer", "sae": "topk", "seed": "0", "property": "rms"}
-    trainings = [yaml.safe_load((ROOT / "config" / name).read_text()) for name in CONFIGS if name.startswith("train-")]
-    config = merge(merge(DEFAULT, trainings[0]), trainings[1])
-    for script in (ROOT / "workflow/scripts").glob("*.py"):
-        value = stage_config(config, script.stem, **wildcards)
-        assert json.dumps(value) == json.dumps(value, sort_keys=True)
-
-
 def test_code_inputs_follow_imports_and_find_the_pages_template() -> None:
     names = {Path(path).name for path in code_inputs(ROOT / "workflow/scripts/report.py")}
     assert {"page.py", "page.html.j2", "io.py", "errors.py"} <= names
@@ -111,8 +102,9 @@ def test_a_moshi_model_may_say_all_or_nothing() -> None:
         config = json.loads(json.dumps(DEFAULT))
         moshi(config, **keys)
         validate(config)
-        found = stage_config(config, "activations", target="m.heads.0")
-        assert found["model"] == {"kind": "moshi", "name": "m", "path": "owner/name"} | keys | {"revision": None}
+        assert model_config(config, "m.heads.0") == {"kind": "moshi", "name": "m", "path": "owner/name"} | keys | {
+            "revision": None
+        }
 
 
 @pytest.mark.parametrize(
@@ -133,7 +125,7 @@ def test_a_moshi_model_may_say_all_or_nothing() -> None:
         (lambda c: c["steering"].update(high_bin=20), "above the last bin"),
         (lambda c: c["probes"].update(properties=["rms"]), "must hold 'centroid'"),
         (lambda c: c.pop("judges"), "'judges' is a required property"),
-        (lambda c: c.update(saes=None), "is a codec, whose stages need SAEs"),
+        (lambda c: c.update(saes=None), "steering.saes: names 'rms_l1', but saes is null"),
         (lambda c: c["hardware"].update(vram_gb=0), "hardware.vram_gb"),
         (lambda c: c["models"]["tiny-mimi"].update(kind="moshy"), "'moshy' is not one of"),
         (lambda c: c["models"]["tiny-mimi"].update(nf4=True), "unknown key 'nf4'; known keys: kind, path, revision"),
@@ -187,9 +179,6 @@ def test_readme_shows_the_current_rule_graph() -> None:
 
 
 def test_conda_environments_follow_the_lock() -> None:
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tools"))
     from make_env import files
 
     for path, text in files().items():

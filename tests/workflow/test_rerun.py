@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, copy_workflow, snakemake, write_config
+
+from helpers import ROOT
+from helpers.workflow import copy_workflow, snakemake, write_config
 
 TARGET = "tiny-mimi.encoder_transformer"
 PROPERTIES = ["centroid", "pitch", "rms"]

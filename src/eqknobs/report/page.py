@@ -21,9 +21,9 @@ import soundfile as sf
 import yaml
 from PIL import Image
 
-from eqknobs.config import bundled, bundled_speech, decodes, parse_target
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import atomic_path, read_csv, read_json, require_renders, unused_name
+from eqknobs.plan import bundled, bundled_speech, decodes, parse_target
 from eqknobs.report.headlines import ARMS, MAPS, PROPERTIES, SPACES, label
 from eqknobs.report.tables import voices
 

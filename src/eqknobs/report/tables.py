@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eqknobs.config import bundled, decodes, parse_target
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence import stats
 from eqknobs.io import read_csv, read_json, write_csv, write_json
+from eqknobs.plan import bundled, decodes, parse_target
 from eqknobs.report.headlines import UNMEASURABLE, headlines
 
 # How each measure is made of per-clip columns: (numerator, denominator or None for the mean over clips, better).
