@@ -100,8 +100,8 @@ def _judge_device(device: str) -> str:
 def _keep_memory() -> None:
     """Have glibc keep what is freed, in one heap, until the process ends.
 
-    It would give blocks of many MB back at once, and a third of the encoder's time goes into getting zeroed pages again.
-    Elsewhere than with glibc nothing happens.
+    It would give blocks of many MB back at once, and a third of the encoder's time would go into getting zeroed pages
+    again. With another libc nothing happens.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
