@@ -37,6 +37,11 @@ if config["importance"]:
     include: "rules/importance.smk"
 
 
+if config["speech_lm"]:
+
+    include: "rules/speech_lm.smk"
+
+
 include: "rules/judges.smk"
 include: "rules/report.smk"
 
@@ -49,6 +54,15 @@ if "codec_training" in config:
 if "speech_lm_training" in config:
 
     include: "rules/speech_lm_training.smk"
+
+
+# What the stages that are on work on (targets; of speech LMs that speak, models), and the corpora that they hear.
+WORKED_ON = list(
+    dict.fromkeys(
+        [*TARGETS, *(t for stage in SECTIONS.values() for t in stage["targets"])]
+    )
+)
+CORPORA = corpora_used(config, WORKED_ON)
 
 
 localrules:
@@ -69,12 +83,15 @@ rule all:
 # Milestones: `snakemake caches --cores 2` stops after the activation caches and their labels, and so on.
 rule manifests:
     input:
-        f"{RUN}/manifest/manifest.csv",
+        [manifest_file(corpus) for corpus in CORPORA],
 
 
 rule caches:
     input:
-        expand(f"{RUN}/labels/{{target}}.h5", target=TARGETS),
+        expand(
+            f"{RUN}/labels/{{target}}.h5",
+            target=[target for target in WORKED_ON if parse_target(target)[1]],
+        ),
 
 
 rule dictionaries:

@@ -1,6 +1,6 @@
 rule activations:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         model=model_files,
         script=code("activations.py"),
     output:
@@ -24,7 +24,7 @@ rule activations:
 
 rule labels:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         script=code("labels.py"),
     output:

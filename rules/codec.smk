@@ -1,6 +1,6 @@
 HEARD = stage_targets(config, "codec", decoding=True)
 SOUNDS["codec"] = HEARD
-SECTIONS["codec"] = {"targets": HEARD}
+SECTIONS["codec"] = {"targets": HEARD, "training": voice_records(config, HEARD)}
 TABLES += ["codec"]
 TABLE_INPUTS += [
     *expand(f"{RUN}/scores/{{target}}.codec.signal.csv", target=HEARD),

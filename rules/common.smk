@@ -13,12 +13,20 @@ from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.models import KINDS
 from eqknobs.plan import (
+    SPEECH,
+    bundled_models,
     bundled_speech,
+    corpora_used,
+    corpus_config,
+    corpus_of,
     model_config,
     parse_target,
+    sae_home,
     stage_saes,
     stage_targets,
     trained_saes,
+    training_record,
+    voice_records,
 )
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
@@ -58,11 +66,12 @@ if workflow.is_main_process and "gpu" not in workflow.global_resources:
 
 
 wildcard_constraints:
-    target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?",
+    target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?(@[A-Za-z0-9][A-Za-z0-9_-]*)?",
+    model="[A-Za-z0-9][A-Za-z0-9_-]*",
+    corpus="[A-Za-z0-9][A-Za-z0-9_-]*",
     property="centroid|rms|pitch",
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
-    sound="codec|steering|importance",
 
 
 def script_of(rule):
@@ -100,13 +109,20 @@ def opened(wildcards):
 
 def first_saes(names):
     """The files of the first seed of each SAE that `names`, a function of the target, names."""
-    folder = f"{RUN}/saes/{{target}}/{{sae}}/seed{FIRST_SEED}/{{file}}"
-    return lambda wildcards: expand(
-        folder,
-        target=wildcards.target,
-        sae=names(wildcards.target),
-        file=["config.json", "sae.safetensors"],
-    )
+    return lambda wildcards: [
+        f"{RUN}/saes/{sae_home(config, wildcards.target, sae)}/{sae}/seed{FIRST_SEED}/{file}"
+        for sae in names(wildcards.target)
+        for file in ("config.json", "sae.safetensors")
+    ]
+
+
+def manifest_of(wildcards):
+    """The manifest of the corpus that a target hears."""
+    return manifest_file(corpus_of(wildcards.target))
+
+
+def manifest_file(corpus):
+    return f"{RUN}/manifest/{'' if corpus == SPEECH else corpus + '/'}manifest.csv"
 
 
 def really_runs():
@@ -137,9 +153,14 @@ def gpu(wildcards):
 
 
 def model_files(wildcards):
+    """The files of the model that a target is of."""
+    return files_of(parse_target(wildcards.target)[0])
+
+
+def files_of(name):
     """The code of a model's kind, and what is read of it in a local folder, and of its codec: other weights, other
     activations."""
-    model = config["models"][parse_target(wildcards.target)[0]]
+    model = config["models"][name]
     folders = [Path(model[key]) for key in ("path", "codec") if key in model]
     weights = [
         str(file)
@@ -154,11 +175,9 @@ def model_files(wildcards):
 
 def training_records(wildcards):
     """Which voices a bundled model heard in its own training."""
-    records = [
-        Path(config["models"][parse_target(t)[0]]["path"]) / "training.json"
-        for t in TARGETS
-    ]
-    return ancient(sorted({str(record) for record in records if record.is_file()}))
+    names = {parse_target(target)[0] for target in WORKED_ON}
+    records = sorted(training_record(config, name) for name in names)
+    return ancient([record for record in records if Path(record).is_file()])
 
 
 def asr_files(wildcards):
@@ -167,16 +186,22 @@ def asr_files(wildcards):
     return ancient(sorted(str(file) for file in folder.glob("*") if file.is_file()))
 
 
+def corpus_data(wildcards):
+    """The configuration of the corpus that a rule draws, of speech where it has no such wildcard."""
+    return corpus_config(config, wildcards.get("corpus", SPEECH))
+
+
 def label_files(wildcards):
     """The labels CSV, where one is configured."""
-    path = config["data"]["labels"]
+    path = corpus_data(wildcards).get("labels")
     return ancient([path] if path and Path(path).is_file() else [])
 
 
 def speech_files(wildcards):
-    """The speech on this disk; that of LibriSpeech is known by its published checksum."""
-    source, path = config["data"]["source"], config["data"]["path"]
-    if source == "librispeech":
+    """The sound of a corpus on this disk; that of LibriSpeech is known by its published checksum."""
+    data = corpus_data(wildcards)
+    source, path = data["source"], data.get("path")
+    if source in ("librispeech", "union"):
         return []
     return corpus_files(path) if source == "folder" else [path]
 
@@ -185,8 +210,15 @@ def speech_lm_files(wildcards):
     """The clips that a speech LM learns from, with their word times, its codec, and the model that it starts as."""
     training = config["speech_lm_training"]
     folders = [training[key] for key in ("codec", "start") if key in training]
-    clips = sorted(Path(training["speech"]).glob("*/*.*"))
-    return [*(file for folder in folders for file in Path(folder).glob("*")), *clips]
+    return [
+        *(file for folder in folders for file in Path(folder).glob("*")),
+        *clip_files(training["speech"]),
+    ]
+
+
+def clip_files(folder):
+    """Clips with word times: sound and JSON, in one folder a voice."""
+    return sorted(Path(folder).glob("*/*.*"))
 
 
 def training_files(wildcards):

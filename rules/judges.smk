@@ -1,3 +1,7 @@
+wildcard_constraints:
+    sound="|".join(SOUNDS) or "none",
+
+
 TABLE_INPUTS += [
     f"{RUN}/scores/originals.csv",
     *(

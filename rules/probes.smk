@@ -3,7 +3,11 @@ PROPERTIES = config["probes"]["properties"]
 PROBES = expand(
     f"{RUN}/probes/{{target}}/{{property}}.npz", target=PROBED, property=PROPERTIES
 )
-SECTIONS["probes"] = {"targets": PROBED, "properties": PROPERTIES}
+SECTIONS["probes"] = {
+    "targets": PROBED,
+    "properties": PROPERTIES,
+    "bins": config["probes"]["bins"],
+}
 TABLES += ["probes"]
 TABLE_INPUTS += expand(
     f"{RUN}/scores/{{target}}.{{kind}}.{{property}}.csv",

@@ -2,22 +2,27 @@ def tables_slice(wildcards):
     return {
         **config["tables"],
         "seed": SEED,
-        "targets": TARGETS,
+        "targets": WORKED_ON,
         "stages": SECTIONS,
-        "properties": SECTIONS.get("probes", {}).get("properties", []),
-        "models": {
-            parse_target(target)[0]: config["models"][parse_target(target)[0]]
-            for target in TARGETS
-        },
-        "steering_codebooks": SECTIONS.get("steering", {}).get("codebooks"),
-        "saes": "saes" in SECTIONS,
-        "bundled_speech": bundled_speech(config),
+        # at which the codec's own word errors say whether words can be judged
+        "word_codebooks": (
+            SECTIONS["steering"]["codebooks"]
+            if "steering" in SECTIONS
+            else max((config["codec"] or {"codebooks": [0]})["codebooks"])
+        ),
     }
 
 
 def report_slice(wildcards):
-    shown = but(config, "hardware") | {"data": but(config["data"], *DOWNLOAD)}
-    return {"config": shown, "stages": SECTIONS}
+    return {
+        "config": but(config, "hardware") | {"data": but(config["data"], *DOWNLOAD)},
+        "targets": WORKED_ON,
+        "stages": SECTIONS,
+        "training": {
+            name: training_record(config, name) for name in bundled_models(config)
+        },
+        "bundled_speech": bundled_speech(config),
+    }
 
 
 rule tables:
@@ -47,6 +52,8 @@ rule tables:
 rule report:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
+        rejected=f"{RUN}/manifest/rejected.csv",
+        training=training_records,
         tables=expand(f"{RUN}/tables/{{table}}.csv", table=TABLES),
         summary=f"{RUN}/tables/summary.json",
         scores=TABLE_INPUTS,
@@ -69,7 +76,7 @@ rule report:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("report", report_slice, sounds=page_sounds),
+        cfg=cfg("report", report_slice, sounds=page_sounds, training=training_records),
     message:
         "Write the report"
     script:

@@ -1,6 +1,8 @@
 SEEDS = sorted(config["sae_seeds"])
-DICTIONARIES = {target: trained_saes(config, target) for target in TARGETS}
-DICTIONARIES = {target: names for target, names in DICTIONARIES.items() if names}
+DICTIONARIES = {}  # target, on the corpus that its SAEs hear -> their names
+for target in TARGETS:
+    for name in trained_saes(config, target):
+        DICTIONARIES.setdefault(sae_home(config, target, name), []).append(name)
 SAE_SCORES = expand(f"{RUN}/saes/{{target}}/saes.json", target=DICTIONARIES)
 SECTIONS["saes"] = {"targets": list(DICTIONARIES)}
 TABLES += ["sae"]
@@ -44,7 +46,7 @@ rule sae:
         cfg=cfg(
             "sae",
             lambda wildcards: {
-                "sae": but(config["saes"][wildcards.sae], "grid", "targets"),
+                "sae": but(config["saes"][wildcards.sae], "grid", "targets", "corpus"),
                 "seed": int(wildcards.seed),
             },
         ),
@@ -73,7 +75,7 @@ rule sae_grid:
         cfg=cfg(
             "sae_grid",
             lambda wildcards: {
-                "sae": but(config["saes"][wildcards.sae], "targets"),
+                "sae": but(config["saes"][wildcards.sae], "targets", "corpus"),
                 "seed": SEED,
             },
         ),

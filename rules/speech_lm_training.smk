@@ -37,8 +37,8 @@ rule speech_lm_scores:
         script=code("speech_lm_scores.py"),
         weights=f"{SPEECH_LM}/model.safetensors",
     output:
-        table=SPOKEN,
-        answers=f"{RUN}/tables/speech_lm_answers.csv",
+        answers=f"{RUN}/scores/speech_lm.answers.csv",
+        index=f"{RUN}/renders/speech_lm/answers/index.csv",
     log:
         f"{RUN}/logs/speech_lm_scores.log",
     benchmark:
@@ -59,3 +59,27 @@ rule speech_lm_scores:
         "Score what the speech LM says"
     script:
         "../workflow/scripts/speech_lm_scores.py"
+
+
+rule speech_lm_table:
+    input:
+        answers=f"{RUN}/scores/speech_lm.answers.csv",
+        script=code("speech_lm_table.py"),
+    output:
+        SPOKEN,
+    log:
+        f"{RUN}/logs/speech_lm_table.log",
+    benchmark:
+        f"{RUN}/benchmarks/speech_lm_table.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    params:
+        cfg=cfg(
+            "speech_lm_table",
+            lambda wildcards: {**config["tables"], "seed": SEED},
+        ),
+    message:
+        "Tabulate what the speech LM says"
+    script:
+        "../workflow/scripts/speech_lm_table.py"

@@ -22,6 +22,7 @@ SOUNDS["steering"] = STEERED
 SECTIONS["steering"] = {
     "targets": STEERED,
     "codebooks": config["steering"]["codebooks"],
+    "shift": config["steering"]["shift"],
 }
 TABLES += ["steering"]
 TABLE_INPUTS += [
@@ -38,10 +39,7 @@ rule steering_calibration:
         labels=f"{RUN}/labels/{{target}}.h5",
         saes=first_saes(lambda target: config["steering"]["saes"]),
         model=model_files,
-        probes=expand(
-            f"{RUN}/probes/{{{{target}}}}/{{property}}.npz",
-            property=STEERED_PROPERTIES,
-        ),
+        probes=[f"{RUN}/probes/{{target}}/centroid.npz"],
         script=code("steering_calibration.py"),
     output:
         calibration=f"{RUN}/steering/{{target}}/calibration.json",

@@ -21,6 +21,7 @@ import eqknobs.stages.codec.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
+import eqknobs.stages.speech_lm.checks
 import eqknobs.stages.steering.checks
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.plan import parse_target
@@ -39,6 +40,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
+    eqknobs.stages.speech_lm.checks.check,
 )
 
 
@@ -66,14 +68,16 @@ def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> No
     validate(config)
     config.update(settled(config))
     _own_speech(config["data"])
+    for corpus in (config["data"], *config.get("corpora", {}).values()):
+        if corpus["source"] != "union":
+            corpus["path" if corpus["source"] == "librispeech" else "subset"] = None
 
 
 def _own_speech(data: dict[str, Any]) -> None:
-    """The labels of the bundled corpus, the default, do not go with other speech; keys of other sources say nothing."""
+    """The labels of the bundled corpus, the default, do not go with other speech."""
     default = settled(read_yaml(DEFAULT))["data"]
     if (data["source"], data["path"]) != (default["source"], default["path"]) and data["labels"] == default["labels"]:
         data["labels"] = None
-    data["path" if data["source"] == "librispeech" else "subset"] = None
 
 
 def _at(value: Any, path: Iterable[Any]) -> Any:

@@ -6,12 +6,37 @@ from typing import Any
 from eqknobs.errors import EqknobsError
 
 DECODING = ("mimi", "encodec", "dac")  # kinds that turn activations back into sound
+SPEECH = "speech"  # the corpus that `data` describes; a target's name says nothing about it
 
 
 def parse_target(target: str) -> tuple[str, str]:
-    """Split "tiny-mimi.encoder_layer.2" into the model "tiny-mimi" and the site "encoder_layer.2"."""
-    model, _, site = target.partition(".")
+    """Split "tiny-mimi.encoder_layer.2" or "tiny-mimi.encoder_layer.2@music" into the model "tiny-mimi" and the site
+    "encoder_layer.2"."""
+    model, _, site = target.partition("@")[0].partition(".")
     return model, site
+
+
+def corpus_of(target: str) -> str:
+    """The corpus whose sound a target hears: "music" of "tiny-mimi.encoder_layer.2@music", else speech."""
+    return target.partition("@")[2] or SPEECH
+
+
+def on_corpus(target: str, corpus: str) -> str:
+    """A target on another corpus."""
+    target = target.partition("@")[0]
+    return target if corpus == SPEECH else f"{target}@{corpus}"
+
+
+def corpus_config(config: dict[str, Any], corpus: str) -> dict[str, Any]:
+    """Where a corpus is from and how it is drawn: `data`, or a section of `corpora`."""
+    return config["data"] if corpus == SPEECH else config["corpora"][corpus]
+
+
+def corpora_used(config: dict[str, Any], targets: list[str]) -> list[str]:
+    """The corpora that targets hear, and what those are put together from, in a fixed order."""
+    found = {corpus_of(target) for target in targets}
+    parts = {part for corpus in found for part in corpus_config(config, corpus).get("of", [])}
+    return sorted(found | parts)
 
 
 def model_config(config: dict[str, Any], target: str) -> dict[str, Any]:
@@ -26,10 +51,11 @@ def decodes(config: dict[str, Any], target: str) -> bool:
 
 
 def stage_targets(config: dict[str, Any], stage: str, decoding: bool = False) -> list[str]:
-    """The targets of the run that a stage works on; none where it is null.
+    """The targets of the run that a stage works on, each on every corpus that the stage lists (speech by default); none
+    where it is null.
 
     decoding: whether it makes sound, so that by default only targets that decode are its. Raises EqknobsError where
-    `<stage>.targets` names one that the run has not, or that does not decode.
+    `<stage>.targets` names one that the run has not, or that does not decode, or `<stage>.corpora` an unknown corpus.
     """
     if not config.get(stage):
         return []
@@ -39,16 +65,33 @@ def stage_targets(config: dict[str, Any], stage: str, decoding: bool = False) ->
             raise EqknobsError(f"config: {stage}.targets: {target!r} is not under run.targets; add it there")
         if decoding and not decodes(config, target):
             raise EqknobsError(f"config: {stage}.targets: {target!r} is no codec: it makes no sound; leave it out")
+    corpora = config[stage].get("corpora", [SPEECH])
+    for corpus in corpora:
+        check_corpus(config, f"{stage}.corpora", corpus)
     return [
-        target
+        on_corpus(target, corpus)
         for target in config["run"]["targets"]
         if (target in wanted if wanted else not decoding or decodes(config, target))
+        for corpus in corpora
     ]
 
 
+def check_corpus(config: dict[str, Any], key: str, corpus: str) -> None:
+    """Raises EqknobsError, naming the key, where there is no such corpus."""
+    known = [SPEECH, *config.get("corpora", {})]
+    if corpus not in known:
+        raise EqknobsError(f"config: {key}: names the corpus {corpus!r}, which is not one of {', '.join(known)}")
+
+
 def trained_saes(config: dict[str, Any], target: str) -> list[str]:
-    """The names of the SAEs that are trained on a target, sorted."""
+    """The names of the SAEs that are trained on a target, on whatever corpus, sorted."""
+    target = on_corpus(target, SPEECH)
     return sorted(name for name, sae in (config["saes"] or {}).items() if target in sae.get("targets", [target]))
+
+
+def sae_home(config: dict[str, Any], target: str, name: str) -> str:
+    """The target, on the SAE's own corpus, under which an SAE lies; other corpora may be read with it."""
+    return on_corpus(target, config["saes"][name].get("corpus", SPEECH))
 
 
 def stage_saes(config: dict[str, Any], stage: str, target: str) -> list[str]:
@@ -96,6 +139,28 @@ def check_probed(config: dict[str, Any], stage: str, saes: list[str]) -> None:
 def bundled(path: str | Path) -> bool:
     """Whether a file or folder is one that comes with this project, below resources/."""
     return Path(path).resolve().is_relative_to(Path("resources").resolve())
+
+
+def bundled_models(config: dict[str, Any]) -> list[str]:
+    """Names of the models of the run that come with this project, sorted."""
+    used = {parse_target(target)[0] for target in config["run"]["targets"]}
+    used |= set((config.get("speech_lm") or {}).get("models", []))
+    return sorted(name for name in used if bundled(config["models"][name]["path"]))
+
+
+def training_record(config: dict[str, Any], model: str) -> str:
+    """The file in a model's folder that says which voices it heard in its own training, whether or not it is there."""
+    return str(Path(config["models"][model]["path"]) / "training.json")
+
+
+def voice_records(config: dict[str, Any], targets: list[str]) -> dict[str, str]:
+    """target -> `training_record`, where that names speakers of this corpus.
+
+    A bundled model's names those of the bundled corpus; LibriSpeech has a reader 103 too.
+    """
+    models = {target: parse_target(target)[0] for target in targets}
+    strangers = [] if bundled_speech(config) else bundled_models(config)
+    return {target: training_record(config, name) for target, name in models.items() if name not in strangers}
 
 
 def bundled_speech(config: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ Each maps keys of the configuration to JSON Schema (draft 2020-12), with a few w
 written twice: what has `properties` is an object that takes no other key, and every key must be there but those marked
 `optional`; `open` leaves it open. `switch: kind` with `cases` is a mapping whose key `kind` says which case it is. Of
 a list marked `unordered` (true or `descending`), and of a `path`, every spelling means the same (`settled`). A key
-that a merged mapping brings along is taken out by `false`.
+that a merged mapping brings along is taken out by `false`. The keys below one marked `brief` are described elsewhere.
 """
 
 import os
@@ -31,6 +31,7 @@ PARTS = (
     "stages/codec",
     "stages/steering",
     "stages/importance",
+    "stages/speech_lm",
     "sound",
     "report",
     "stages/codec_training",
@@ -171,6 +172,9 @@ def described() -> Iterator[tuple[str, str]]:
 
 def _described(where: str, part: dict[str, Any]) -> Iterator[tuple[str, str]]:
     part = resolved(part)
+    if part.get("brief"):
+        yield where, part["description"]
+        return
     if "allOf" in part:
         yield from _described_cases(where, part)
         return

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors
+from eqknobs.plan import SPEECH, corpus_config
 
 
 def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -75,8 +76,8 @@ def _with_circumstances(snakemake: Any) -> dict[str, Any]:
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
     if "source" in cfg.get("data", {}):  # the speech of a run; a training's `data` is its folders
-        download = ("url", "timeout_seconds")
-        cfg["data"] = cfg["data"] | {k: v for k, v in snakemake.config["data"].items() if k in download}
+        data = corpus_config(snakemake.config, snakemake.wildcards.get("corpus", SPEECH))
+        cfg["data"] = cfg["data"] | {k: v for k, v in data.items() if k in ("url", "timeout_seconds")}
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
     return {**cfg, "device": device}

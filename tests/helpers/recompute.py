@@ -127,7 +127,7 @@ def same(found: Any, wanted: Any, where: str) -> None:
 
 def round_trip_wer(run: Path, target: str, cfg: dict[str, Any], model: dict[str, Any]) -> tuple[float, pd.DataFrame]:
     rows = raw_scores(run, target, "codec", model)
-    rows = rows[(rows["path"] == "quantized") & (rows["codebooks"] == cfg["steering_codebooks"])]
+    rows = rows[(rows["path"] == "quantized") & (rows["codebooks"] == cfg["word_codebooks"])]
     return rows["errors"].sum() / rows["words"].sum(), rows
 
 
@@ -232,7 +232,7 @@ def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, 
             "wer_high": high,
             "clips": rows["id"].nunique(),
             "speakers": rows["speaker"].nunique(),
-            "codebooks": cfg["steering_codebooks"],
+            "codebooks": cfg["word_codebooks"],
             "threshold": cfg["unmeasurable_wer"],
             "measurable": wer <= cfg["unmeasurable_wer"],
         }

@@ -11,7 +11,11 @@ import numpy as np
 import pandas as pd
 import soundfile as sf
 
+from eqknobs.evidence.inputs import Inputs
 from eqknobs.io import write_csv, write_json
+from eqknobs.plan import bundled
+from eqknobs.report.page import write_report
+from eqknobs.report.tables import write_tables
 
 TARGET = "tiny-mimi.encoder_transformer"
 RATE, WIDTH, FEATURES = 16000, 48, 192
@@ -258,7 +262,10 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
     spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
     values = rng.permutation(np.concatenate(spread)).tolist()
     maps = {"composition": values, "raw_probe": values[::-1], "variance": values}
-    write_json(run / "importance" / f"{TARGET}.json", {"counts": COUNTS, "maps": maps})
+    write_json(
+        run / "importance" / f"{TARGET}.json",
+        {"counts": COUNTS, "thresholds": {"expendable": 0.3, "critical": 0.7}, "maps": maps},
+    )
 
     speakers = sorted(test["speaker"].unique())
     write_json(root / "model" / "training.json", {"voices_heard": speakers[:2], "voices_unheard": speakers[2:3]})
@@ -267,7 +274,7 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
         "data": {"source": "folder", "path": "resources/corpus"},
         "models": {"tiny-mimi": {"kind": "mimi", "path": str(root / "model"), "revision": None}},
         "saes": {sae: {"variant": sae, "d_sae": FEATURES} for sae in SAES},
-        "probes": {"properties": ["centroid", "pitch", "rms"]},
+        "probes": {"properties": ["centroid", "pitch", "rms"], "bins": 12},
         "steering": {"codebooks": 16, "shift": 0.75, "alphas": list(ALPHAS)},
         "judges": {"asr": "tiny.en", "beam": 1},
         "tables": {"bootstrap": 200, "unmeasurable_wer": 0.5},
@@ -277,11 +284,36 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
 
 def tables_cfg(config: dict[str, Any]) -> dict[str, Any]:
     """The slice of the configuration that `write_tables` takes."""
+    record = str(Path(config["models"]["tiny-mimi"]["path"]) / "training.json")
+    sounding = [TARGET] if config["models"]["tiny-mimi"]["kind"] == "mimi" else []
     return {
         **config["tables"],
         "seed": config["run"]["seed"],
-        "steering_codebooks": config["steering"]["codebooks"],
-        "properties": config["probes"]["properties"],
-        "saes": bool(config["saes"]),
-        "bundled_speech": True,
+        "targets": [TARGET],
+        "word_codebooks": config["steering"]["codebooks"],
+        "stages": {
+            "codec": {"targets": sounding, "training": {TARGET: record}},
+            "saes": {"targets": [TARGET]},
+            "probes": {"targets": [TARGET], **config["probes"]},
+            "steering": {"targets": sounding, "shift": config["steering"]["shift"]},
+            "importance": {"targets": sounding},
+        },
     }
+
+
+def inputs_of(run: Path, config: dict[str, Any]) -> Inputs:
+    """What the rules would declare: here, all that there is."""
+    return Inputs.below(run, *Path(config["models"]["tiny-mimi"]["path"]).glob("training.json"))
+
+
+def make_tables(run: Path, config: dict[str, Any]) -> None:
+    """Write the tables of a run made by `make_results`."""
+    write_tables(inputs_of(run, config), tables_cfg(config), run / "tables")
+
+
+def make_report(run: Path, config: dict[str, Any], out: Path, ours: bool = True) -> None:
+    """Write its report; ours: whether the speech is that of this project."""
+    path = Path(config["models"]["tiny-mimi"]["path"])
+    training = {"tiny-mimi": str(path / "training.json")} if bundled(path) else {}
+    cfg = {**tables_cfg(config), "config": config, "training": training, "bundled_speech": ours}
+    write_report(inputs_of(run, config), cfg, out)

@@ -34,6 +34,7 @@ SMALL = {
         "clamp_features": [4],
     },
     "importance": {"clips": 2, "removed": [0.5], "random_sets": 2, "word_random_sets": 1},
+    "speech_lm": {"answers": 2, "zeroed_answers": 2, "batch": 2, "conditions": ["intact", "heads_zeroed_.5"]},
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }

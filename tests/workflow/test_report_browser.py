@@ -26,15 +26,13 @@ def page(tmp_path_factory):
     given = os.environ.get("EQKNOBS_RESULTS")
     if given:
         return Path(given).resolve() / "report" / "index.html"
-    from eqknobs.report.page import write_report
-    from eqknobs.report.tables import write_tables
-    from helpers.results_fixture import TARGET, make_results, tables_cfg
+    from helpers.results_fixture import make_report, make_results, make_tables
 
     root = tmp_path_factory.mktemp("browser")
     config = make_results(root)
     run = root / "results" / "run"
-    write_tables(run, [TARGET], tables_cfg(config), config["models"])
-    write_report(run, [TARGET], config, run / "report")
+    make_tables(run, config)
+    make_report(run, config, run / "report")
     return run / "report" / "index.html"
 
 

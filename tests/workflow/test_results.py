@@ -31,7 +31,7 @@ CFG = {
     **merged("tables"),
     "seed": SUMMARY["seed"],
     "bootstrap": SUMMARY["bootstrap"],
-    "steering_codebooks": merged("steering")["codebooks"],
+    "word_codebooks": merged("steering")["codebooks"],
     "properties": merged("probes")["properties"],
 }
 TARGETS = list(SUMMARY["targets"])

@@ -724,3 +724,13 @@ def test_a_folder_that_cannot_be_read_is_a_row(tmp_path, monkeypatch):
     _, rejected = data.build_manifest(tmp_path, CFG, 0)
     assert rejected.path.str.endswith("/locked").tolist() == [True]
     assert rejected.reason.tolist() == ["folder cannot be read"]
+
+
+def test_a_union_refuses_the_same_sound_twice(tmp_path):
+    manifest, _ = data.build_manifest(librispeech(tmp_path), CFG, 0)
+    with pytest.raises(EqknobsError, match="same sound in two corpora"):
+        data.unite({"a": manifest, "b": manifest})
+    other = manifest.assign(sha256=[f"{i:064}" for i in range(len(manifest))])
+    united, rejected = data.unite({"a": manifest, "b": other})
+    assert united["id"].is_unique and rejected.empty and set(united["domain"]) == {"a", "b"}
+    assert united["speaker"].nunique() == 2 * manifest["speaker"].nunique()

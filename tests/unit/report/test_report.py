@@ -8,14 +8,18 @@ import shutil
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile as sf
 
-import eqknobs.report.page as report
 from eqknobs.errors import EqknobsError
-from eqknobs.report.page import PUBLISHED, write_report
-from eqknobs.report.tables import write_tables
-from helpers.results_fixture import ALPHAS, TARGET, make_results, tables_cfg
+from eqknobs.evidence.drawing import look
+from eqknobs.evidence.inputs import Inputs
+from eqknobs.io import read_csv
+from eqknobs.report import page as report
+from eqknobs.report import players as playing
+from eqknobs.report.page import SECTIONS
+from helpers.results_fixture import ALPHAS, TARGET, make_report, make_results, make_tables
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +27,8 @@ def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     config = make_results(root)
     run = root / "results" / "run"
-    write_tables(run, [TARGET], tables_cfg(config), config["models"])
-    write_report(run, [TARGET], config, run / "report")
+    make_tables(run, config)
+    make_report(run, config, run / "report")
     return run, config, (run / "report" / "index.html").read_text()
 
 
@@ -85,15 +89,40 @@ def test_every_headline_and_every_table_stands_on_the_page(written):
     summary = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
     for line in summary["headlines"]:
         assert line["text"] in text and line["detail"] in text
-    for head, rows in PUBLISHED.values():
+    published = [figures for section in SECTIONS for figures in section.PUBLISHED.values()]
+    for head, rows in published:
         assert all(" ".join(cell.split()) in text for cell in (*head, *(c for row in rows for c in row)))
-    assert text.count("Published by others") == len(PUBLISHED)
+    assert text.count("Published by others") == len(published) == 6
     for words in ("What these numbers prove", "The speech is synthetic", "target not reached", "Configuration"):
         assert words in text or words in page
     assert page.count("<svg ") == 4 + 3 + 5 + 5  # dictionaries, probes, steering, importance
     assert "bootstrap: 200" in text and "torch" in text
     for name in re.findall(r"#0a0[bc]..", page):
         raise AssertionError(f"stand-in colour {name} left in a drawing")
+
+
+def test_captions_say_what_the_configuration_says(written, tmp_path):
+    run, config, page = written
+    assert "12 quantile bins; 95 % intervals" in page and "20 quantile bins" not in page
+    assert "dotted: training; pale: seed 1." in page
+    run = shutil.copytree(run, tmp_path / "run")
+    path = run / "importance" / f"{TARGET}.json"
+    path.write_text(path.read_text().replace("0.3", "0.25"))
+    rows = read_csv(run / "tables" / "sae.csv")
+    rows[rows["seed"] == 0].to_csv(run / "tables" / "sae.csv", index=False)
+    make_report(run, config, run / "report")
+    page = (run / "report" / "index.html").read_text()
+    assert "Thresholds .25 and .7 of the maximum.<" in page
+    assert "dotted: training.<" in page and "Pale: seed" not in page
+
+
+def test_an_arm_keeps_its_look_whichever_others_there_are():
+    from eqknobs.stages.importance.section import LOOKS as MAPS
+    from eqknobs.stages.steering.section import LOOKS as ARMS
+
+    assert all(len(set(looks.values())) == len(looks) for looks in (ARMS, MAPS))
+    fewer = {name: shown for name, shown in ARMS.items() if name != "sae_probe"}
+    assert look("sae_clamp:topk", fewer) == look("sae_clamp:topk", ARMS) == ARMS["sae_clamp"]
 
 
 def test_players_hold_every_arm_and_every_stop_of_the_sweep(written):
@@ -121,7 +150,7 @@ def test_players_hold_every_arm_and_every_stop_of_the_sweep(written):
 def test_player_readouts_are_the_clips_own_scores(written):
     run, _, page = written
     player = block(page, "players")[TARGET][0]
-    signal = report.read_csv(run / "scores" / f"{TARGET}.steering.signal.csv")
+    signal = read_csv(run / "scores" / f"{TARGET}.steering.signal.csv")
     stop = next(a for a in player["groups"][0]["arms"] if a["arm"] == "raw_probe")["stops"][-1]
     row = signal[(signal["id"] == player["clip"]) & (signal["arm"] == "raw_probe") & (signal["alpha"] == 8)]
     row = row[row["property"] == "centroid"].iloc[0]
@@ -131,14 +160,14 @@ def test_player_readouts_are_the_clips_own_scores(written):
 
 def test_long_clips_are_cut_to_the_budget_and_said_so(written, tmp_path, monkeypatch):
     run, config, _ = written
-    monkeypatch.setattr(report, "SOUND_BUDGET", 5e5)
-    write_report(run, [TARGET], config, tmp_path / "out")
+    monkeypatch.setattr(playing, "SOUND_BUDGET", 5e5)
+    make_report(run, config, tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
     player = block(page, "players")[TARGET][0]
     assert player["cut"] and player["seconds"] < 1 and f"first {player['seconds']:.1f} s" in page
     monkeypatch.setattr(report, "MAX_PAGE", 1e5)
     with pytest.raises(EqknobsError, match=r"report\.clips"):
-        write_report(run, [TARGET], config, tmp_path / "none")
+        make_report(run, config, tmp_path / "none")
     assert not (tmp_path / "none" / "index.html").exists()
 
 
@@ -146,7 +175,7 @@ def test_text_from_files_is_escaped(written, tmp_path):
     run = shutil.copytree(written[0], tmp_path / "run")
     path = run / "scores" / "originals.csv"
     path.write_text(path.read_text().replace("a b c", "</script><img src=x onerror=alert(1)>"))
-    write_report(run, [TARGET], written[1], run / "report")
+    make_report(run, written[1], run / "report")
     page = (run / "report" / "index.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page
 
@@ -154,7 +183,7 @@ def test_text_from_files_is_escaped(written, tmp_path):
 def test_a_model_that_cannot_decode_gets_a_page_without_sound(written, tmp_path):
     run, config, _ = written
     models = {"tiny-mimi": {**config["models"]["tiny-mimi"], "kind": "hubert"}}
-    write_report(run, [TARGET], {**config, "models": models}, tmp_path)
+    make_report(run, {**config, "models": models}, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert block(page, "players") == {TARGET: []} and "No target of this run" in page
     Page(page)
@@ -169,8 +198,9 @@ def test_clips_whose_ids_differ_in_special_characters_keep_their_own_sound(tmp_p
     (folder / "x").mkdir()
     for row in rows:
         (folder / row["file"]).write_text(row["file"])
-    report.pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
-    (group,) = report._copy_sounds(tmp_path, [TARGET], {TARGET: ids}, tmp_path / "report")
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    inputs = Inputs.below(tmp_path)
+    (group,) = playing.copy_sounds(inputs, [(TARGET, "codec")], {TARGET: ids}, tmp_path / "report")
     links = [link["href"] for row in group["rows"] for link in row["files"]]
     assert [(tmp_path / "report" / link).read_text() for link in links] == [row["file"] for row in rows]
     assert len({link.casefold() for link in links}) == len(rows)
@@ -180,11 +210,11 @@ def test_a_render_that_is_gone_is_called_so(written, tmp_path):
     run = shutil.copytree(written[0], tmp_path / "run")
     next((run / "renders" / TARGET / "steering").rglob("*.flac")).unlink()
     with pytest.raises(EqknobsError, match=r"no such render .* run again, and its stage renders them anew"):
-        write_report(run, [TARGET], written[1], tmp_path / "out")
+        make_report(run, written[1], tmp_path / "out")
 
 
-def about_training(run, config, folder) -> str:
-    write_report(run, [TARGET], config, folder)
+def about_training(run, config, folder, ours=True) -> str:
+    make_report(run, config, folder, ours)
     text = " ".join("".join(Page((folder / "index.html").read_text()).text).split())
     return text[text.index("What these numbers prove") :]
 
@@ -198,11 +228,10 @@ def test_the_page_says_which_of_its_speakers_a_bundled_model_heard(written, tmp_
     ours = about_training(run, config, tmp_path / "ours")
     assert "in part on the corpus's own voices (103; the codec table keeps them apart)" in ours
     assert "The speech is synthetic" in ours
-    for data in ({"source": "folder", "path": str(tmp_path)}, {"source": "librispeech", "path": "resources/corpus"}):
-        theirs = about_training(run, {**config, "data": data}, tmp_path / "theirs")
-        assert "corpus's own voices" not in theirs and "The speech is synthetic" not in theirs
-        assert "which of this corpus's speakers it heard, if any, is not recorded (Synthetic speech made by" in theirs
-        assert "LibriSpeech train-clean-100" in theirs
+    theirs = about_training(run, config, tmp_path / "theirs", ours=False)
+    assert "corpus's own voices" not in theirs and "The speech is synthetic" not in theirs
+    assert "which of this corpus's speakers it heard, if any, is not recorded (Synthetic speech made by" in theirs
+    assert "LibriSpeech train-clean-100" in theirs
     path.write_text(path.read_text().replace(",103,", ",t00,"))
     assert "is not recorded" in about_training(run, config, tmp_path / "none")
 
@@ -213,11 +242,11 @@ def test_one_is_not_said_in_the_plural(written, tmp_path):
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if not re.search(r"test[1-9]-|val[1-9]-", line)))
     config = {**written[1], "run": {**written[1]["run"], "seed": 0}}
-    write_tables(run, [TARGET], tables_cfg(config), config["models"])
+    make_tables(run, config)
     for stage in ("codec", "steering", "importance"):
         index = run / "renders" / TARGET / stage / "index.csv"
         index.write_text("".join(x for x in index.read_text().splitlines(keepends=True) if "test1-" not in x))
-    write_report(run, [TARGET], config, tmp_path / "out")
+    make_report(run, config, tmp_path / "out")
     text = " ".join("".join(Page((tmp_path / "out" / "index.html").read_text()).text).split())
     assert "With 1 test speaker they say" in text and "1 speaker ·" in text and "1 test speaker and 3 clips" in text
     assert not re.search(r"\b1 (test )?(speakers|clips|files|arms|codebooks|dimensions)\b", text)

@@ -17,6 +17,8 @@ from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.generate import GREEDY
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
+from eqknobs.stages.speech_lm.compute import Speaker, random_heads_zeroed
+from eqknobs.stages.speech_lm.tables import conditions
 from eqknobs.stages.speech_lm_training import grammar
 from eqknobs.stages.speech_lm_training.circuit import codes, write_copying
 from eqknobs.stages.speech_lm_training.data import (
@@ -28,7 +30,6 @@ from eqknobs.stages.speech_lm_training.data import (
     read_clips,
     write_tokeniser,
 )
-from eqknobs.stages.speech_lm_training.evaluation import Speaker, random_heads_zeroed, table
 from eqknobs.stages.speech_lm_training.training import batch_of, learning_rate, losses, new_net, right, train
 from helpers.speech_lm_world import CODEC, PARTS, SIZES, write_speech
 
@@ -166,7 +167,8 @@ def test_scores_of_answers(world, model):
     assert [record["said"] for record in forced] == [clip.text for clip in parts["test"]]
     assert all(record["errors_prompt"] == 0 and record["endless"] == 0 for record in forced)
     zeroed = speaker.score("heads_zeroed_.5", 1)
-    found = table(pd.DataFrame(forced + zeroed), "m", "test", 50).set_index("condition")
+    answers = pd.DataFrame(forced + zeroed).assign(model="m", split="test")
+    found = conditions(answers, {"bootstrap": 50, "seed": 0}).set_index("condition")
     assert found.loc["forced", "wer_prompt"] == 0 and found.loc["forced", "pad_share"] < 1
     words, errors = (sum(record[key] for record in zeroed) for key in ("words_monologue", "errors_monologue"))
     wer = found.loc["heads_zeroed_.5", "wer_monologue"]

@@ -345,3 +345,14 @@ def test_render_needs_its_probe(world, calibrated, tmp_path):
     with pytest.raises(EqknobsError, match="fit the probes again"):
         render_steering(*inputs, tmp_path / "out", tmp_path / "s.csv", cfg)
     assert not (tmp_path / "out").exists() and not (tmp_path / "s.csv").exists()
+
+
+def test_without_saes_raw_latents_are_steered(world, calibrated, tmp_path):
+    cfg = {**calibrated[0], "saes": [], "clips": 1, "alphas": [1], "other_alpha": {}, "report_clips": 1}
+    inputs = world.manifest, world.cache, world.labels, {}, world.probes
+    calibration = tmp_path / "calibration.json"
+    calibrate_steering(*inputs, calibration, tmp_path / "calibration.csv", cfg)
+    render_steering(*inputs, calibration, tmp_path / "sounds", tmp_path / "signal.csv", cfg)
+    arms = set(read_csv(tmp_path / "signal.csv")["arm"])
+    assert {"raw_probe", "difference_in_means", "random", "dsp_lowpass", "codec_roundtrip"} <= arms
+    assert not any(":" in arm for arm in arms)

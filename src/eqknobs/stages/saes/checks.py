@@ -3,7 +3,7 @@
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import stage_targets
+from eqknobs.plan import SPEECH, check_corpus, stage_targets
 from eqknobs.schema import mend, validator
 
 
@@ -18,6 +18,7 @@ def check(config: dict[str, Any]) -> None:
         else:
             raise EqknobsError(f"config: saes.{name}: the name reads as a number in tables; choose one with letters")
         stage_targets({**config, f"saes.{name}": sae}, f"saes.{name}")
+        check_corpus(config, f"saes.{name}.corpus", sae.get("corpus", SPEECH))
         _check_grid(f"saes.{name}", sae)
 
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from eqknobs.audio import write_flac
-from eqknobs.errors import EqknobsError
-from eqknobs.evidence.stats import ratio_interval
+from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import atomic_path, write_csv
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
@@ -28,22 +27,12 @@ from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.generate import Sampling, generate
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
+from eqknobs.pieces import Pieces
 from eqknobs.sound.judges import SpeakerEncoder, Transcriber, similarity, word_errors
-from eqknobs.stages.speech_lm_training.data import SPECIAL, Clip, Sequences, read_clips
+from eqknobs.stages.speech_lm_training.data import SPECIAL, Clip, Sequences, encode_speech, read_clips
 
 VOICE_FRAMES = 25  # of the voice prompt: two seconds
-# measure: numerator and denominator, summed over answers
-MEASURES = {
-    "wer_monologue": ("errors_monologue", "words_monologue"),
-    "wer_prompt": ("errors_prompt", "words_prompt"),
-    "codec_wer": ("errors_codec", "words_prompt"),
-    "silent_share": ("silent", "one"),
-    "endless_share": ("endless", "one"),
-    "pad_share": ("pads", "frames"),
-    "similarity_prompt": ("similarity_prompt", "one"),
-    "similarity_other": ("similarity_other", "one"),
-    "voice_right": ("voice_right", "one"),
-}
+LISTED = 8  # answers of a condition whose sound is kept, where it is
 
 
 @contextmanager
@@ -65,13 +54,15 @@ class Speaker:
     sound and text, where it samples). Raises EqknobsError if there are no clips.
     """
 
-    def __init__(self, model: Moshi, clips: list[Clip], known: list[Clip], cfg: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Moshi, clips: list[Clip], known: list[Clip], cfg: dict[str, Any], pieces: Pieces | None = None
+    ) -> None:
         if not clips or {clip.voice for clip in clips} - {clip.voice for clip in known}:
             raise EqknobsError("speech LM: no clip of the part to be scored, or none of its voices to compare with")
         self.model, self.clips, self.cfg = model, clips, cfg
         self.sequences = Sequences(known, model.tokeniser(), model.config)
         judge = {"asr": cfg["asr"], "beam": cfg["beam"], "device": "cpu"}
-        self.transcriber, self.encoder = Transcriber(judge), SpeakerEncoder()
+        self.transcriber, self.encoder = Transcriber(judge, pieces), SpeakerEncoder(pieces)
         self.frames = max(clip.codes.shape[2] for clip in clips) + round(FRAME_RATE)
         self.voices = {}
         for voice, said in sorted(self.sequences.by_voice.items()):
@@ -112,7 +103,7 @@ class Speaker:
     def score(
         self, condition: str, seed: int, audio: Path | None = None, count: int | None = None
     ) -> list[dict[str, Any]]:
-        """One record an answer, of the first `count` clips. audio: a folder for the sound of the first eight."""
+        """One record an answer, of the first `count` clips. audio: a folder for the sound of the first `LISTED`."""
         share = float(condition.removeprefix("heads_zeroed_")) if condition.startswith("heads_zeroed_") else 0.0
         heat = self.cfg["temperature"] if condition == "sampled" else 0.0
         sampling = Sampling(temperature=heat, text_temperature=heat, seed=1000 * seed)
@@ -126,7 +117,14 @@ class Speaker:
             said, heard = self.model.monologue(text), self.transcriber.transcribe(wav)
             mine, embedding = self.voices[clip.voice], self.encoder.embed(wav)
             others = [similarity(embedding, voice) for name, voice in self.voices.items() if name != clip.voice]
-            record = {"condition": condition, "seed": seed, "voice": clip.voice, "text": clip.text, "said": said}
+            record = {
+                "id": f"{condition}-{seed}-{number}",
+                "condition": condition,
+                "seed": seed,
+                "speaker": clip.voice,
+                "text": clip.text,
+                "said": said,
+            }
             record |= dict(zip(("errors_monologue", "words_monologue"), word_errors(said, heard), strict=True))
             record |= dict(zip(("errors_prompt", "words_prompt"), word_errors(clip.text, said), strict=True))
             record |= {"heard": heard, "errors_codec": self.codec_errors[number], "one": 1, "frames": len(text)}
@@ -135,47 +133,40 @@ class Speaker:
             alike, other = similarity(embedding, mine), max(others, default=np.nan)
             record |= {"similarity_prompt": alike, "similarity_other": other, "voice_right": float(alike > other)}
             records.append(record | {"seconds": seconds, "sound": len(wav) / self.model.sample_rate})
-            if audio is not None and number < 8:
-                write_flac(audio / f"{condition}_{seed}_{number}.flac", wav, self.model.sample_rate)
+            if audio is not None and number < LISTED:
+                name = f"{condition}_{seed}_{number}.flac"
+                write_flac(audio / name, wav, self.model.sample_rate)
+                records[-1]["file"] = name
         return records
 
 
-def table(answers: pd.DataFrame, model: str, split: str, draws: int) -> pd.DataFrame:
-    """`speech_lm.csv` from one record an answer: a row for each condition, seeds together."""
-    rows = []
-    for condition, mine in answers.groupby("condition", sort=False):
-        row = {"model": model, "split": split, "condition": condition, "seeds": mine["seed"].nunique()}
-        row |= {"answers": len(mine), "speakers": mine["voice"].nunique()}
-        for name, (top, bottom) in MEASURES.items():
-            row[name] = mine[top].sum() / mine[bottom].sum() if mine[bottom].sum() else np.nan
-        row["real_time_factor"] = mine["seconds"].sum() / mine["sound"].sum()
-        for name, (top, bottom) in MEASURES.items():
-            low, high = ratio_interval(mine[top], mine[bottom], list(mine["voice"]), draws)
-            row |= {f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    return pd.DataFrame(rows)
+def answer_sentences(
+    cfg: dict[str, Any], out_csv: str | Path, out_dir: str | Path, codes: str | Path, pieces: Pieces | None = None
+) -> None:
+    """Let a model say held-out sentences: one record an answer in `out_csv`, the sound of some in `out_dir`.
 
-
-def evaluate(cfg: dict[str, Any], folder: str | Path, codes: str | Path, out_csv: str | Path) -> None:
-    """Score the checkpoint in `folder` and write `speech_lm.csv`, one record an answer beside it, and some sound.
-
-    cfg: speech (folder of clips), codec, scores (split, answers, zeroed_answers, conditions, seeds, draws, and those of
-    `Speaker`): `zeroed_answers` for each seed of the conditions with heads zeroed, else `answers`; `intact` and
-    `forced` have one seed.
+    cfg: model (see `load_model`), speech (a folder of clips, see `stages.speech_lm_training.data`), split (`val` or
+    `test`), answers, zeroed_answers (of the conditions with heads zeroed), conditions, seeds, and what `Speaker` takes;
+    `intact` and `forced` have one seed. codes: the clips' codes (.npz); what is not there is encoded and added. The
+    sound of the first answers of `intact` is kept. out_dir appears only when it is whole.
     """
-    scores, out_csv = cfg["scores"], Path(out_csv)
-    model = Moshi({"name": "tiny-moshi", "path": str(folder), "codec": cfg["codec"], "device": "cpu"})
+    model = Moshi(cfg["model"])
+    encode_speech(cfg["speech"], codes, model.codec, model.config.codebooks, levels=1, seed=0)
     parts = read_clips(cfg["speech"], codes)
-    clips = parts[scores["split"]][: scores["answers"]]
-    speaker = Speaker(model, clips, parts["train"], scores)
-    records = []
-    with atomic_path(out_csv.with_name("answers")) as audio:
+    clips = parts[cfg["split"]][: cfg["answers"]]
+    speaker = Speaker(model, clips, parts["train"], cfg, pieces)
+    records: list[dict[str, Any]] = []
+    about = {"model": model.name, "split": cfg["split"]}
+    with atomic_path(Path(out_dir)) as audio:
         audio.mkdir()
-        for condition in scores["conditions"]:
-            for seed in range(1 if condition in ("intact", "forced") else scores["seeds"]):
-                count = scores["zeroed_answers"] if condition.startswith("heads") else len(clips)
-                folder = audio if condition == "intact" else None
-                records += speaker.score(condition, seed, folder, count)
-                print(table(pd.DataFrame(records[-count:]), "", "", 1).iloc[0, 2:15].to_dict(), flush=True)
-    write_csv(out_csv.with_name("speech_lm_answers.csv"), pd.DataFrame(records))
-    write_csv(out_csv, table(pd.DataFrame(records), model.name, scores["split"], scores["draws"]))
+        for condition in cfg["conditions"]:
+            for seed in range(1 if condition in ("intact", "forced") else cfg["seeds"]):
+                count = cfg["zeroed_answers"] if condition.startswith("heads") else len(clips)
+                records += speaker.score(condition, seed, audio if condition == "intact" else None, count)
+                print(f"{condition}, seed {seed}: {counted(min(count, len(clips)), 'answer')}", flush=True)
+        table = pd.DataFrame(about | record for record in records)
+        kept = table[table["file"].notna()] if "file" in table else table.head(0)
+        write_csv(
+            audio / "index.csv", kept.reindex(columns=["id", "condition", "speaker", "text", "said", "heard", "file"])
+        )
+    write_csv(out_csv, table.drop(columns="file", errors="ignore"))
