@@ -101,9 +101,11 @@ rule steering_renders:
             lambda wildcards: {
                 **opened(wildcards),
                 **VECTORS,
-                **{key: config["steering"][key] for key in ("clips", "alphas")},
+                **{
+                    key: config["steering"][key]
+                    for key in ("clips", "alphas", "listen")
+                },
                 "other_alpha": OTHER_ALPHA,
-                "report_clips": config["report"]["clips"],
                 "seed": SEED,
             },
             model=model_files,

@@ -13,11 +13,13 @@ from eqknobs.errors import EqknobsError
 
 def pick_device(device: str) -> str:
     """Resolve auto | cpu | cuda. Raises EqknobsError if cuda is asked for and absent."""
+    if device == "cpu":
+        return "cpu"  # without torch, whose import takes a second
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise EqknobsError("device: cuda was asked for, but torch sees no GPU; set device to auto or cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 _lock_depth = 0

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,26 @@ STORE = Path("work/pieces")
 class Pieces:
     """The store below `folder`; None keeps nothing, so that every piece is made.
 
+    made_of: what decides every piece asked for through this object, beside what each call names.
+
     A piece's file appears only when it is whole, so a process that is killed leaves none that is half made, and two
     that make the same piece at once are both right.
     """
 
-    def __init__(self, folder: str | Path | None = STORE):
+    def __init__(self, folder: str | Path | None = STORE, made_of: Any = None):
         self.folder = None if folder is None else Path(folder)
+        self.made_of = made_of
 
-    def path(self, kind: str, made_of: Any, suffix: str) -> Path:
-        """Where a piece is, or would be, in a store that has a folder: for pieces that are files of their own.
+    def within(self, made_of: Any) -> "Pieces":
+        """The same store for pieces that `made_of` (plain JSON values) decides too."""
+        return Pieces(self.folder, [self.made_of, made_of])
+
+    def path(self, kind: str, made_of: Any, suffix: str = ".json") -> Path:
+        """Where a piece is, or would be, in a store that has a folder; also of pieces that are files of their own.
 
         Whoever writes there does so atomically. made_of: as of `json`.
         """
+        made_of = made_of if self.made_of is None else [self.made_of, made_of]
         key = hashlib.sha256(json.dumps([kind, made_of], sort_keys=True).encode()).hexdigest()
         return self.folder / kind / key[:2] / f"{key[2:]}{suffix}"
 
@@ -44,19 +53,51 @@ class Pieces:
         """
         if self.folder is None:
             return make()
-        path = self.path(kind, made_of, ".json")
+        path = self.path(kind, made_of)
         try:
-            value = json.loads(path.read_text())
-            os.utime(path)  # used now: `prune` leaves it
-            return value
+            return _read(path)
         except (OSError, ValueError):
             value = make()
-        try:
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(value))
-        except OSError as error:
-            print(f"{path} cannot be written ({error.strerror}); it will be made again next time")
+        _write(path, value)
         return value
+
+    @contextmanager
+    def pack(self, kind: str, made_of: Any) -> Iterator[dict[str, Any]]:
+        """Many small pieces in one file, by names of the caller's. What is missing is to be added, nothing changed.
+
+        It is kept when the block ends, also by an error; what another process has added meanwhile stays. As in `json`,
+        a broken file is made anew.
+        """
+        path = None if self.folder is None else self.path(kind, made_of)
+        pack = _read_pack(path)
+        before = len(pack)
+        try:
+            yield pack
+        finally:
+            if path is not None and len(pack) > before:
+                _write(path, _read_pack(path) | pack)
+
+
+def _read(path: Path) -> Any:
+    value = json.loads(path.read_text())
+    os.utime(path)  # used now: `prune` leaves it
+    return value
+
+
+def _read_pack(path: Path | None) -> dict[str, Any]:
+    try:
+        pack = {} if path is None else _read(path)
+    except (OSError, ValueError):
+        return {}
+    return pack if isinstance(pack, dict) else {}
+
+
+def _write(path: Path, value: Any) -> None:
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(value))
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}); it will be made again next time")
 
 
 def prune(folder: str | Path, days: float) -> tuple[int, int]:

@@ -30,6 +30,7 @@ SMALL = {
         "val_clips": 2,
         "high_bin": 7,
         "alphas": [0, 2],
+        "listen": 1,
         "clamp_features": [4],
     },
     "importance": {"clips": 2, "removed": [0.5], "random_sets": 2, "word_random_sets": 1},

@@ -68,6 +68,27 @@ def test_pruning_leaves_what_was_used_lately(tmp_path: Path) -> None:
     assert prune(tmp_path, 0) == (0, 0)
 
 
+def test_a_pack_holds_many_pieces_in_one_file(tmp_path: Path) -> None:
+    store = Pieces(tmp_path).within(["model"])
+    with store.pack("kind", "clip") as pack:
+        pack["a"] = 1
+        with store.pack("kind", "clip") as other:  # another process
+            other["b"] = 2
+    with pytest.raises(KeyError), store.pack("kind", "clip") as pack:
+        assert pack == {"a": 1, "b": 2}
+        pack["c"] = 3
+        raise KeyError
+    (file,) = files(tmp_path)
+    with store.pack("kind", "clip") as pack:
+        assert pack == {"a": 1, "b": 2, "c": 3}
+    with Pieces(tmp_path).within(["other"]).pack("kind", "clip") as pack, Pieces(None).pack("kind", "clip") as nowhere:
+        assert pack == {} == nowhere
+    for broken in ("[1]", "{"):
+        file.write_text(broken)
+        with store.pack("kind", "clip") as pack:
+            assert pack == {}
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     Pieces().json("kind", 1, lambda: "a")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
+from eqknobs.pieces import Pieces
 from eqknobs.stages.importance.compute import render_importance
 
 
@@ -18,6 +19,7 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
         Path(outputs.index).parent,
         outputs.signal,
         cfg,
+        Pieces(),
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
+from eqknobs.pieces import Pieces
 from eqknobs.stages.steering.compute import calibrate_steering
 
 
@@ -11,7 +12,7 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
     saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
     probes = {Path(path).stem: path for path in inputs.probes}
     calibrate_steering(
-        inputs.manifest, inputs.cache, inputs.labels, saes, probes, outputs.calibration, outputs.scores, cfg
+        inputs.manifest, inputs.cache, inputs.labels, saes, probes, outputs.calibration, outputs.scores, cfg, Pieces()
     )
 
 

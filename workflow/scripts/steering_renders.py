@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
+from eqknobs.pieces import Pieces
 from eqknobs.stages.steering.compute import render_steering
 
 
@@ -20,6 +21,7 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
         Path(outputs.index).parent,
         outputs.signal,
         cfg,
+        Pieces(),
     )
 
 

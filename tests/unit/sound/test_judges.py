@@ -198,7 +198,7 @@ def test_a_known_sound_is_not_judged_again(clips, tmp_path, monkeypatch):
     words, voice = Transcriber(CFG, pieces).transcribe(wav), SpeakerEncoder(pieces).embed(wav)
     loaded = []
     monkeypatch.setattr(Transcriber, "model", property(lambda self: loaded.append("asr")))
-    monkeypatch.setattr(SpeakerEncoder, "encoder", property(lambda self: loaded.append("voice")))
+    monkeypatch.setattr(SpeakerEncoder, "package", property(lambda self: loaded.append("voice")))
     again = SpeakerEncoder(pieces).embed(wav)
     assert Transcriber(CFG, pieces).transcribe(wav.copy()) == words and not loaded
     assert again.dtype == np.float32 and np.array_equal(again, voice)
@@ -208,6 +208,23 @@ def test_a_known_sound_is_not_judged_again(clips, tmp_path, monkeypatch):
     with pytest.raises(AttributeError):
         SpeakerEncoder(pieces).embed(-wav)
     assert loaded == ["asr", "asr", "voice"]
+
+
+def test_voices_are_resemblyzers_to_the_last_bit(clips, encoder):
+    from resemblyzer.audio import wav_to_mel_spectrogram
+
+    rng = np.random.default_rng(0)
+    for samples in (400, 25_519, 25_600, 48_123):
+        noise = rng.standard_normal(samples).astype(np.float32)
+        assert np.array_equal(judges.voice_mel(noise), wav_to_mel_spectrogram(noise))
+        assert np.array_equal(encoder._embed_utterance(noise), encoder.encoder.embed_utterance(noise))
+
+
+def test_the_normaliser_is_that_of_transformers():
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    text = "Mr. Smith won't (laughs) pay $20.50, um, twenty-one times!"
+    assert normalise(text) == EnglishTextNormalizer({})(text).strip()
 
 
 def test_nothing_to_judge(clips, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from eqknobs.audio import read_audio
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv
+from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE
 from eqknobs.sound import renders
 from eqknobs.sound.renders import Condition, load_clip, open_codec, pick_clips, render_conditions
@@ -70,7 +71,7 @@ def test_files_and_columns(world, tmp_path):
         Condition("all", {"arm": "a", "alpha": 1.5}, keep=True, pitch=True),
         Condition("first", {"arm": "b"}, edit=half),
     ]
-    signal, index = render(world, tmp_path, conditions, report_clips=1)
+    signal, index = render(world, tmp_path, conditions, listen=1)
     assert list(signal) == ["id", "speaker", "split", "condition", "arm", "alpha", "seconds", *METRICS]
     assert len(signal) == 2 * 4 and (signal["split"] == "test").all()
     assert list(index) == ["id", "condition", "file", "judged", "arm", "alpha"]
@@ -153,7 +154,7 @@ def test_changed_audio_is_refused(world, tmp_path):
 
 
 def test_codec_stage(world, tmp_path):
-    cfg = {**world.cfg, "codebooks": [4, 1], "clips": 3, "report_clips": 1}
+    cfg = {**world.cfg, "codebooks": [4, 1], "clips": 3, "listen": 1}
     render_codec(world.manifest, world.cache, world.saes, tmp_path / "codec", tmp_path / "signal.csv", cfg)
     signal, index = read_csv(tmp_path / "signal.csv"), read_csv(tmp_path / "codec/index.csv")
     paths = signal[["path", "codebooks"]].drop_duplicates().fillna(0).values.tolist()
@@ -195,3 +196,40 @@ def test_ids_that_differ_in_special_characters_get_files_of_their_own(world, tmp
         np.testing.assert_allclose(
             read_audio(tmp_path / "out" / row.file, RATE), read_audio(clip.path, RATE), atol=1e-4
         )
+
+
+def test_only_what_is_new_is_decoded_and_measured(world, tmp_path, monkeypatch):
+    """A FLAC of the last time is taken if it is that sound, and a broken piece is made anew."""
+    measured, decoded, measure = [], [], renders.signal_metrics
+    monkeypatch.setattr(renders, "signal_metrics", lambda *args: measured.append(1) or measure(*args))
+
+    def run(*alphas, codebooks=4):
+        measured.clear(), decoded.clear()
+        conditions = [
+            Condition(
+                f"a{a}", {"alpha": a}, edit=lambda x, a=a: x * (1 + a), codebooks=codebooks, keep=True, tokens=True
+            )
+            for a in alphas
+        ]
+        with world.open() as cache, open_codec(world.cfg, cache) as model:
+            decode = model.decode
+            monkeypatch.setattr(model, "decode", lambda *args: decoded.append(1) or decode(*args))
+            kept = renders.render_pieces(Pieces(tmp_path / "pieces"), model, world.cfg)
+            files = (tmp_path / "out", tmp_path / "signal.csv")
+            render_conditions(model, SITE, world.clips("test"), cache, conditions, *files, pieces=kept)
+        made = {f.relative_to(tmp_path): f.read_bytes() for f in sorted((tmp_path / "out").rglob("*.*"))}
+        return {**made, "signal": files[1].read_bytes()}, len(measured), len(decoded)
+
+    first, *counts = run(0, 1)
+    assert counts == [8, 8]
+    assert run(0, 1) == (first, 0, 0)
+    assert run(0, 1, 2)[1:] == (4, 4)
+    assert run(0, 1, codebooks=2)[1:] == (8, 8)
+    # The sounds are those of other codebooks now: they are decoded again, not measured.
+    assert run(0, 1) == (first, 0, 8)
+    next((tmp_path / "out/a1").iterdir()).unlink()
+    assert run(0, 1) == (first, 0, 1)
+    packs = [f for f in (tmp_path / "pieces").rglob("*.json")]
+    assert len(packs) == 4
+    packs[0].write_text("{")
+    assert run(0, 1) == (first, 2, 2)

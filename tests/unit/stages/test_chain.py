@@ -80,7 +80,7 @@ def test_encodec_runs_through_caching_probes_and_steering(encodec: dict, tmp_pat
     limits = {"val_clips": 1, "shift": 0.9, "tolerance": 0.05, "alpha_max": 4}
     calibrate_steering(*inputs, calibration, tmp_path / "calibration.csv", {**steering, **limits})
     assert read_json(calibration)
-    counts = {"clips": 1, "alphas": [0, 2], "other_alpha": {}, "report_clips": 1}
+    counts = {"clips": 1, "alphas": [0, 2], "other_alpha": {}, "listen": 1}
     render_steering(*inputs, calibration, tmp_path / "renders", tmp_path / "signal.csv", {**steering, **counts})
     signal = read_csv(tmp_path / "signal.csv").set_index("condition")
     assert signal["mel_distance"].notna().all()

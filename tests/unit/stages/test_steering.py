@@ -289,7 +289,7 @@ def test_calibration_stage(world, calibrated):
 
 def test_render_stage(world, calibrated, tmp_path):
     cfg, calibration, _ = calibrated
-    cfg = {**cfg, "clips": 2, "alphas": [0, 2], "other_alpha": {"pitch": 2}, "report_clips": 1}
+    cfg = {**cfg, "clips": 2, "alphas": [0, 2], "other_alpha": {"pitch": 2}, "listen": 1}
     render_steering(
         world.manifest,
         world.cache,
@@ -340,7 +340,7 @@ def test_render_stage(world, calibrated, tmp_path):
 
 def test_render_needs_its_probe(world, calibrated, tmp_path):
     cfg, calibration, _ = calibrated
-    cfg = {**cfg, "clips": 1, "alphas": [], "other_alpha": {"pitch": 2}, "report_clips": 0, "binning": "semitone"}
+    cfg = {**cfg, "clips": 1, "alphas": [], "other_alpha": {"pitch": 2}, "listen": 0, "binning": "semitone"}
     inputs = world.manifest, world.cache, world.labels, world.saes, world.probes, calibration
     with pytest.raises(EqknobsError, match="fit the probes again"):
         render_steering(*inputs, tmp_path / "out", tmp_path / "s.csv", cfg)

@@ -5,8 +5,9 @@ from typing import Any
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import read_csv
+from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE
-from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions
+from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions, render_pieces
 
 
 def codec_conditions(codebooks: list[int], saes: dict[str, SAE]) -> list[Condition]:
@@ -35,6 +36,7 @@ def render_codec(
     out_dir: str | Path,
     signal_csv: str | Path,
     cfg: dict[str, Any],
+    pieces: Pieces | None = None,
 ) -> None:
     """Render and measure round trips of test clips; see `render_conditions` for the files.
 
@@ -45,4 +47,5 @@ def render_codec(
     with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
         saes = {name: SAE.load(folder) for name, folder in sae_dirs.items()}
         conditions = codec_conditions(cfg["codebooks"], saes)
-        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv)
+        kept = render_pieces(pieces, model, cfg)
+        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, pieces=kept)

@@ -12,8 +12,9 @@ import numpy as np
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import read_csv, write_json
+from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE
-from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions
+from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions, render_pieces
 from eqknobs.stages.probes.compute import load_probe
 
 EXPENDABLE, CRITICAL = 0.3, 0.7  # the blog's thresholds on the normalised map
@@ -114,6 +115,7 @@ def render_importance(
     out_dir: str | Path,
     signal_csv: str | Path,
     cfg: dict[str, Any],
+    pieces: Pieces | None = None,
 ) -> None:
     """Compute the maps and render the ablations on test clips; see `render_conditions` for the sound files.
 
@@ -127,7 +129,8 @@ def render_importance(
     with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
         maps = importance_maps(sae.W_enc.numpy(), *probes, cache.std)
         conditions = importance_conditions(maps, cache.mean, cfg)
-        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv)
+        kept = render_pieces(pieces, model, cfg)
+        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, pieces=kept)
     values = maps["composition"]
     counts = {
         "expendable": int((values < EXPENDABLE).sum()),

@@ -16,6 +16,11 @@ def check(config: dict[str, Any]) -> None:
     check_saes(config, "steering.saes", steering["saes"])
     check_probed(config, "steering", steering["saes"])
     check_codebooks(config, "steering.codebooks", steering["codebooks"], targets)
+    if config["report"]["clips"] > steering["listen"]:
+        raise EqknobsError(
+            f"config: report.clips: {config['report']['clips']} is above steering.listen, {steering['listen']}, the "
+            "clips of which there is sound; raise steering.listen or lower report.clips"
+        )
     last = config["probes"]["bins"] - 1
     for key in ("low_bin", "high_bin"):
         if steering[key] > last:

@@ -24,6 +24,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,19 @@ from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, read_json, write_csv, write_json
 from eqknobs.models import Model
+from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE
 from eqknobs.sound import metrics
-from eqknobs.sound.renders import Clip, Condition, edited, load_clip, open_codec, pick_clips, render_conditions
+from eqknobs.sound.renders import (
+    Clip,
+    Condition,
+    edited,
+    load_clip,
+    open_codec,
+    pick_clips,
+    render_conditions,
+    render_pieces,
+)
 from eqknobs.stages.probes.compute import labelled_frames, load_probe, to_classes
 
 BLOCK = 4096  # frames worked on at a time
@@ -327,9 +338,10 @@ def calibrate(
 class _Bench:
     """Measures arms on the val clips, each sound once."""
 
-    def __init__(self, model: Model, cfg: dict[str, Any], clips: list[Clip]):
+    def __init__(self, model: Model, cfg: dict[str, Any], clips: list[Clip], pieces: Pieces):
+        self.pieces = pieces
         self.model, self.site, self.codebooks, self.clips = model, cfg["site"], cfg["codebooks"], clips
-        self.known: dict[tuple[str, bytes], tuple[float, float]] = {}
+        self.known: dict[tuple[str, str], tuple[float, float]] = {}
         self.rows: list[dict[str, Any]] = []
 
     def measure(self, name: str, arm: Arm, alpha: float) -> tuple[float, float]:
@@ -338,11 +350,11 @@ class _Bench:
         scores = []
         for clip in self.clips:
             acts = edited(self.model, self.site, clip, condition)
-            key = (clip.id, hashlib.blake2b(acts.tobytes()).digest())
+            key = (clip.sha256, hashlib.blake2b(acts.tobytes(), digest_size=32).hexdigest())
             if key not in self.known:
-                rate = self.model.sample_rate
-                wav = self.model.decode(acts, self.site, len(clip.wav), self.codebooks)
-                self.known[key] = metrics.clip_centroid(wav, rate), metrics.mel_distance(clip.wav, wav, rate)
+                self.known[key] = self.pieces.json(
+                    "calibration", [self.codebooks, *key], partial(self._heard, clip, acts)
+                )
             centroid, distance = self.known[key]
             scores.append((centroid, distance))
             self.rows.append(
@@ -359,6 +371,11 @@ class _Bench:
         centroid, distance = np.mean(scores, axis=0)  # one silent clip makes the mean NaN: it counts as passed
         return float(centroid), float(distance)
 
+    def _heard(self, clip: Clip, acts: np.ndarray) -> list[float]:
+        rate = self.model.sample_rate
+        wav = self.model.decode(acts, self.site, len(clip.wav), self.codebooks)
+        return [metrics.clip_centroid(wav, rate), metrics.mel_distance(clip.wav, wav, rate)]
+
 
 def calibrate_steering(
     manifest_csv: str | Path,
@@ -369,6 +386,7 @@ def calibrate_steering(
     out_json: str | Path,
     out_csv: str | Path,
     cfg: dict[str, Any],
+    pieces: Pieces | None = None,
 ) -> None:
     """Calibrate every arm to one mean centroid on val clips: `shift` × that of the codec round trip, ± `tolerance`.
 
@@ -385,7 +403,8 @@ def calibrate_steering(
     saes = {name: SAE.load(sae_dirs[name]) for name in cfg["saes"]}
     with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
         chosen = pick_clips(manifest, "val", cfg["val_clips"])
-        bench = _Bench(model, cfg, [load_clip(model, cache, row) for row in chosen.itertuples(index=False)])
+        loaded = [load_clip(model, cache, row) for row in chosen.itertuples(index=False)]
+        bench = _Bench(model, cfg, loaded, render_pieces(pieces, model, cfg))
         candidates = dict.fromkeys(saes, cfg["clamp_features"])
         arms = make_arms(cache, labels_h5, probes["centroid"], saes, "centroid", cfg, candidates)
         fixed = {"codec_roundtrip": Arm()}
@@ -511,11 +530,12 @@ def render_steering(
     out_dir: str | Path,
     signal_csv: str | Path,
     cfg: dict[str, Any],
+    pieces: Pieces | None = None,
 ) -> None:
     """Render the calibrated arms, the sweep over `alphas` and the other properties on test clips.
 
     Files as in `render_conditions`. cfg: `model`, `site`, `saes`, `codebooks`, `binning`, `low_bin`, `high_bin`,
-    `clips`, `alphas`, `other_alpha` (property -> α), `report_clips`, `seed`. The sweep leaves f0_error_cents empty.
+    `clips`, `alphas`, `other_alpha` (property -> α), `listen`, `seed`. The sweep leaves f0_error_cents empty.
     """
     calibration = read_json(calibration_json)["arms"]
     clips = pick_clips(read_csv(manifest_csv), "test", cfg["clips"])
@@ -529,4 +549,5 @@ def render_steering(
             found = make_arms(cache, labels_h5, probes[name], saes, name, cfg)
             others[name] = {arm: edit for arm, edit in found.items() if arm.partition(":")[0] in kinds}
         conditions = steering_conditions(arms, others, saes, calibration, cfg)
-        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, cfg["report_clips"])
+        files, kept = (out_dir, signal_csv), render_pieces(pieces, model, cfg)
+        render_conditions(model, cfg["site"], clips, cache, conditions, *files, cfg["listen"], kept)
