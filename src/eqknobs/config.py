@@ -20,6 +20,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from eqknobs.corpus.properties import PROPERTIES
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.strict_yaml import parse_yaml, read_yaml
 
@@ -222,6 +223,7 @@ def _check_named_saes(config: dict[str, Any]) -> None:
     for key, names in (
         ("steering.saes", config["steering"]["saes"]),
         ("importance.sae", [config["importance"]["sae"]]),
+        ("probes.reference", [config["probes"]["reference"]] if config["probes"]["reference"] else []),
     ):
         if missing := sorted(set(names) - set(config["saes"])):
             raise EqknobsError(
@@ -230,8 +232,23 @@ def _check_named_saes(config: dict[str, Any]) -> None:
             )
 
 
+def _check_properties(config: dict[str, Any]) -> None:
+    """Properties must be registered, and not ask who speaks of speakers that train never holds."""
+    for name in config["probes"]["properties"]:
+        if name not in PROPERTIES:
+            raise EqknobsError(f"config: probes.properties: {name!r} is not one of {', '.join(PROPERTIES)}")
+        if not PROPERTIES[name].of_speakers and config["data"].get("split_unit", "speaker") == "speaker":
+            raise EqknobsError(
+                f"config: probes.properties: {name!r} asks who speaks, but the splits share no speaker; "
+                f"set data.split_unit: sentence, or remove {name}"
+            )
+    if config["data"].get("split_unit") == "sentence" and config["data"]["split_by"]:
+        raise EqknobsError("config: data.split_by: keeps speakers apart, data.split_unit: sentence does not; drop one")
+
+
 def _check_relations(config: dict[str, Any]) -> None:
     """Values that are possible each, but not together."""
+    _check_properties(config)
     if "centroid" not in config["probes"]["properties"]:
         raise EqknobsError("config: probes.properties: must hold 'centroid', which steering and importance need")
     last = config["probes"]["bins"] - 1
@@ -349,6 +366,12 @@ def decodes(config: dict[str, Any], target: str) -> bool:
     return config["models"][parse_target(target)[0]]["kind"] in ("mimi", "encodec", "dac")
 
 
+def reference_saes(config: dict[str, Any]) -> list[str]:
+    """The SAEs that may give `pca_l0` and `random_topk` their sizes: the one named by `probes.reference`, else all."""
+    reference = config["probes"]["reference"]
+    return [reference] if reference and config["saes"] else sorted(config["saes"] or {})
+
+
 def bundled(path: str | Path) -> bool:
     """Whether a file or folder is one that comes with this project, below resources/."""
     return Path(path).resolve().is_relative_to(Path("resources").resolve())
@@ -373,6 +396,11 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
     def model() -> dict[str, Any]:
         return {"model": model_config(config, target), "site": parse_target(target)[1]}
 
+    def probed() -> dict[str, Any]:
+        category = PROPERTIES[wildcards["property"]].kind == "category"
+        keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
+        return {key: probes[key] for key in keys} | {"property": wildcards["property"], "seed": seed}
+
     slices = {
         "codec_training": lambda: {**config["codec_training"], "seed": seed},
         "speech_lm_training": lambda: (
@@ -388,7 +416,8 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
         },
         "sae_grid": lambda: {"sae": config["saes"][wildcards["sae"]], "seed": seed},
         "sae_scores": lambda: {"seed": seed},
-        "probes": lambda: {**probes, "property": wildcards["property"], "seed": seed},
+        "probes": probed,
+        "sae_probes": probed,
         "originals": lambda: {"judges": config["judges"]},
         "codec_renders": lambda: {**model(), **config["codec"]},
         "steering_calibration": lambda: {
@@ -412,7 +441,7 @@ def stage_config(config: dict[str, Any], stage: str, /, **wildcards: str) -> dic
             "properties": probes["properties"],
             "models": {parse_target(t)[0]: config["models"][parse_target(t)[0]] for t in config["run"]["targets"]},
             "steering_codebooks": steering["codebooks"],
-            "saes": bool(config["saes"]),
+            "saes": sorted(config["saes"] or {}),
             "bundled_speech": bundled_speech(config),
         },
         "report": lambda: {"config": {key: value for key, value in config.items() if key != "hardware"}},

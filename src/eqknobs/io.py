@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
@@ -26,7 +27,7 @@ from eqknobs.errors import EqknobsError, counted
 LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
 TEXT_COLUMNS = frozenset(
-    "accent arm binning calibrated codec_training condition derived_from file group id kind labels map "
+    "accent arm binning calibrated codec_training condition derived_from domain file group id kind labels map "
     "mode model name path phase property reason sae sex sha256 source space speaker split target text transcript "
     "variant voice voices".split()
 )
@@ -260,3 +261,13 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def array_hash(*arrays: np.ndarray) -> str:
+    """SHA-256 of arrays with their shapes and types, hexadecimal; memory maps are read, not loaded."""
+    found = hashlib.sha256()
+    for values in arrays:
+        values = np.ascontiguousarray(values)
+        found.update(f"{values.dtype.str}{values.shape}".encode())
+        found.update(values.view(np.uint8).data if values.size else b"")
+    return found.hexdigest()

@@ -1,8 +1,10 @@
 """What the numbers allow one to say: sentences made from the summary, phrased by the sign of each interval."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
+from eqknobs.corpus.properties import PROPERTIES
 from eqknobs.errors import counted
 
 UNMEASURABLE = "unmeasurable"
@@ -39,7 +41,6 @@ MAPS = {
     "keep_critical": "keep only critical",
     "none": "nothing removed",
 }
-PROPERTIES = {"centroid": "Spectral centroid", "rms": "RMS level", "pitch": "Pitch"}
 MEASURE_NAMES = {
     "wer": "WER",
     "speaker_similarity": "speaker similarity",
@@ -127,15 +128,19 @@ def _saes(summary: dict[str, Any]) -> list[dict[str, str]]:
 def _probes(summary: dict[str, Any]) -> list[dict[str, str]]:
     lines = []
     for record in summary["comparisons"]:
-        if record["family"] not in ("probe, quantile, minus raw", "probe, quantile, minus random_topk"):
+        if not re.fullmatch("probe, (quantile|category), minus (raw|random_topk)", record["family"]):
             continue
         null = next(r for r in summary["probes"] if (r["space"], r["property"]) == (record["a"], record["property"]))
         verdict, words = _said(record)
-        name = PROPERTIES.get(record["property"], record["property"])
+        name = PROPERTIES[record["property"]].title
         text = f"{name}: the probe on {label(record['a'])} {words} the one on {label(record['b'])}."
         nulls = f"majority {_number(null['majority'])}, shuffled labels {_number(null['shuffled'])}"
-        lines.append(_headline("probe", verdict, text, f"{_numbers(record)}; {nulls}; quantile bins"))
+        lines.append(_headline("probe", verdict, text, f"{_numbers(record)}; {nulls}; {_classes(record['property'])}"))
     return lines
+
+
+def _classes(name: str) -> str:
+    return "categories" if PROPERTIES[name].kind == "category" else "quantile bins"
 
 
 def _readable(summary: dict[str, Any]) -> list[dict[str, str]]:
@@ -147,12 +152,12 @@ def _readable(summary: dict[str, Any]) -> list[dict[str, str]]:
     for (space, name), row in spaces.items():
         if space != "raw":
             continue
-        text = f"{PROPERTIES.get(name, name)}: the probe on {label(space)} names the right class in "
+        text = f"{PROPERTIES[name].title}: the probe on {label(space)} names the right class in "
         text += f"{_number(row['accuracy'])} {_range(row['accuracy_low'], row['accuracy_high'])} of the frames"
         if rival := spaces.get(("logmel", name)):
             text += f"; the one on {label('logmel')} in {_number(rival['accuracy'])}"
         nulls = f"majority {_number(row['majority'])}, shuffled labels {_number(row['shuffled'])}"
-        lines.append(_headline("probe", "measured", f"{text}.", f"{nulls}; {_of(row)}; quantile bins"))
+        lines.append(_headline("probe", "measured", f"{text}.", f"{nulls}; {_of(row)}; {_classes(name)}"))
     return lines
 
 

@@ -241,7 +241,8 @@ def _sae_figures(run_dir: Path, target: str, saes: list[str], table: pd.DataFram
 def _probe_figures(table: pd.DataFrame, saes: list[str]) -> list[dict[str, str]]:
     figures = []
     for name in table["property"].unique():
-        rows = table[(table["property"] == name) & (table["binning"] == "quantile") & (table["split"] == "test")]
+        rows = table[(table["property"] == name) & table["binning"].isin(["quantile", "category"])]
+        rows = rows[rows["split"] == "test"]
         order = ["raw", "pca_d", "pca_l0", "random_topk", *(f"sae:{s}" for s in saes), "logmel"]
         rows = rows.set_index("space").reindex([s for s in order if s in set(rows["space"])][::-1]).reset_index()
 
