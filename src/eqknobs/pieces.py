@@ -9,9 +9,12 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from eqknobs.io import atomic_path
 
@@ -34,19 +37,47 @@ class Pieces:
         made_of: plain JSON values that decide the piece: hashes of code, of inputs, of settings. Floats come back as
         they were; a broken file is made anew.
         """
+
+        def write(path: Path, value: Any) -> None:
+            path.write_text(json.dumps(value))
+
+        return self._kept(f"{kind}.json", made_of, make, lambda path: json.loads(path.read_text()), write)
+
+    def arrays(self, kind: str, made_of: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """As `json`, of a piece of named arrays."""
+
+        def read(path: Path) -> dict[str, np.ndarray]:
+            with np.load(path) as file:
+                return dict(file)
+
+        def write(path: Path, value: dict[str, np.ndarray]) -> None:
+            with path.open("wb") as file:
+                np.savez(file, **value)
+
+        return self._kept(f"{kind}.npz", made_of, make, read, write)
+
+    def _kept(
+        self,
+        name: str,
+        made_of: Any,
+        make: Callable[[], Any],
+        read: Callable[[Path], Any],
+        write: Callable[[Path, Any], None],
+    ) -> Any:
         if self.folder is None:
             return make()
+        kind, suffix = name.split(".")
         key = hashlib.sha256(json.dumps([kind, made_of], sort_keys=True).encode()).hexdigest()
-        path = self.folder / kind / key[:2] / f"{key[2:]}.json"
+        path = self.folder / kind / key[:2] / f"{key[2:]}.{suffix}"
         try:
-            value = json.loads(path.read_text())
+            value = read(path)
             os.utime(path)  # used now: `prune` leaves it
             return value
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             value = make()
         try:
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(value))
+                write(temporary, value)
         except OSError as error:
             print(f"{path} cannot be written ({error.strerror}); it will be made again next time")
         return value
