@@ -166,8 +166,10 @@ def _probe_scores(rng: np.random.Generator, clips: pd.DataFrame, run: Path) -> N
                     lag=0,
                 )
             )
-        write_csv(run / "scores" / f"{TARGET}.probes.{name}.csv", pd.concat(rows))
-        write_csv(run / "scores" / f"{TARGET}.ridge.{name}.csv", pd.concat(ridge))
+        for kind, scores in (("probes", pd.concat(rows)), ("ridge", pd.concat(ridge))):
+            for sae in ("", *SAES):
+                here = scores["space"] == f"sae:{sae}" if sae else ~scores["space"].str.startswith("sae:")
+                write_csv(run / "scores" / f"{TARGET}.{kind}.{sae + '.' * bool(sae)}{name}.csv", scores[here])
 
 
 def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("random",), sound: bool = True) -> dict:
@@ -282,6 +284,6 @@ def tables_cfg(config: dict[str, Any]) -> dict[str, Any]:
         "seed": config["run"]["seed"],
         "steering_codebooks": config["steering"]["codebooks"],
         "properties": config["probes"]["properties"],
-        "saes": bool(config["saes"]),
+        "saes": sorted(config["saes"] or {}),
         "bundled_speech": True,
     }

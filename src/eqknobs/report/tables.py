@@ -192,19 +192,27 @@ def sae_table(run_dir: Path, target: str, cfg: dict[str, Any]) -> pd.DataFrame:
 
 
 def _per_clip(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.groupby(["id", "speaker"], as_index=False)[["frames", "correct", "within_one"]].sum()
+    return rows.groupby(["id", "speaker"], as_index=False)[["frames", "correct", "within_one"]].sum(min_count=1)
 
 
 def _share(rows: pd.DataFrame) -> float:
     return float(_divide(rows["correct"].sum(), rows["frames"].sum()))
 
 
+def read_probe_scores(run_dir: Path, target: str, kind: str, name: str, saes: list[str]) -> pd.DataFrame:
+    """Raw scores (kind `probes` or `ridge`) of one property on all spaces, the SAEs' before `logmel`."""
+    scores = run_dir / "scores"
+    base = _read(scores / f"{target}.{kind}.{name}.csv")
+    last = base["space"] == "logmel"
+    codes = [_read(scores / f"{target}.{kind}.{sae}.{name}.csv") for sae in sorted(saes)]
+    return pd.concat([base[~last], *codes, base[last]], ignore_index=True)
+
+
 def probes_table(run_dir: Path, target: str, cfg: dict[str, Any]) -> pd.DataFrame:
     """One row a (space, property, binning, split)."""
     table = []
     for name in sorted(cfg["properties"]):
-        scores = _read(run_dir / "scores" / f"{target}.probes.{name}.csv")
-        ridge = _read(run_dir / "scores" / f"{target}.ridge.{name}.csv")
+        scores, ridge = (read_probe_scores(run_dir, target, kind, name, cfg["saes"]) for kind in ("probes", "ridge"))
         majority = scores[scores["labels"] == "majority"]
         for key, rows in _groups(scores[scores["labels"] != "majority"], ["space", "binning", "split"]):
             true, shuffled = (rows[rows["labels"] == kind] for kind in ("true", "shuffled"))
@@ -286,7 +294,7 @@ def _compare_probes(run_dir: Path, target: str, cfg: dict[str, Any]) -> list[dic
     """Accuracy of each SAE's probe on test against the raw latents' and against random projection + TopK."""
     records = []
     for name in sorted(cfg["properties"]):
-        scores = _read(run_dir / "scores" / f"{target}.probes.{name}.csv")
+        scores = read_probe_scores(run_dir, target, "probes", name, cfg["saes"])
         scores = scores[(scores["labels"] == "true") & (scores["split"] == "test")]
         for (binning, space), rows in scores.groupby(["binning", "space"]):
             if not space.startswith("sae:"):
@@ -407,7 +415,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def write_tables(run_dir: Path, targets: list[str], cfg: dict[str, Any], models: dict[str, dict[str, Any]]) -> None:
     """Write `tables/*.csv` and `tables/summary.json` of a results folder.
 
-    cfg: `bootstrap` (resamples), `seed`, `unmeasurable_wer`, `steering_codebooks`, `saes` (whether there are any),
+    cfg: `bootstrap` (resamples), `seed`, `unmeasurable_wer`, `steering_codebooks`, `saes` (their names),
     `bundled_speech` (whether it is this project's own corpus, whose speakers the bundled models' training.json names).
     models: name -> its configuration
     (`kind`; `path`, whose training.json names heard and unheard voices). A model that does not decode has no codec,
@@ -430,7 +438,7 @@ def write_tables(run_dir: Path, targets: list[str], cfg: dict[str, Any], models:
             "importance": None,
             "steering": [],
             "sae": _records(sae[first & (sae["split"] == "test")].drop(columns=["dead_share"])),
-            "probes": _records(probes[(probes["split"] == "test") & (probes["binning"] == "quantile")]),
+            "probes": _records(probes[(probes["split"] == "test") & probes["binning"].isin(["quantile", "category"])]),
         }
         shift = math.nan
         if sound:
