@@ -59,11 +59,7 @@ rule dictionaries:
 
 rule probings:
     input:
-        expand(
-            f"{RUN}/probes/{{target}}/{{property}}.npz",
-            target=TARGETS,
-            property=PROPERTIES,
-        ),
+        expand(probe_files(PROPERTIES, SAES), target=TARGETS),
 
 
 rule sounds:

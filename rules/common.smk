@@ -7,7 +7,15 @@ from snakemake.resources import Resource
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from eqknobs.config import decodes, describe, parse_target, settle, stage_config
+from eqknobs.config import (
+    decodes,
+    describe,
+    parse_target,
+    reference_saes,
+    settle,
+    stage_config,
+)
+from eqknobs.corpus.properties import PROPERTIES as REGISTERED
 from eqknobs.errors import EqknobsError
 from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
@@ -33,12 +41,29 @@ PROPERTIES = config["probes"]["properties"]
 SAES = sorted(config["saes"] or {})  # null: caches, labels and probes only
 SEEDS = sorted(config["sae_seeds"])
 SAE_FILES = ["config.json", "sae.safetensors"]
-# Of every SAE of a target, the first seed's files.
-FIRST_SAES = expand(
-    f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/{{file}}",
-    sae=SAES,
-    file=SAE_FILES,
-)
+
+
+def first_saes(names):
+    """Of these SAEs of a target, the first seed's files."""
+    return expand(
+        f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/{{file}}",
+        sae=names,
+        file=SAE_FILES,
+    )
+
+
+def probe_files(properties, saes):
+    """The probes of a target on the base spaces and on the codes of these SAEs."""
+    return [
+        *expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=properties),
+        *expand(
+            f"{RUN}/probes/{{{{target}}}}/{{sae}}/{{property}}.npz",
+            sae=saes,
+            property=properties,
+        ),
+    ]
+
+
 GRIDS = [name for name in SAES if "grid" in config["saes"][name]]
 SOUND_STAGES = ["codec", "steering", "importance"]
 ENV = "../envs/eqknobs.yaml"
@@ -50,7 +75,7 @@ if workflow.is_main_process and "gpu" not in workflow.global_resources:
 
 wildcard_constraints:
     target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?",
-    property="centroid|rms|pitch",
+    property="|".join(REGISTERED),
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
     stage="codec|steering|importance",

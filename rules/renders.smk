@@ -8,7 +8,7 @@ rule codec_renders:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
-        saes=FIRST_SAES,
+        saes=first_saes(SAES),
         model=model_files,
         script=code("codec_renders.py"),
     output:
@@ -36,9 +36,9 @@ rule steering_calibration:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=FIRST_SAES,
+        saes=first_saes(config["steering"]["saes"]),
         model=model_files,
-        probes=expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=STEERED),
+        probes=probe_files(["centroid"], config["steering"]["saes"]),
         script=code("steering_calibration.py"),
     output:
         calibration=f"{RUN}/steering/{{target}}/calibration.json",
@@ -65,9 +65,9 @@ rule steering_renders:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=FIRST_SAES,
+        saes=first_saes(config["steering"]["saes"]),
         model=model_files,
-        probes=expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=STEERED),
+        probes=probe_files(STEERED, config["steering"]["saes"]),
         calibration=f"{RUN}/steering/{{target}}/calibration.json",
         script=code("steering_renders.py"),
     output:
@@ -94,9 +94,9 @@ rule importance_renders:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
         cache=f"{RUN}/activations/{{target}}.h5",
-        saes=FIRST_SAES,
+        saes=first_saes([config["importance"]["sae"]]),
         model=model_files,
-        probes=f"{RUN}/probes/{{target}}/centroid.npz",
+        probes=probe_files(["centroid"], [config["importance"]["sae"]]),
         script=code("importance_renders.py"),
     output:
         importance=f"{RUN}/importance/{{target}}.json",

@@ -9,6 +9,13 @@ SCORES = [
         property=PROPERTIES,
     ),
     *expand(
+        f"{RUN}/scores/{{target}}.{{kind}}.{{sae}}.{{property}}.csv",
+        target=TARGETS,
+        kind=["probes", "ridge"],
+        sae=SAES,
+        property=PROPERTIES,
+    ),
+    *expand(
         f"{RUN}/scores/{{target}}.{{stage}}.{{kind}}.csv",
         target=CODEC_TARGETS,
         stage=SOUND_STAGES,
