@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 KERNELS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem
 NOT_NUMERIC := audio config corpus data fetching installed io judges moshi_memory moshi_speed one_writer pieces \
     provenance report sae_benchmark script
-NUMERIC = $(filter-out $(NOT_NUMERIC:%=tests/unit/test_%.py),$(wildcard tests/unit/test_*.py))
+NUMERIC = $(filter-out $(foreach name,$(NOT_NUMERIC),%/test_$(name).py),$(shell find tests/unit -name 'test_*.py' | sort))
 
 .PHONY: demo test test-kernels test-slow lint format clean
 
@@ -32,6 +32,7 @@ lint: $(READY)
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/python tools/make_env.py --check
+	$(BIN)/python tools/config_table.py --check
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -1,6 +1,6 @@
-"""What pyproject.toml cannot say: the wheel takes along two files of the repository that lie outside of the package.
+"""What pyproject.toml cannot say: the wheel takes along a file of the repository that lies outside of the package.
 
-`eqknobs vram` needs them wherever it is installed; a checkout, editable installs included, has them at their place.
+`eqknobs vram` needs it wherever it is installed; a checkout, editable installs included, has it at its place.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("config/config.yaml", "workflow/schemas/config.schema.json")
+SHIPPED = ("config/config.yaml",)
 
 
 class BuildPy(build_py):

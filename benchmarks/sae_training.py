@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sae_contestants import MODULES, Contestant, Task, family, installed_version, makers
 from torch import Tensor
 
 from eqknobs.corpus.cache import ActivationCache
+from sae_contestants import MODULES, Contestant, Task, family, installed_version, makers
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = [

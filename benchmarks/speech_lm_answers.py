@@ -15,14 +15,14 @@ from statistics import median
 
 import pandas as pd
 import torch
-from moshi_speed import machine
 
 from eqknobs.io import write_csv
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.generate import Reply, generate
-from eqknobs.speech_lm.grammar import sentence
+from eqknobs.stages.speech_lm_training.grammar import sentence
+from moshi_speed import machine
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,6 +1,6 @@
 rule activations:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         model=model_files,
         script=code("activations.py"),
     output:
@@ -15,7 +15,7 @@ rule activations:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("activations", model=model_files),
+        cfg=cfg("activations", opened, model=model_files),
     message:
         "Cache activations of {wildcards.target}"
     script:
@@ -24,7 +24,7 @@ rule activations:
 
 rule labels:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         script=code("labels.py"),
     output:
@@ -39,7 +39,7 @@ rule labels:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("labels"),
+        cfg=cfg("labels", lambda wildcards: config["labels"]),
     message:
         "Label pitch, loudness and brightness on the frames of {wildcards.target}"
     script:

@@ -1,5 +1,5 @@
 # Not part of the analysis: a configuration with `codec_training` trains a codec instead (config/train-tiny-mimi.yaml).
-TRAINED = f"{RUN}/model/model.safetensors"
+FINAL = TRAINED = f"{RUN}/model/model.safetensors"
 
 
 rule codec_training:
@@ -19,7 +19,11 @@ rule codec_training:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("codec_training", data=training_files),
+        cfg=cfg(
+            "codec_training",
+            lambda wildcards: {**config["codec_training"], "seed": SEED},
+            data=training_files,
+        ),
     message:
         "Train a codec"
     script:

@@ -7,19 +7,29 @@ from snakemake.resources import Resource
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from eqknobs.config import (
-    decodes,
-    describe,
-    parse_target,
-    reference_saes,
-    settle,
-    stage_config,
-)
+from eqknobs.config import describe, plain, settle
 from eqknobs.corpus.properties import PROPERTIES as REGISTERED
 from eqknobs.errors import EqknobsError
 from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.models import KINDS
+from eqknobs.plan import (
+    SPEECH,
+    bundled_models,
+    bundled_speech,
+    corpora_used,
+    corpus_config,
+    corpus_of,
+    model_config,
+    parse_target,
+    reference_saes,
+    sae_home,
+    stage_saes,
+    stage_targets,
+    trained_saes,
+    training_record,
+    voice_records,
+)
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
 
@@ -35,38 +45,22 @@ except EqknobsError as error:
     raise WorkflowError(str(error)) from None
 
 RUN = f"results/{config['run']['name']}"
+SEED = config["run"]["seed"]
 TARGETS = config["run"]["targets"]
-CODEC_TARGETS = [target for target in TARGETS if decodes(config, target)]
-PROPERTIES = config["probes"]["properties"]
-SAES = sorted(config["saes"] or {})  # null: caches, labels and probes only
-SEEDS = sorted(config["sae_seeds"])
-SAE_FILES = ["config.json", "sae.safetensors"]
-
-
-def first_saes(names):
-    """Of these SAEs of a target, the first seed's files."""
-    return expand(
-        f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{SEEDS[0]}/{{file}}",
-        sae=names,
-        file=SAE_FILES,
-    )
-
-
-def probe_files(properties, saes):
-    """The probes of a target on the base spaces and on the codes of these SAEs."""
-    return [
-        *expand(f"{RUN}/probes/{{{{target}}}}/{{property}}.npz", property=properties),
-        *expand(
-            f"{RUN}/probes/{{{{target}}}}/{{sae}}/{{property}}.npz",
-            sae=saes,
-            property=properties,
-        ),
-    ]
-
-
-GRIDS = [name for name in SAES if "grid" in config["saes"][name]]
-SOUND_STAGES = ["codec", "steering", "importance"]
+FIRST_SEED = min(config["sae_seeds"])
 ENV = "../envs/eqknobs.yaml"
+FINAL = f"{RUN}/report/index.html"  # a training has another end
+
+# What the rule files of the stages add to, each its own; judges, tables and report read them.
+SOUNDS = {}  # what makes sound -> its targets
+TABLES = []  # names of tables
+TABLE_INPUTS = []  # what tables and report read
+REPORT_INPUTS = []  # what only the report reads
+SAE_SCORES = []  # what the milestone `dictionaries` stops at
+PROBES = []  # and `probings`
+SECTIONS = (
+    {}
+)  # stage -> what of the run it works on: targets, and what else its section needs to know
 
 # One GPU, one job on it, also when the user forgets `--resources gpu=1`.
 if workflow.is_main_process and "gpu" not in workflow.global_resources:
@@ -74,33 +68,75 @@ if workflow.is_main_process and "gpu" not in workflow.global_resources:
 
 
 wildcard_constraints:
-    target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?",
+    target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?(@[A-Za-z0-9][A-Za-z0-9_-]*)?",
+    model="[A-Za-z0-9][A-Za-z0-9_-]*",
+    corpus="[A-Za-z0-9][A-Za-z0-9_-]*",
     property="|".join(REGISTERED),
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
-    stage="codec|steering|importance",
 
 
-def script_of(stage):
-    return Path(workflow.basedir) / "workflow" / "scripts" / f"{stage}.py"
+def script_of(rule):
+    return Path(workflow.basedir) / "workflow" / "scripts" / f"{rule}.py"
 
 
-def cfg(stage, **outside):
+def cfg(rule, slice, **outside):
     """The one parameter of a rule: its slice of the configuration, and digests of what it reads from outside results/.
 
-    `outside` names functions of the wildcards that list files, or tell a digest themselves; the code of the stage is
-    always among the digests.
+    `slice` is a function of the wildcards, to a dictionary. The device is none of it: where something was computed does
+    not decide what it is (`eqknobs.script` adds it). `outside` names functions of the wildcards that list files, or tell
+    a digest themselves; the code of the rule's script is always among the digests.
     """
 
     def parameter(wildcards):
-        content = {"code": code_inputs(script_of(stage))}
+        content = {"code": code_inputs(script_of(rule))}
         content |= {name: found(wildcards) for name, found in outside.items()}
         for name, files in content.items():
             content[name] = files if isinstance(files, str) else DIGESTS.of(files)
-        slice = stage_config(config, stage, **dict(wildcards))
-        return {**slice, "content": dict(sorted(content.items()))}
+        return {**plain(slice(wildcards)), "content": dict(sorted(content.items()))}
 
     return parameter
+
+
+def but(section, *keys):
+    """A section of the configuration without some keys."""
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def opened(wildcards):
+    """The slice of the model and site that a target is."""
+    target = wildcards.target
+    return {"model": model_config(config, target), "site": parse_target(target)[1]}
+
+
+def first_saes(names):
+    """The files of the first seed of each SAE that `names`, a function of the target, names."""
+    return lambda wildcards: [
+        f"{RUN}/saes/{sae_home(config, wildcards.target, sae)}/{sae}/seed{FIRST_SEED}/{file}"
+        for sae in names(wildcards.target)
+        for file in ("config.json", "sae.safetensors")
+    ]
+
+
+def probe_files(properties, saes):
+    """The probes of a target on the base spaces and on the codes of these SAEs."""
+    return [
+        *(f"{RUN}/probes/{{target}}/{name}.npz" for name in properties),
+        *(
+            f"{RUN}/probes/{{target}}/{sae}/{name}.npz"
+            for name in properties
+            for sae in saes
+        ),
+    ]
+
+
+def manifest_of(wildcards):
+    """The manifest of the corpus that a target hears."""
+    return manifest_file(corpus_of(wildcards.target))
+
+
+def manifest_file(corpus):
+    return f"{RUN}/manifest/{'' if corpus == SPEECH else corpus + '/'}manifest.csv"
 
 
 def really_runs():
@@ -112,9 +148,9 @@ def page_sounds(wildcards):
     return DIGESTS.of_sounds(f"{RUN}/report/index.html", really_runs())
 
 
-def sounds_of(stage):
+def sounds_of(sound):
     """A mark of a stage's renders, which are made again when some of them are gone."""
-    index = f"{RUN}/renders/{{}}/{stage}/index.csv"
+    index = f"{RUN}/renders/{{}}/{sound}/index.csv"
     return lambda wildcards: DIGESTS.of_sounds(
         index.format(wildcards.target), really_runs()
     )
@@ -131,9 +167,14 @@ def gpu(wildcards):
 
 
 def model_files(wildcards):
+    """The files of the model that a target is of."""
+    return files_of(parse_target(wildcards.target)[0])
+
+
+def files_of(name):
     """The code of a model's kind, and what is read of it in a local folder, and of its codec: other weights, other
     activations."""
-    model = config["models"][parse_target(wildcards.target)[0]]
+    model = config["models"][name]
     folders = [Path(model[key]) for key in ("path", "codec") if key in model]
     weights = [
         str(file)
@@ -148,11 +189,9 @@ def model_files(wildcards):
 
 def training_records(wildcards):
     """Which voices a bundled model heard in its own training."""
-    records = [
-        Path(config["models"][parse_target(t)[0]]["path"]) / "training.json"
-        for t in TARGETS
-    ]
-    return ancient(sorted({str(record) for record in records if record.is_file()}))
+    names = {parse_target(target)[0] for target in WORKED_ON}
+    records = sorted(training_record(config, name) for name in names)
+    return ancient([record for record in records if Path(record).is_file()])
 
 
 def asr_files(wildcards):
@@ -161,16 +200,22 @@ def asr_files(wildcards):
     return ancient(sorted(str(file) for file in folder.glob("*") if file.is_file()))
 
 
+def corpus_data(wildcards):
+    """The configuration of the corpus that a rule draws, of speech where it has no such wildcard."""
+    return corpus_config(config, wildcards.get("corpus", SPEECH))
+
+
 def label_files(wildcards):
     """The labels CSV, where one is configured."""
-    path = config["data"]["labels"]
+    path = corpus_data(wildcards).get("labels")
     return ancient([path] if path and Path(path).is_file() else [])
 
 
 def speech_files(wildcards):
-    """The speech on this disk; that of LibriSpeech is known by its published checksum."""
-    source, path = config["data"]["source"], config["data"]["path"]
-    if source == "librispeech":
+    """The sound of a corpus on this disk; that of LibriSpeech is known by its published checksum."""
+    data = corpus_data(wildcards)
+    source, path = data["source"], data.get("path")
+    if source in ("librispeech", "union"):
         return []
     return corpus_files(path) if source == "folder" else [path]
 
@@ -179,8 +224,15 @@ def speech_lm_files(wildcards):
     """The clips that a speech LM learns from, with their word times, its codec, and the model that it starts as."""
     training = config["speech_lm_training"]
     folders = [training[key] for key in ("codec", "start") if key in training]
-    clips = sorted(Path(training["speech"]).glob("*/*.*"))
-    return [*(file for folder in folders for file in Path(folder).glob("*")), *clips]
+    return [
+        *(file for folder in folders for file in Path(folder).glob("*")),
+        *clip_files(training["speech"]),
+    ]
+
+
+def clip_files(folder):
+    """Clips with word times: sound and JSON, in one folder a voice."""
+    return sorted(Path(folder).glob("*/*.*"))
 
 
 def training_files(wildcards):

@@ -1,10 +1,31 @@
+DOWNLOAD = (
+    "url",
+    "timeout_seconds",
+)  # how speech is fetched, not what: it has a published checksum
+
+
 onstart:
-    if config["data"]["source"] == "librispeech":
-        if any(job.rule.name == "manifest" for job in workflow.dag.needrun_jobs()):
+    if any(
+        data["source"] == "librispeech"
+        for data in (config["data"], *config.get("corpora", {}).values())
+    ):
+        if any(
+            job.rule.name in ("manifest", "corpus_manifest")
+            for job in workflow.dag.needrun_jobs()
+        ):
             try:
                 require_access(config)
             except EqknobsError as error:
                 raise WorkflowError(str(error)) from None
+
+
+def manifest_slice(wildcards):
+    return {"data": but(corpus_data(wildcards), *DOWNLOAD), "seed": SEED}
+
+
+def part_manifests(wildcards):
+    """Of a corpus that is put together from others, their manifests."""
+    return [manifest_file(part) for part in corpus_data(wildcards).get("of", [])]
 
 
 rule manifest:
@@ -22,8 +43,25 @@ rule manifest:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("manifest", data=speech_files, labels=label_files),
+        cfg=cfg("manifest", manifest_slice, data=speech_files, labels=label_files),
     message:
         "Draw the manifest"
     script:
         "../workflow/scripts/manifest.py"
+
+
+# A corpus beside the speech (`corpora`).
+use rule manifest as corpus_manifest with:
+    input:
+        parts=part_manifests,
+        labels=label_files,
+        script=code("manifest.py"),
+    output:
+        manifest=f"{RUN}/manifest/{{corpus}}/manifest.csv",
+        rejected=f"{RUN}/manifest/{{corpus}}/rejected.csv",
+    log:
+        f"{RUN}/logs/manifest.{{corpus}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/manifest.{{corpus}}.tsv"
+    message:
+        "Draw the manifest of {wildcards.corpus}"

@@ -1,9 +1,49 @@
+PROBED = stage_targets(config, "probes")
+PROPERTIES = config["probes"]["properties"]
+PROBED_SAES = {target: stage_saes(config, "probes", target) for target in PROBED}
+PROBES = [
+    file.format(target=target)
+    for target in PROBED
+    for file in probe_files(PROPERTIES, PROBED_SAES[target])
+]
+SECTIONS["probes"] = {
+    "targets": PROBED,
+    "properties": PROPERTIES,
+    "saes": PROBED_SAES,
+    "bins": config["probes"]["bins"],
+}
+TABLES += ["probes"]
+TABLE_INPUTS += expand(
+    f"{RUN}/scores/{{target}}.{{kind}}.{{property}}.csv",
+    target=PROBED,
+    kind=["probes", "ridge"],
+    property=PROPERTIES,
+)
+TABLE_INPUTS += [
+    f"{RUN}/scores/{target}.{kind}.{sae}.{name}.csv"
+    for target in PROBED
+    for kind in ("probes", "ridge")
+    for sae in PROBED_SAES[target]
+    for name in PROPERTIES
+]
+
+
+def probes_slice(wildcards):
+    category = REGISTERED[wildcards.property].kind == "category"
+    keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
+    return {
+        **{key: config["probes"][key] for key in keys},
+        "property": wildcards.property,
+        "seed": SEED,
+    }
+
+
 rule probes:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=first_saes(reference_saes(config)),
+        saes=first_saes(lambda target: reference_saes(config, target)),
         script=code("probes.py"),
     output:
         probes=f"{RUN}/probes/{{target}}/{{property}}.npz",
@@ -19,7 +59,7 @@ rule probes:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("probes"),
+        cfg=cfg("probes", probes_slice),
     message:
         "Probe {wildcards.target} for {wildcards.property}"
     script:
@@ -28,10 +68,10 @@ rule probes:
 
 rule sae_probes:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=first_saes(["{sae}"]),
+        saes=lambda wildcards: first_saes(lambda target: [wildcards.sae])(wildcards),
         script=code("sae_probes.py"),
     output:
         probes=f"{RUN}/probes/{{target}}/{{sae}}/{{property}}.npz",
@@ -47,7 +87,7 @@ rule sae_probes:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("sae_probes"),
+        cfg=cfg("sae_probes", probes_slice),
     message:
         "Probe SAE {wildcards.sae} of {wildcards.target} for {wildcards.property}"
     script:

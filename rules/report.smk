@@ -1,36 +1,34 @@
-SCORES = [
-    f"{RUN}/scores/originals.csv",
-    *expand(f"{RUN}/scores/{{target}}.sae.csv", target=TARGETS if SAES else []),
-    *expand(f"{RUN}/saes/{{target}}/saes.json", target=TARGETS if SAES else []),
-    *expand(
-        f"{RUN}/scores/{{target}}.{{kind}}.{{property}}.csv",
-        target=TARGETS,
-        kind=["probes", "ridge"],
-        property=PROPERTIES,
-    ),
-    *expand(
-        f"{RUN}/scores/{{target}}.{{kind}}.{{sae}}.{{property}}.csv",
-        target=TARGETS,
-        kind=["probes", "ridge"],
-        sae=SAES,
-        property=PROPERTIES,
-    ),
-    *expand(
-        f"{RUN}/scores/{{target}}.{{stage}}.{{kind}}.csv",
-        target=CODEC_TARGETS,
-        stage=SOUND_STAGES,
-        kind=["signal", "words"],
-    ),
-    *expand(f"{RUN}/steering/{{target}}/calibration.json", target=CODEC_TARGETS),
-    *expand(f"{RUN}/importance/{{target}}.json", target=CODEC_TARGETS),
-]
-TABLES = ["codec", "sae", "probes", "steering", "importance_ablation"]
+def tables_slice(wildcards):
+    return {
+        **config["tables"],
+        "seed": SEED,
+        "targets": WORKED_ON,
+        "stages": SECTIONS,
+        # at which the codec's own word errors say whether words can be judged
+        "word_codebooks": (
+            SECTIONS["steering"]["codebooks"]
+            if "steering" in SECTIONS
+            else max((config["codec"] or {"codebooks": [0]})["codebooks"])
+        ),
+    }
+
+
+def report_slice(wildcards):
+    return {
+        "config": but(config, "hardware") | {"data": but(config["data"], *DOWNLOAD)},
+        "targets": WORKED_ON,
+        "stages": SECTIONS,
+        "training": {
+            name: training_record(config, name) for name in bundled_models(config)
+        },
+        "bundled_speech": bundled_speech(config),
+    }
 
 
 rule tables:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
-        scores=SCORES,
+        scores=TABLE_INPUTS,
         training=training_records,
         script=code("tables.py"),
     output:
@@ -44,7 +42,7 @@ rule tables:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("tables", training=training_records),
+        cfg=cfg("tables", tables_slice, training=training_records),
     message:
         "Compute the tables from the raw scores"
     script:
@@ -54,23 +52,12 @@ rule tables:
 rule report:
     input:
         manifest=f"{RUN}/manifest/manifest.csv",
+        rejected=f"{RUN}/manifest/rejected.csv",
+        training=training_records,
         tables=expand(f"{RUN}/tables/{{table}}.csv", table=TABLES),
         summary=f"{RUN}/tables/summary.json",
-        scores=SCORES,
-        logs=expand(
-            f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/log.csv",
-            target=TARGETS,
-            sae=SAES,
-            seed=SEEDS,
-        ),
-        fronts=expand(
-            f"{RUN}/saes/{{target}}/{{sae}}/grid/front.csv", target=TARGETS, sae=GRIDS
-        ),
-        sounds=expand(
-            f"{RUN}/renders/{{target}}/{{stage}}/index.csv",
-            target=CODEC_TARGETS,
-            stage=SOUND_STAGES,
-        ),
+        scores=TABLE_INPUTS,
+        sections=REPORT_INPUTS,
         script=code("report.py"),
     output:
         f"{RUN}/report/index.html",
@@ -89,7 +76,7 @@ rule report:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("report", sounds=page_sounds),
+        cfg=cfg("report", report_slice, sounds=page_sounds, training=training_records),
     message:
         "Write the report"
     script:

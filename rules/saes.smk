@@ -1,3 +1,30 @@
+SEEDS = sorted(config["sae_seeds"])
+DICTIONARIES = {}  # target, on the corpus that its SAEs hear -> their names
+for target in TARGETS:
+    for name in trained_saes(config, target):
+        DICTIONARIES.setdefault(sae_home(config, target, name), []).append(name)
+SAE_SCORES = expand(f"{RUN}/saes/{{target}}/saes.json", target=DICTIONARIES)
+SECTIONS["saes"] = {"targets": list(DICTIONARIES)}
+TABLES += ["sae"]
+TABLE_INPUTS += [
+    *expand(f"{RUN}/scores/{{target}}.sae.csv", target=DICTIONARIES),
+    *SAE_SCORES,
+]
+REPORT_INPUTS += [
+    file
+    for target, names in DICTIONARIES.items()
+    for name in names
+    for file in (
+        *expand(f"{RUN}/saes/{target}/{name}/seed{{seed}}/log.csv", seed=SEEDS),
+        *(
+            [f"{RUN}/saes/{target}/{name}/grid/front.csv"]
+            if "grid" in config["saes"][name]
+            else []
+        ),
+    )
+]
+
+
 rule sae:
     input:
         cache=f"{RUN}/activations/{{target}}.h5",
@@ -16,7 +43,13 @@ rule sae:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("sae"),
+        cfg=cfg(
+            "sae",
+            lambda wildcards: {
+                "sae": but(config["saes"][wildcards.sae], "grid", "targets", "corpus"),
+                "seed": int(wildcards.seed),
+            },
+        ),
     message:
         "Train SAE {wildcards.sae}, seed {wildcards.seed}, on {wildcards.target}"
     script:
@@ -39,7 +72,13 @@ rule sae_grid:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("sae_grid"),
+        cfg=cfg(
+            "sae_grid",
+            lambda wildcards: {
+                "sae": but(config["saes"][wildcards.sae], "targets", "corpus"),
+                "seed": SEED,
+            },
+        ),
     message:
         "Train the grid of SAE {wildcards.sae} on {wildcards.target}, all on one pass"
     script:
@@ -49,11 +88,12 @@ rule sae_grid:
 rule sae_scores:
     input:
         cache=f"{RUN}/activations/{{target}}.h5",
-        saes=expand(
-            f"{RUN}/saes/{{{{target}}}}/{{sae}}/seed{{seed}}/{{file}}",
-            sae=SAES,
+        saes=lambda wildcards: expand(
+            f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/{{file}}",
+            target=wildcards.target,
+            sae=DICTIONARIES[wildcards.target],
             seed=SEEDS,
-            file=SAE_FILES,
+            file=["config.json", "sae.safetensors"],
         ),
         script=code("sae_scores.py"),
     output:
@@ -69,7 +109,7 @@ rule sae_scores:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("sae_scores"),
+        cfg=cfg("sae_scores", lambda wildcards: {"seed": SEED}),
     message:
         "Score the SAEs of {wildcards.target}"
     script:

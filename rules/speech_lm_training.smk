@@ -1,6 +1,6 @@
 # A configuration with `speech_lm_training` trains a speech LM and scores what it says (config/train-tiny-moshi.yaml).
 SPEECH_LM = f"{RUN}/speech_lm"
-SPOKEN = f"{RUN}/tables/speech_lm.csv"
+FINAL = SPOKEN = f"{RUN}/tables/speech_lm.csv"
 
 
 rule speech_lm_training:
@@ -18,7 +18,14 @@ rule speech_lm_training:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("speech_lm_training", data=speech_lm_files),
+        cfg=cfg(
+            "speech_lm_training",
+            lambda wildcards: {
+                **but(config["speech_lm_training"], "scores"),
+                "seed": SEED,
+            },
+            data=speech_lm_files,
+        ),
     message:
         "Train a speech LM"
     script:
@@ -30,8 +37,8 @@ rule speech_lm_scores:
         script=code("speech_lm_scores.py"),
         weights=f"{SPEECH_LM}/model.safetensors",
     output:
-        table=SPOKEN,
-        answers=f"{RUN}/tables/speech_lm_answers.csv",
+        answers=f"{RUN}/scores/speech_lm.answers.csv",
+        index=f"{RUN}/renders/speech_lm/answers/index.csv",
     log:
         f"{RUN}/logs/speech_lm_scores.log",
     benchmark:
@@ -40,8 +47,39 @@ rule speech_lm_scores:
         ENV
     threads: config["hardware"]["threads"]
     params:
-        cfg=cfg("speech_lm_scores", data=speech_lm_files),
+        cfg=cfg(
+            "speech_lm_scores",
+            lambda wildcards: {
+                key: config["speech_lm_training"][key]
+                for key in ("speech", "codec", "scores")
+            },
+            data=speech_lm_files,
+        ),
     message:
         "Score what the speech LM says"
     script:
         "../workflow/scripts/speech_lm_scores.py"
+
+
+rule speech_lm_table:
+    input:
+        answers=f"{RUN}/scores/speech_lm.answers.csv",
+        script=code("speech_lm_table.py"),
+    output:
+        SPOKEN,
+    log:
+        f"{RUN}/logs/speech_lm_table.log",
+    benchmark:
+        f"{RUN}/benchmarks/speech_lm_table.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    params:
+        cfg=cfg(
+            "speech_lm_table",
+            lambda wildcards: {**config["tables"], "seed": SEED},
+        ),
+    message:
+        "Tabulate what the speech LM says"
+    script:
+        "../workflow/scripts/speech_lm_table.py"

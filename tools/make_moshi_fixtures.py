@@ -3,7 +3,7 @@
     NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 python tools/make_moshi_fixtures.py
 
 Writes tests/fixtures/moshi/{kyutai,persona}.safetensors. The checkpoints themselves are not stored: they are drawn
-from numpy's legacy generator (tests/unit/moshi_world.py).
+from numpy's legacy generator (tests/helpers/moshi_world.py).
 """
 
 import sys
@@ -15,13 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests/unit"))
-
-import moshi_cases as cases  # noqa: E402
-from moshi_oracle import oracle, persona_reply, reply  # noqa: E402
-from moshi_world import write_kyutai, write_persona  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
 
 from eqknobs.io import atomic_path  # noqa: E402
+from helpers import moshi_cases as cases  # noqa: E402
+from helpers.moshi_oracle import oracle, persona_reply, reply  # noqa: E402
+from helpers.moshi_world import write_kyutai, write_persona  # noqa: E402
 
 
 @torch.no_grad()

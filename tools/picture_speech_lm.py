@@ -10,13 +10,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from picture_codec import mel_decibels
 
 from eqknobs.audio import read_audio
 from eqknobs.io import read_csv
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import generate
-from eqknobs.speech_lm.data import CUT, read_clips
+from eqknobs.stages.speech_lm_training.data import CUT, read_clips
+from picture_codec import mel_decibels
 
 RATE = 16000
 

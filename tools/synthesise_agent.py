@@ -26,7 +26,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 
-from eqknobs.speech_lm.grammar import part_of, sentence
+from eqknobs.stages.speech_lm_training.grammar import part_of, sentence
 
 RATE, FRAME, HOP = 16000, 1280, 256  # Hz and samples a code frame of the codec; Piper's samples a frame
 VOICES = {"joe": 7, "joe-bright": 9}  # Piper frames a code frame

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors
+from eqknobs.plan import SPEECH, corpus_config
 
 
 def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -69,10 +70,14 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
             _run_logged(main, snakemake, file)
 
 
-def _on_device(snakemake: Any) -> dict[str, Any]:
-    """The job's slice of the configuration with the device that it is to run on, which is no part of the slice."""
+def _with_circumstances(snakemake: Any) -> dict[str, Any]:
+    """The job's slice of the configuration, and what is no part of it as it does not decide what is made: the device
+    that it is to run on, and how speech is downloaded."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
+    if "source" in cfg.get("data", {}):  # the speech of a run; a training's `data` is its folders
+        data = corpus_config(snakemake.config, snakemake.wildcards.get("corpus", SPEECH))
+        cfg["data"] = cfg["data"] | {k: v for k, v in data.items() if k in ("url", "timeout_seconds")}
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
     return {**cfg, "device": device}
@@ -84,7 +89,7 @@ def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None
     try:
         with one_line_errors():
             try:
-                main(snakemake.input, snakemake.output, _on_device(snakemake))
+                main(snakemake.input, snakemake.output, _with_circumstances(snakemake))
             except OSError:
                 traceback.print_exc(file=file)
                 raise

@@ -2,16 +2,20 @@
 
 import copy
 import json
-from pathlib import Path
+import subprocess
+import sys
 
+import jsonschema
 import pytest
 import yaml
 
-from eqknobs.config import DEFAULT, bundled_speech, describe, merge, read_config, settle, validate
+from eqknobs.config import DEFAULT, describe, merge, plain, read_config, settle, validate
 from eqknobs.errors import EqknobsError
+from eqknobs.plan import bundled_speech, stage_saes, stage_targets, trained_saes
+from eqknobs.schema import PACKAGE, PARTS, described, schema
 from eqknobs.strict_yaml import read_yaml
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [p for p in sorted((ROOT / "config").glob("*.yaml")) if not p.name.startswith("train-")]
 
 
@@ -100,7 +104,7 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
     assert config["steering"]["other_alpha"] == {"rms": 2}
     assert config["data"]["labels"] is None  # null is a value of its own here
     path.write_text("models: {tiny-mimi: null, other: {kind: dac, path: x, revision: null}}\n")
-    with pytest.raises(EqknobsError, match="names the model 'tiny-mimi', which is not under models \\(other\\)"):
+    with pytest.raises(EqknobsError, match="which is not under models \\(other, tiny-moshi\\)"):
         read_config(path)
 
 
@@ -264,8 +268,224 @@ def test_the_bundled_labels_do_not_go_with_other_speech(tmp_path):
         ("data: {path: speech/}", None, "speech"),
         ("data: {path: ./resources//corpus/}", "resources/corpus/labels.csv", "resources/corpus"),
         ("data: {path: speech, labels: mine.csv}", "mine.csv", "speech"),
-        ("data: {source: librispeech, subset: dev-clean}", None, "resources/corpus"),
+        ("data: {source: librispeech, subset: dev-clean}", None, None),
     ):
         file.write_text(text)
         data = read_config(file)["data"]
         assert (data["labels"], data["path"]) == (labels, path), text
+
+
+# --- stages: off, or on some of what there is ---
+
+OFF = {
+    "probes": {"probes": None, "steering": None, "importance": None},
+    "codec": {"codec": None},
+    "steering": {"steering": None},
+    "importance": {"importance": None},
+    "saes, all that can go on": {"saes": None, "steering": {"saes": []}, "importance": None},
+    "saes and sound": {"saes": None, "codec": None, "steering": None, "importance": None},
+}
+MOSHI = {
+    "run": {"targets": ["m.residual.1"]},
+    "models": {"m": {"kind": "moshi", "path": "owner/name", "revision": None}},
+}
+
+
+@pytest.mark.parametrize("over", OFF.values(), ids=OFF)
+def test_null_switches_a_stage_off(over):
+    settle(config := merge(default(), over))
+    for stage, value in over.items():
+        assert (config[stage] is None) == (value is None)
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"probes": {"bins": 10}},  # steering.high_bin is 19
+        {"probes": {"properties": ["rms"]}},  # no centroid
+        {"saes": None},  # steering.saes and importance.sae name some
+        {"codec": {"codebooks": [99]}},
+        {"probes": None},
+    ],
+)
+def test_what_a_run_has_no_target_for_does_not_bother_it(over):
+    settle(merge(merge(default(), MOSHI), over))
+    off = {"steering": None, "importance": None, "codec": None}
+    settle(merge(merge(default(), over), off))
+
+
+def some(**sections) -> dict:
+    """Two targets and sections over the defaults."""
+    targets = {"run": {"targets": ["tiny-mimi.encoder_layer.1", "tiny-mimi.encoder_transformer"]}}
+    return merge(merge(default(), targets), sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"probes": None}, "config: steering: needs probes; configure them, or set steering: null"),
+        ({"probes": None, "steering": None}, "config: importance: needs probes; "),
+        ({"saes": None, "steering": {"saes": []}}, "config: importance.sae: names 'topk', but saes is null"),
+        ({"probes": {"targets": ["tiny-mimi.encoder"]}}, "probes.targets: 'tiny-mimi.encoder' is not under run"),
+        ({"codec": {"targets": ["x.y"]}}, "config: codec.targets: 'x.y' is not under run.targets; add it there"),
+        (
+            {"probes": {"targets": ["tiny-mimi.encoder_layer.1"]}},
+            "config: steering: needs probes of tiny-mimi.encoder_transformer, which probes.targets leaves out",
+        ),
+        ({"probes": {"saes": ["topk"]}}, "steering: needs probes of SAE 'rms_l1', which probes.saes leaves out"),
+        ({"probes": {"saes": ["tpok"]}}, "config: probes.saes: names 'tpok', which is not under saes"),
+        ({"codec": {"saes": ["tpok"]}}, "config: codec.saes: names 'tpok', which is not under saes"),
+        (
+            {"saes": {"topk": {"targets": ["tiny-mimi.encoder_layer.1"]}}},
+            "config: steering: needs SAE 'topk' of tiny-mimi.encoder_transformer, which saes.topk.targets leaves out",
+        ),
+        ({"saes": {"topk": {"targets": ["a.b"]}}}, "config: saes.topk.targets: 'a.b' is not under run.targets"),
+        ({"saes": {"2": default()["saes"]["topk"]}}, "config: saes.2: the name reads as a number"),
+        ({"saes": {"1e5": default()["saes"]["topk"]}}, "config: saes.1e5: the name reads as a number"),
+        ({"codec": {"codebooks": [8, 99]}}, "config: codec.codebooks: 99 is more than the 16 codebooks of tiny-mimi"),
+        ({"steering": {"codebooks": 17}}, "config: steering.codebooks: 17 is more than the 16 codebooks of tiny-mimi"),
+        ({"importance": {"codebooks": 17}}, "config: importance.codebooks: 17 is more than the 16"),
+        ({"run": {"targets": ["tiny-mimi.encoder_layer.2"]}}, "encoder_layer.2': the model has layers 0 to 1"),
+        ({"run": {"targets": ["tiny-mimi.layer.0"]}}, "of a mimi are encoder_transformer and encoder_layer.<layer>"),
+        ({"run": {"targets": ["tiny-mimi.encoder_transformer.0"]}}, "the sites of a mimi are"),
+        ({"saes": {"rms_l1": {"grid": {"k": [8]}}}}, "config: saes.rms_l1.grid.k: unknown key 'k'"),
+        ({"saes": {"topk": {"grid": {"d_sae": [0.5]}}}}, "config: saes.topk.grid.d_sae: 0.5 is"),
+    ],
+)  # fmt: skip
+def test_what_a_stage_is_asked_for_must_be_there(sections, said):
+    with pytest.raises(EqknobsError) as caught:
+        validate(some(**sections))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sound_stage_refuses_a_target_that_makes_none():
+    config = merge(merge(default(), MOSHI), {"steering": {"targets": ["m.residual.1"]}})
+    with pytest.raises(EqknobsError, match=r"steering\.targets: 'm\.residual\.1' is no codec: it makes no sound"):
+        validate(config)
+
+
+def test_a_stage_works_on_what_it_lists():
+    first, second = "tiny-mimi.encoder_layer.1", "tiny-mimi.encoder_transformer"
+    config = some(
+        saes={"jumprelu": {"targets": [first]}},
+        codec={"saes": ["topk", "jumprelu"], "targets": [second]},
+        steering=None,
+    )
+    settle(config)
+    assert stage_targets(config, "probes") == [first, second]
+    assert stage_targets(config, "codec", decoding=True) == [second] and stage_targets(config, "steering") == []
+    assert trained_saes(config, first) == ["batchtopk", "jumprelu", "rms_l1", "topk"]
+    assert stage_saes(config, "probes", second) == ["batchtopk", "rms_l1", "topk"]
+    assert stage_saes(config, "codec", second) == ["topk"]
+
+
+# --- one spelling of what means the same ---
+
+
+def test_what_means_the_same_reads_the_same():
+    config = default()
+    settle(kept := copy.deepcopy(config))
+    config["data"] |= {"path": "./resources//corpus/", "labels": "resources/corpus/./labels.csv", "subset": "dev-clean"}
+    config["models"]["tiny-mimi"]["path"] = "./resources/models/tiny-mimi/"
+    config["judges"]["asr"] = "tiny.en/"
+    config["saes"]["topk"]["grid"]["k"].reverse()
+    config["sae_seeds"].reverse()
+    for section, names in {
+        "probes": ("properties", "lags", "l2"),
+        "codec": ("codebooks",),
+        "steering": ("saes", "alphas", "clamp_features"),
+        "importance": ("removed", "modes"),
+    }.items():
+        for name in names:
+            config[section][name].reverse()
+    settle(config)
+    assert config == kept
+    assert config["steering"]["saes"] == default()["steering"]["saes"]  # the order of its arms in the tables
+
+
+def test_names_are_sorted_with_their_numbers_by_size():
+    targets = ["m.residual.27", "m.residual.3", "m.heads.15"]
+    settle(config := merge(merge(default(), MOSHI), {"run": {"targets": targets}}))
+    assert config["run"]["targets"] == ["m.heads.15", "m.residual.3", "m.residual.27"]
+
+
+def test_a_path_that_stands_twice_is_refused():
+    training = yaml.safe_load((ROOT / "config/train-tiny-mimi.yaml").read_text())
+    training["codec_training"]["data"] |= {"./work/speech/": 0.1}
+    with pytest.raises(EqknobsError, match=r"config: \./work/speech/ stands there twice"):
+        settle(merge(default(), training))
+
+
+def test_a_slice_is_sorted_plain_json():
+    value = plain({"b": (1.0, 2), "a": {"d": 0.5, "c": None}})
+    assert json.dumps(value) == json.dumps({"a": {"c": None, "d": 0.5}, "b": [1, 2]})
+
+
+# --- the schema ---
+
+
+def test_the_schema_is_one_and_every_key_says_what_it_means():
+    jsonschema.Draft202012Validator.check_schema(schema())
+    rows = list(described())
+    for key in ("run.name", "saes.<name>.k", "models.<name>.nf4.block", "probes.saes", "codec_training.steps"):
+        assert key in dict(rows)
+    assert (
+        "models.<name>.stream",
+        "moshi: optional: `user` (default): the clip is heard; `agent`: the agent speaks it",
+    ) in rows
+
+    def silent(value: object) -> set[str]:
+        """Keys without a description that hold no others."""
+        if isinstance(value, list):
+            return set().union(*map(silent, value))
+        if not isinstance(value, dict):
+            return set()
+        keys = value["properties"] if isinstance(value.get("properties"), dict) else {}
+        here = {k for k, v in keys.items() if isinstance(v, dict) and not v.keys() & {"description", "properties"}}
+        return here.union(*map(silent, value.values()))
+
+    splits, sizes = {"train", "val", "test"}, {"dim", "layers", "heads", "hidden", "context", "codebooks"}
+    sizes |= {f"dep_{size}" for size in ("dim", "layers", "heads", "hidden")}
+    choosers = {"kind", "variant", "source", "data"}  # their description stands with the mapping
+    assert silent(schema()) == {*splits, *sizes, *choosers, "pitch", "rms", "models", "items"}  # `probes.properties`
+
+
+def test_the_table_of_keys_is_in_step():
+    done = subprocess.run(
+        [sys.executable, "tools/config_table.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_settings_file_is_read():
+    found = {str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("settings.yaml")}
+    assert found == set(PARTS)
+
+
+def corpora(config):
+    config["corpora"] = {
+        "music": config["data"] | {"path": "music"},
+        "mix": {"source": "union", "of": ["music", "speech"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["corpora"]["mix"].update(of=["speech", "noise"]), "corpora.mix.of: names the corpus 'noise'"),
+        (lambda c: c["corpora"].update(more={"source": "union", "of": ["mix", "speech"]}), "mix is a union itself"),
+        (lambda c: c["corpora"]["music"].update(min_seconds=99), "corpora.music.min_seconds: 99 must be below"),
+        (lambda c: c["corpora"]["music"].update(path=None), "corpora.music.path: is null"),
+        (lambda c: c["corpora"]["mix"].update(path="x"), "corpora.mix: unknown key 'path'"),
+        (lambda c: c["corpora"].update(speech=c["data"]), "corpora"),
+        (lambda c: c["probes"].update(corpora=["noise"]), "probes.corpora: names the corpus 'noise'"),
+        (lambda c: c["saes"]["topk"].update(corpus="noise"), "saes.topk.corpus: names the corpus 'noise'"),
+    ],
+)
+def test_corpora_that_cannot_be_are_refused(change, said):
+    config = read_yaml(DEFAULT)
+    corpora(config)
+    change(config)
+    with pytest.raises(EqknobsError) as caught:
+        validate(config)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

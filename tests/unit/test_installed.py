@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import soundfile as sf
 import yaml
-from moshi_world import write_codec, write_kyutai
-from test_sae_export import write_sae
 
-from eqknobs.config import DEFAULT, SCHEMA
+from eqknobs.config import DEFAULT
+from helpers import ROOT
+from helpers.moshi_world import write_codec, write_kyutai
+from helpers.saes import write_sae
 
-ROOT = Path(__file__).parents[2]
 OURS = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "src", "config", "workflow"]
 
 
@@ -52,15 +52,14 @@ def eqknobs(site: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_schema_and_defaults_are_copies_of_the_one_source(site):
-    for source in (SCHEMA, DEFAULT):
-        assert (site / "eqknobs" / source.name).read_bytes() == source.read_bytes()
-        assert source.is_relative_to(ROOT) and not (ROOT / "src/eqknobs" / source.name).exists()
+def test_defaults_are_a_copy_of_the_one_source_and_nothing_is_left_out(site):
+    assert (site / "eqknobs" / DEFAULT.name).read_bytes() == DEFAULT.read_bytes()
+    assert DEFAULT.is_relative_to(ROOT) and not (ROOT / "src/eqknobs" / DEFAULT.name).exists()
     ours, theirs = (
         {path.relative_to(folder) for path in (folder / "eqknobs").rglob("*") if path.is_file()}
         for folder in (ROOT / "src", site)
     )
-    added = {Path("eqknobs") / source.name for source in (SCHEMA, DEFAULT)}
+    added = {Path("eqknobs") / DEFAULT.name}
     assert {path for path in theirs ^ (ours | added) if path.suffix != ".pyc"} == set()
 
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,8 +28,7 @@ from eqknobs.io import (
     write_csv,
     writer_lock,
 )
-
-ROOT = Path(__file__).parents[2]
+from helpers import ROOT
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from moshi_world import PERSONA, TOKENIZER, write_codec, write_persona
 
 from eqknobs.cli import main
+from helpers.moshi_world import PERSONA, TOKENIZER, write_codec, write_persona
 
 SECONDS = 0.9
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT, copy_workflow
 
-sys.path.append(str(ROOT / "tests/unit"))
-from moshi_world import PERSONA, write_codec, write_kyutai, write_persona
-from test_sae_export import write_sae
+from helpers import ROOT
+from helpers.moshi_world import PERSONA, write_codec, write_kyutai, write_persona
+from helpers.saes import write_sae
+from helpers.workflow import copy_workflow
 
 PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:snakemake|eqknobs|make|python|pip|bash|hf|\.venv(?:-peers)?/bin/\w+)"
 NO_COMMANDS = {"mermaid", "yaml", "text"}  # languages of fenced blocks

@@ -4,7 +4,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import copy_workflow, snakemake, write_config
+
+from helpers.workflow import copy_workflow, snakemake, write_config
 
 SNAKEFILE = """
 configfile: "config/config.yaml"

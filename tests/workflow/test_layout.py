@@ -3,17 +3,17 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, merge, snakemake
 
-from eqknobs.config import EqknobsError, stage_config, validate
+from eqknobs.config import merge, validate
+from eqknobs.errors import EqknobsError
+from eqknobs.plan import model_config
 from eqknobs.provenance import code_inputs
-
-sys.path.insert(0, str(ROOT / "tools"))
+from helpers import ROOT
+from helpers.workflow import snakemake
 from readme_graph import in_order
 
 DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -21,9 +21,9 @@ CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.yaml"))
 CHAIN = [name for name in CONFIGS if not name.startswith("train-")]
 
 
-def outputs(name: str) -> set[str]:
-    """Every file that the jobs of a shipped configuration make, read from Snakemake's summary of its DAG."""
-    lines = snakemake(ROOT, "--nolock", "--summary", "--configfile", f"config/{name}").stdout.splitlines()
+def outputs(name: str | Path) -> set[str]:
+    """Every file that the jobs of a configuration (a shipped one by its name) make, from Snakemake's summary."""
+    lines = snakemake(ROOT, "--nolock", "--summary", "--configfile", str(ROOT / "config" / name)).stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("output_file\t"))
     return {line.split("\t")[0] for line in lines[start + 1 :] if "\t" in line}
 
@@ -39,6 +39,41 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
         sites = r"encoder_transformer|encoder_layer\.\d+|encoder|(?:layer|residual|heads)\.\d+"
         found |= set(re.findall(rf"[\w-]+\.(?:{sites})", output))
     assert found == set(config["run"]["targets"])
+
+
+@pytest.mark.parametrize(
+    ("over", "gone"),
+    [
+        ({"saes": None, "steering": {"saes": []}, "importance": None}, {"saes", "importance"}),
+        ({"probes": None, "steering": None, "importance": None}, {"probes", "steering", "importance", "labels"}),
+        ({"codec": None}, {"renders/{target}/codec"}),
+    ],
+)
+def test_a_stage_that_is_null_makes_no_file_and_the_others_make_theirs(over: dict, gone: set, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(over))
+    target = DEFAULT["run"]["targets"][0]
+    planned = outputs(tmp_path / "x.yaml")
+    for part in ("saes", "probes", "steering", "importance", "labels", "renders/{target}/codec", "tables", "report"):
+        made = any(path.startswith(f"results/demo/{part.format(target=target)}") for path in planned)
+        assert made == (part not in gone), part
+
+
+def test_a_stage_works_on_its_own_targets(tmp_path: Path) -> None:
+    first, second = "tiny-mimi.encoder_layer.0", "tiny-mimi.encoder_transformer"
+    lists = {"codec": {"targets": [second]}, "steering": {"targets": [first]}, "importance": None}
+    lists |= {"saes": {"jumprelu": {"targets": [second]}}, "run": {"targets": [second, first]}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(lists))
+    planned = {path.removeprefix("results/demo/") for path in outputs(tmp_path / "x.yaml")}
+    for path, made in {
+        f"renders/{first}/codec/index.csv": False,
+        f"renders/{second}/codec/index.csv": True,
+        f"renders/{first}/steering/index.csv": True,
+        f"scores/{second}.steering.words.csv": False,
+        f"saes/{first}/jumprelu/seed0/sae.safetensors": False,
+        f"saes/{second}/jumprelu/seed0/sae.safetensors": True,
+        f"probes/{first}/rms.npz": True,
+    }.items():
+        assert (path in planned) == made, path
 
 
 def test_runs_have_names_of_their_own() -> None:
@@ -80,19 +115,28 @@ def test_no_script_reads_the_configuration() -> None:
         assert "snakemake.config" not in script.read_text()
 
 
-def test_stage_slices_are_plain_sorted_json() -> None:
-    wildcards = {"target": "tiny-mimi.encoder_transformer", "sae": "topk", "seed": "0", "property": "rms"}
-    trainings = [yaml.safe_load((ROOT / "config" / name).read_text()) for name in CONFIGS if name.startswith("train-")]
-    config = merge(merge(DEFAULT, trainings[0]), trainings[1])
-    for script in (ROOT / "workflow/scripts").glob("*.py"):
-        value = stage_config(config, script.stem, **wildcards)
-        assert json.dumps(value) == json.dumps(value, sort_keys=True)
-
-
 def test_code_inputs_follow_imports_and_find_the_pages_template() -> None:
     names = {Path(path).name for path in code_inputs(ROOT / "workflow/scripts/report.py")}
-    assert {"page.py", "page.html.j2", "io.py", "errors.py"} <= names
+    assert {"page.py", "page.html.j2", "section.html.j2", "page.macros.html.j2", "io.py", "errors.py"} <= names
     assert "sae.py" not in {Path(p).name for p in code_inputs(ROOT / "workflow/scripts/manifest.py")}
+
+
+def test_computation_imports_no_presentation() -> None:
+    """So editing a figure or a sentence never reruns it; the tables do not depend on the figures either."""
+    scripts = {path.stem: path for path in (ROOT / "workflow/scripts").glob("*.py")}
+    found = {name: {Path(file).as_posix() for file in code_inputs(path)} for name, path in scripts.items()}
+    drawn = r"/section\.(py|html\.j2)$|/report/(page|players)|/evidence/(drawing|display)"
+    for name, files in found.items():
+        hidden = {"report": r"^$", "tables": drawn, "speech_lm_table": drawn}.get(
+            name, rf"{drawn}|/stages/\w+/tables\.py$|/report/\w|/evidence/w"
+        )
+        assert not [file for file in files if re.search(hidden, file)], name
+    for name, part in (("tables", "tables.py"), ("report", "section.py"), ("report", "section.html.j2")):
+        listed = {path.parent.name for path in (ROOT / "src/eqknobs/stages").glob(f"*/{part}")}
+        assert (
+            listed == {Path(file).parent.name for file in found[name] if re.search(rf"/stages/\w+/{part}$", file)}
+            and listed
+        )
 
 
 def moshi(config: dict, targets: tuple[str, ...] = ("m.heads.0", "m.residual.1"), **keys) -> None:
@@ -111,8 +155,9 @@ def test_a_moshi_model_may_say_all_or_nothing() -> None:
         config = json.loads(json.dumps(DEFAULT))
         moshi(config, **keys)
         validate(config)
-        found = stage_config(config, "activations", target="m.heads.0")
-        assert found["model"] == {"kind": "moshi", "name": "m", "path": "owner/name"} | keys | {"revision": None}
+        assert model_config(config, "m.heads.0") == {"kind": "moshi", "name": "m", "path": "owner/name"} | keys | {
+            "revision": None
+        }
 
 
 @pytest.mark.parametrize(
@@ -133,7 +178,7 @@ def test_a_moshi_model_may_say_all_or_nothing() -> None:
         (lambda c: c["steering"].update(high_bin=20), "above the last bin"),
         (lambda c: c["probes"].update(properties=["rms"]), "must hold 'centroid'"),
         (lambda c: c.pop("judges"), "'judges' is a required property"),
-        (lambda c: c.update(saes=None), "is a codec, whose stages need SAEs"),
+        (lambda c: c.update(saes=None), "steering.saes: names 'rms_l1', but saes is null"),
         (lambda c: c["hardware"].update(vram_gb=0), "hardware.vram_gb"),
         (lambda c: c["models"]["tiny-mimi"].update(kind="moshy"), "'moshy' is not one of"),
         (lambda c: c["models"]["tiny-mimi"].update(nf4=True), "unknown key 'nf4'; known keys: kind, path, revision"),
@@ -187,9 +232,6 @@ def test_readme_shows_the_current_rule_graph() -> None:
 
 
 def test_conda_environments_follow_the_lock() -> None:
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tools"))
     from make_env import files
 
     for path, text in files().items():

@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-import sys
 from pathlib import Path
 
 import h5py
@@ -11,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, SMALL, copy_workflow, merge, snakemake
 
-sys.path.append(str(ROOT / "tests/unit"))
-from moshi_world import KYUTAI, PERSONA, write_codec, write_kyutai, write_persona
+from eqknobs.config import merge
+from helpers import ROOT
+from helpers.moshi_world import KYUTAI, PERSONA, write_codec, write_kyutai, write_persona
+from helpers.workflow import SMALL, copy_workflow, snakemake
 
 WRITE = {"moshiko": (write_kyutai, KYUTAI), "personaplex": (write_persona, PERSONA)}
 

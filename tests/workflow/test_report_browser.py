@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with chromedriver installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -28,16 +26,13 @@ def page(tmp_path_factory):
     given = os.environ.get("EQKNOBS_RESULTS")
     if given:
         return Path(given).resolve() / "report" / "index.html"
-    from results_fixture import TARGET, make_results, tables_cfg
-
-    from eqknobs.report.page import write_report
-    from eqknobs.report.tables import write_tables
+    from helpers.results_fixture import make_report, make_results, make_tables
 
     root = tmp_path_factory.mktemp("browser")
     config = make_results(root)
     run = root / "results" / "run"
-    write_tables(run, [TARGET], tables_cfg(config), config["models"])
-    write_report(run, [TARGET], config, run / "report")
+    make_tables(run, config)
+    make_report(run, config, run / "report")
     return run / "report" / "index.html"
 
 

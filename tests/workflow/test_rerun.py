@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, copy_workflow, snakemake, write_config
+
+from helpers import ROOT
+from helpers.workflow import copy_workflow, snakemake, write_config
 
 TARGET = "tiny-mimi.encoder_transformer"
 PROPERTIES = ["centroid", "pitch", "rms"]
@@ -136,6 +138,30 @@ def trained(sae: str) -> set[tuple[str, str]]:
     return own | SCORED_SAES | TABLES
 
 
+def remove_sae(config: dict) -> None:
+    """The one that is neither steered nor mapped once steering names the other."""
+    config["steering"]["saes"] = ["topk"]
+    del config["saes"]["rms_l1"]
+
+
+def order(config: dict) -> None:
+    """Every list whose order means nothing, the other way round."""
+    config["sae_seeds"].reverse()
+    config["saes"]["topk"]["grid"]["k"].reverse()
+    for section, names in {
+        "probes": ("properties", "lags", "l2"),
+        "steering": ("saes", "alphas", "clamp_features"),
+        "importance": ("removed", "modes"),
+    }.items():
+        for name in names:
+            config[section][name].reverse()
+
+
+def spelling(config: dict) -> None:
+    config["data"]["labels"] = "./resources/corpus//labels.csv"
+    config["models"]["tiny-mimi"]["path"] = "./resources/models/tiny-mimi/"
+
+
 CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "nothing": (lambda folder: None, set()),
     "key order and a comment": (reorder_keys, set()),
@@ -183,9 +209,42 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         {("labels", "")} | PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING),
+    "order that means nothing": (edit_config(order), set()),
+    "other spellings of paths": (edit_config(spelling), set()),
+    "keys of other sources": (edit_config(lambda c: c["data"].update(subset="dev-clean")), set()),
+    "how speech is downloaded": (
+        edit_config(lambda c: c["data"].update(url="https://example.org", timeout_seconds=9)),
+        set(),
+    ),
+    "no codec stage": (edit_config(lambda c: c.update(codec=None)), TABLES),
+    "no steering": (edit_config(lambda c: c.update(steering=None)), TABLES),
+    "no importance": (edit_config(lambda c: c.update(importance=None)), TABLES),
+    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), TABLES),
+    "no SAEs": (
+        edit_config(lambda c: c.update(saes=None, importance=None) or c["steering"].update(saes=[])),
+        CODEC | PROBES | STEERING | TABLES,
+    ),
+    "an SAE removed": (edit_config(remove_sae), SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES),
+    "an SAE less in the codec": (edit_config(lambda c: c["codec"].update(saes=["topk"])), CODEC | TABLES),
+    "an SAE less in steering": (edit_config(lambda c: c["steering"].update(saes=["topk"])), STEERING | TABLES),
+    "all targets, written out": (edit_config(lambda c: c["steering"].update(targets=[TARGET])), {("report", "")}),
+    "a property less": (
+        edit_config(lambda c: c["probes"].update(properties=["pitch", "centroid"])),
+        STEERING_RENDERS | TABLES,
+    ),
+    "another property's strength": (
+        edit_config(lambda c: c["steering"]["other_alpha"].update(rms=3)),
+        STEERING_RENDERS | TABLES,
+    ),
+    "the word threshold": (edit_config(lambda c: c["tables"].update(unmeasurable_wer=0.4)), TABLES),
+    "a check": (edit_file("src/eqknobs/stages/steering/checks.py", CODE), set()),
+    "the schema": (edit_file("src/eqknobs/schema.py", CODE), set()),
     "a target added": (edit_config(new_target), ADDED_TARGET),
     "library: steering": (edit_file("src/eqknobs/stages/steering/compute.py", CODE), STEERING | TABLES),
     "library: report": (edit_file("src/eqknobs/report/page.py", CODE), {("report", "")}),
+    "library: a stage's tables": (edit_file("src/eqknobs/stages/steering/tables.py", CODE), TABLES),
+    "library: a stage's figures": (edit_file("src/eqknobs/stages/steering/section.py", CODE), {("report", "")}),
+    "a stage's text": (edit_file("src/eqknobs/stages/importance/section.html.j2", "<p>x</p>"), {("report", "")}),
     "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING),
     "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED),
     "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), set()),

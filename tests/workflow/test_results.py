@@ -5,15 +5,13 @@ EQKNOBS_RESULTS names the folder (default results/demo); skipped where it is abs
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
-from recompute import check_summary, check_table, read, round_trip_wer  # noqa: E402
+from helpers import ROOT
+from helpers.recompute import check_summary, check_table, read, round_trip_wer
 
 RUN = Path(os.environ.get("EQKNOBS_RESULTS", ROOT / "results" / "demo"))
 if not (RUN / "tables" / "summary.json").is_file():
@@ -33,7 +31,7 @@ CFG = {
     **merged("tables"),
     "seed": SUMMARY["seed"],
     "bootstrap": SUMMARY["bootstrap"],
-    "steering_codebooks": merged("steering")["codebooks"],
+    "word_codebooks": merged("steering")["codebooks"],
     "properties": merged("probes")["properties"],
 }
 TARGETS = list(SUMMARY["targets"])

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, copy_workflow, snakemake, write_config
+
+from helpers import ROOT
+from helpers.workflow import copy_workflow, snakemake, write_config
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
-from conftest import ROOT, copy_workflow, snakemake
 from transformers import MimiModel
+
+from helpers import ROOT
+from helpers.workflow import copy_workflow, snakemake
 
 SHORT = {
     "model": {

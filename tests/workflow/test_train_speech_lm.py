@@ -1,17 +1,15 @@
 """`config/train-tiny-moshi.yaml` documents how the bundled speech LM came about; here it runs, short, on tones."""
 
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 import yaml
-from conftest import ROOT, copy_workflow, snakemake
-
-sys.path.append(str(ROOT / "tests/unit"))
-from speech_lm_world import PARTS, SIZES, write_speech
 
 from eqknobs.models.moshi.adapter import Moshi
+from helpers import ROOT
+from helpers.speech_lm_world import PARTS, SIZES, write_speech
+from helpers.workflow import copy_workflow, snakemake
 
 SHORT = {"batch": 4, "copy_steps": 4, "steps": 6, "warmup": 2, "log_every": 5, "validation": 2, "speech": "speech"}
 SCORES = {

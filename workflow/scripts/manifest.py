@@ -1,17 +1,20 @@
-"""Draw the manifest from the configured speech."""
+"""Draw the manifest of a corpus from the configured sound."""
 
 from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.corpus.manifest import build_manifest, fetch
+from eqknobs.corpus.manifest import build_manifest, fetch, unite
 from eqknobs.errors import counted
-from eqknobs.io import write_csv
+from eqknobs.io import read_csv, write_csv
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    folder = fetch(cfg["data"], Path("work"))
-    manifest, rejected = build_manifest(folder, cfg["data"], cfg["seed"])
+    if cfg["data"]["source"] == "union":
+        manifest, rejected = unite({name: read_csv(path) for name, path in zip(cfg["data"]["of"], inputs.parts)})
+    else:
+        folder = fetch(cfg["data"], Path("work"))
+        manifest, rejected = build_manifest(folder, cfg["data"], cfg["seed"])
     drawn = f"{counted(len(manifest), 'utterance')} of {counted(manifest.speaker.nunique(), 'speaker')}"
     print(f"{drawn}, {counted(len(rejected), 'file')} rejected")
     write_csv(outputs.rejected, rejected)

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
+from eqknobs.evidence.inputs import Inputs
 from eqknobs.report.page import write_report
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    out = Path(outputs[0]).parent
-    write_report(out.parent, cfg["config"]["run"]["targets"], cfg["config"], out)
+    folder = Path(outputs[0]).parent
+    write_report(Inputs(folder.parent, inputs), cfg, folder)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""Let a speech LM say held-out sentences and judge what it says."""
+"""Let a speech LM that was just trained say held-out sentences and judge what is heard."""
 
 from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.speech_lm.evaluation import evaluate
+from eqknobs.pieces import Pieces
+from eqknobs.stages.speech_lm.compute import answer_sentences
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    model = Path(inputs.weights).parent
-    evaluate(cfg, model, model.with_name("training") / "codes.npz", outputs.table)
+    folder = Path(inputs.weights).parent
+    model = {"name": "tiny-moshi", "kind": "moshi", "path": str(folder), "codec": cfg["codec"], "device": cfg["device"]}
+    codes = folder.with_name("training") / "codes.npz"  # what the training encoded
+    scores = cfg["scores"] | {"model": model, "speech": cfg["speech"]}
+    answer_sentences(scores, outputs.answers, Path(outputs.index).parent, codes, Pieces())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.speech_lm.training import train
+from eqknobs.stages.speech_lm_training.training import train
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:

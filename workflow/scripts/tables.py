@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
+from eqknobs.evidence.inputs import Inputs
 from eqknobs.report.tables import write_tables
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    write_tables(Path(outputs.summary).parents[1], cfg["targets"], cfg, cfg["models"])
+    folder = Path(outputs.summary).parent
+    write_tables(Inputs(folder.parent, inputs), cfg, folder)
 
 
 if __name__ == "__main__":

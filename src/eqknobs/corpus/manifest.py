@@ -29,7 +29,7 @@ from eqknobs.corpus.files import (
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import file_sha256
 
-__all__ = ["MANIFEST_COLUMNS", "SPLITS", "build_manifest", "fetch", "require_sound"]
+__all__ = ["MANIFEST_COLUMNS", "SPLITS", "build_manifest", "fetch", "require_sound", "unite"]
 
 NOWHERE = "link to nowhere"
 SILENCE = 1e-3  # −60 dB full scale
@@ -71,6 +71,23 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
     columns = [*MANIFEST_COLUMNS, *(name for name in ALSO if (manifest[name] != "").any())]
     manifest = manifest.sort_values("id", ignore_index=True)[columns]
     return manifest, pd.DataFrame(rejected, columns=["path", "reason"]).sort_values("path", ignore_index=True)
+
+
+def unite(parts: dict[str, pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One corpus put together from others, by name: (manifest, rejected, which is empty).
+
+    Ids and speakers begin with the name of their corpus, as two corpora may have the same ones; a column `domain` holds
+    it. Every clip keeps its split. Raises EqknobsError where two corpora hold the same sound.
+    """
+    manifests = []
+    for name, manifest in parts.items():
+        named = {column: name + "-" + manifest[column].astype(str) for column in ("id", "speaker")}
+        manifests.append(manifest.assign(**named, domain=name))
+    united = pd.concat(manifests, ignore_index=True).sort_values("id", ignore_index=True)
+    if (twice := united["sha256"].duplicated(keep=False)).any():
+        same = united[twice].sort_values("sha256")["path"].iloc[:2]
+        raise EqknobsError(f"{same.iloc[0]} and {same.iloc[1]} are the same sound in two corpora; take one out")
+    return united, pd.DataFrame(columns=["path", "reason"])
 
 
 def _rank(seed: int, name: str) -> str:

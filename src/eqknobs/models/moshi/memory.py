@@ -14,7 +14,6 @@ from typing import Any
 
 from safetensors import safe_open
 
-from eqknobs.config import parse_target
 from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.config import (
     FRAME_RATE,
@@ -25,6 +24,7 @@ from eqknobs.models.moshi.config import (
     read_config,
     read_raw,
 )
+from eqknobs.plan import parse_target
 
 GIB = 1 << 30
 MARK = ".quant_state.bitsandbytes__nf4"  # as in `quantise`, which imports torch

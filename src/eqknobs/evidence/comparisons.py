@@ -1,0 +1,50 @@
+"""Paired differences between two conditions, and Holm's correction of a family of them."""
+
+from typing import Any
+
+import pandas as pd
+
+from eqknobs.evidence import stats
+from eqknobs.evidence.estimates import Measure, counts, sums
+
+
+def _pool(clips: pd.DataFrame, measure: Measure) -> pd.DataFrame:
+    """One row a clip: numerators and denominators summed over repeats (the random sets' seeds)."""
+    top, bottom = sums(clips, measure)
+    rows = pd.DataFrame({"id": clips["id"], "speaker": clips["speaker"], "top": top, "bottom": bottom})
+    return rows.groupby(["id", "speaker"], as_index=False).sum().query("bottom > 0")
+
+
+def compare(a: pd.DataFrame, b: pd.DataFrame, measure: Measure, cfg: dict[str, Any]) -> dict[str, Any] | None:
+    """Paired bootstrap difference a − b of one measure on the clips that both hold.
+
+    Returns `measure`, value_a, value_b, difference, low, high (95 %), p (two-sided), clips, speakers and the verdict
+    on a; or None where the measure was not taken on both. cfg: `bootstrap` (resamples), `seed`.
+    """
+    needed = {measure.numerator, measure.denominator or measure.numerator}
+    if not needed <= set(a) or not needed <= set(b):
+        return None
+    both = _pool(a, measure).merge(_pool(b, measure), on=["id", "speaker"], suffixes=("_a", "_b")).sort_values("id")
+    if both.empty:
+        return None
+    columns = [both[name].to_numpy(float) for name in ("top_a", "bottom_a", "top_b", "bottom_b")]
+    found = stats.paired_difference(*columns, both["speaker"].tolist(), cfg["bootstrap"], cfg["seed"])
+    values = {"value_a": columns[0].sum() / columns[1].sum(), "value_b": columns[2].sum() / columns[3].sum()}
+    numbers = {name: float(value) for name, value in {**values, **found._asdict()}.items()}
+    return {"measure": measure.name, "verdict": _verdict(numbers, measure), **numbers, **counts(both)}
+
+
+def _verdict(numbers: dict[str, float], measure: Measure) -> str:
+    """ "better", "worse" or "undecided" (the interval holds 0) for a against b."""
+    if not (numbers["low"] > 0 or numbers["high"] < 0):  # NaN shows nothing either
+        return "undecided"
+    return "better" if (numbers["low"] > 0) == (measure.better == "higher") else "worse"
+
+
+def with_holm(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, each with its Holm-corrected p inside its `family`, and how many that family compares."""
+    for family in sorted({r["family"] for r in records}):
+        members = [r for r in records if r["family"] == family]
+        for record, p in zip(members, stats.holm([r["p"] for r in members])):
+            record |= {"p_holm": float(p), "compared": len(members)}
+    return records

@@ -1,0 +1,70 @@
+"""What a stage offers to tables and report, beside its computation: a module `tables` and a module `section`.
+
+Both are plain modules in `stages/<stage>/`, named in one list each: `eqknobs.report.tables.STAGES` and
+`eqknobs.report.page.SECTIONS`. They are two files, as editing a figure must not make the tables anew, and no
+computation imports either. `cfg["stages"]` says which stages a run has, with the targets and settings of each.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pandas as pd
+
+from eqknobs.evidence.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a stage's tables or section are made: one target of a run.
+
+    cfg: what all stages share, as `write_tables` or `write_report` take it. own: `cfg["stages"][<stage>]`.
+    facts: the target's part of `summary.json`; empty while the tables are made.
+    """
+
+    target: str
+    inputs: Inputs
+    cfg: dict[str, Any]
+    own: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """What a stage finds of one target.
+
+    tables: name -> rows, with the columns of `COLUMNS`. facts: what goes into `summary.json`. comparisons: records of
+    `eqknobs.evidence.comparisons.compare`, each with the `family` inside of which Holm's correction is made.
+    """
+
+    tables: dict[str, pd.DataFrame]
+    facts: dict[str, Any] = field(default_factory=dict)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TablesModule(Protocol):
+    """`stages/<stage>/tables.py`."""
+
+    STAGE: str  # its key in the configuration
+    COLUMNS: dict[str, str]  # table -> its columns in order, in one string
+    NOTHING: dict[str, Any]  # the facts of a target that the stage does not work on
+
+    def tabulate(self, at: Context) -> Tabulated:
+        """Tables, facts and comparisons of one target."""
+        ...
+
+    def findings(self, at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+        """Sentences on one target: records of `eqknobs.evidence.wording.headline`. facts: of all stages."""
+        ...
+
+
+class SectionModule(Protocol):
+    """`stages/<stage>/section.py`, with `section.html.j2` beside it."""
+
+    STAGE: str
+    TITLE: str  # in the navigation
+    PUBLISHED: dict[str, tuple[list[str], list[list[str]]]]  # figures of others: name -> (head, rows)
+    SOUNDS: bool  # whether the stage renders sound, which the report is to copy
+
+    def show(self, at: Context) -> dict[str, Any]:
+        """What the template shows of one target."""
+        ...

@@ -1,0 +1,64 @@
+"""Checks of targets and of what their models can do, as far as a local folder's config.json tells."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from eqknobs.errors import EqknobsError
+from eqknobs.plan import parse_target
+
+# Per kind: its sites without layers, and its sites with layers -> the key of config.json that counts them.
+SITES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "mimi": (("encoder_transformer",), {"encoder_layer": "num_hidden_layers"}),
+    "encodec": (("encoder",), {}),
+    "dac": (("encoder",), {}),
+    "hubert": ((), {"layer": "num_hidden_layers"}),
+    "whisper": ((), {"layer": "encoder_layers"}),
+    "moshi": ((), {"residual": "num_layers", "heads": "num_layers"}),
+}
+CODEBOOKS = {"mimi": "num_quantizers", "dac": "n_codebooks"}  # the key of config.json that counts them
+
+
+def check(config: dict[str, Any]) -> None:
+    """Raises EqknobsError, one line, for a target whose model is not defined or has no such site."""
+    for target in config["run"]["targets"]:
+        name, site = parse_target(target)
+        if name not in config["models"]:
+            raise EqknobsError(
+                f"config: run.targets: {target!r} names the model {name!r}, which is not under models "
+                f"({', '.join(sorted(config['models']))})"
+            )
+        if not site:
+            raise EqknobsError(f"config: run.targets: {target!r} must read <model>.<site> or <model>.<site>.<layer>")
+        _check_site(config["models"][name], target, site)
+
+
+def _check_site(model: dict[str, Any], target: str, site: str) -> None:
+    whole, layered = SITES[model["kind"]]
+    place, _, layer = site.partition(".")
+    if not (site in whole or (place in layered and re.fullmatch("[0-9]+", layer))):
+        sites = " and ".join([*whole, *(f"{place}.<layer>" for place in layered)])
+        raise EqknobsError(f"config: run.targets: {target!r}: the sites of a {model['kind']} are {sites}")
+    count = _facts(model).get(layered.get(place, ""))
+    if layer and isinstance(count, int) and int(layer) >= count:
+        raise EqknobsError(f"config: run.targets: {target!r}: the model has layers 0 to {count - 1}")
+
+
+def check_codebooks(config: dict[str, Any], key: str, wanted: int | None, targets: list[str]) -> None:
+    """Raises EqknobsError, naming the key, where a target's codec has fewer codebooks than wanted."""
+    for target in targets:
+        name, _ = parse_target(target)
+        model = config["models"][name]
+        count = _facts(model).get(CODEBOOKS.get(model["kind"], ""))
+        if wanted is not None and isinstance(count, int) and wanted > count:
+            raise EqknobsError(f"config: {key}: {wanted} is more than the {count} codebooks of {name}")
+
+
+def _facts(model: dict[str, Any]) -> dict[str, Any]:
+    """The model's config.json where it is in a folder; what is wrong with it, loading says better."""
+    try:
+        found = json.loads((Path(model["path"]) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

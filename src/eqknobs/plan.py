@@ -1,0 +1,175 @@
+"""What of a run each stage works on: its targets and SAEs, read from the configuration alone."""
+
+from pathlib import Path
+from typing import Any
+
+from eqknobs.errors import EqknobsError
+
+DECODING = ("mimi", "encodec", "dac")  # kinds that turn activations back into sound
+SPEECH = "speech"  # the corpus that `data` describes; a target's name says nothing about it
+
+
+def parse_target(target: str) -> tuple[str, str]:
+    """Split "tiny-mimi.encoder_layer.2" or "tiny-mimi.encoder_layer.2@music" into the model "tiny-mimi" and the site
+    "encoder_layer.2"."""
+    model, _, site = target.partition("@")[0].partition(".")
+    return model, site
+
+
+def corpus_of(target: str) -> str:
+    """The corpus whose sound a target hears: "music" of "tiny-mimi.encoder_layer.2@music", else speech."""
+    return target.partition("@")[2] or SPEECH
+
+
+def on_corpus(target: str, corpus: str) -> str:
+    """A target on another corpus."""
+    target = target.partition("@")[0]
+    return target if corpus == SPEECH else f"{target}@{corpus}"
+
+
+def corpus_config(config: dict[str, Any], corpus: str) -> dict[str, Any]:
+    """Where a corpus is from and how it is drawn: `data`, or a section of `corpora`."""
+    return config["data"] if corpus == SPEECH else config["corpora"][corpus]
+
+
+def corpora_used(config: dict[str, Any], targets: list[str]) -> list[str]:
+    """The corpora that targets hear, and what those are put together from, in a fixed order."""
+    found = {corpus_of(target) for target in targets}
+    parts = {part for corpus in found for part in corpus_config(config, corpus).get("of", [])}
+    return sorted(found | parts)
+
+
+def model_config(config: dict[str, Any], target: str) -> dict[str, Any]:
+    """What `eqknobs.models.load_model` takes, for the model of a target; the device is added when the job runs."""
+    name, _ = parse_target(target)
+    return {"name": name, **config["models"][name]}
+
+
+def decodes(config: dict[str, Any], target: str) -> bool:
+    """Whether the target's model turns activations back into sound (a codec), so that it can be steered."""
+    return config["models"][parse_target(target)[0]]["kind"] in DECODING
+
+
+def stage_targets(config: dict[str, Any], stage: str, decoding: bool = False) -> list[str]:
+    """The targets of the run that a stage works on, each on every corpus that the stage lists (speech by default); none
+    where it is null.
+
+    decoding: whether it makes sound, so that by default only targets that decode are its. Raises EqknobsError where
+    `<stage>.targets` names one that the run has not, or that does not decode, or `<stage>.corpora` an unknown corpus.
+    """
+    if not config.get(stage):
+        return []
+    wanted = config[stage].get("targets")
+    for target in wanted or []:
+        if target not in config["run"]["targets"]:
+            raise EqknobsError(f"config: {stage}.targets: {target!r} is not under run.targets; add it there")
+        if decoding and not decodes(config, target):
+            raise EqknobsError(f"config: {stage}.targets: {target!r} is no codec: it makes no sound; leave it out")
+    corpora = config[stage].get("corpora", [SPEECH])
+    for corpus in corpora:
+        check_corpus(config, f"{stage}.corpora", corpus)
+    return [
+        on_corpus(target, corpus)
+        for target in config["run"]["targets"]
+        if (target in wanted if wanted else not decoding or decodes(config, target))
+        for corpus in corpora
+    ]
+
+
+def check_corpus(config: dict[str, Any], key: str, corpus: str) -> None:
+    """Raises EqknobsError, naming the key, where there is no such corpus."""
+    known = [SPEECH, *config.get("corpora", {})]
+    if corpus not in known:
+        raise EqknobsError(f"config: {key}: names the corpus {corpus!r}, which is not one of {', '.join(known)}")
+
+
+def trained_saes(config: dict[str, Any], target: str) -> list[str]:
+    """The names of the SAEs that are trained on a target, on whatever corpus, sorted."""
+    target = on_corpus(target, SPEECH)
+    return sorted(name for name, sae in (config["saes"] or {}).items() if target in sae.get("targets", [target]))
+
+
+def sae_home(config: dict[str, Any], target: str, name: str) -> str:
+    """The target, on the SAE's own corpus, under which an SAE lies; other corpora may be read with it."""
+    return on_corpus(target, config["saes"][name].get("corpus", SPEECH))
+
+
+def stage_saes(config: dict[str, Any], stage: str, target: str) -> list[str]:
+    """Those of `trained_saes` that a stage reads: all, or the ones that `<stage>.saes` names."""
+    trained = trained_saes(config, target)
+    return [name for name in trained if name in config[stage].get("saes", trained)]
+
+
+def reference_saes(config: dict[str, Any], target: str) -> list[str]:
+    """The SAEs that may give `pca_l0` and `random_topk` their sizes: the one `probes.reference` names, else all."""
+    probed, reference = stage_saes(config, "probes", target), config["probes"]["reference"]
+    return [reference] if reference in probed else probed
+
+
+def check_saes(config: dict[str, Any], key: str, names: list[str]) -> None:
+    """Raises EqknobsError, naming the key, where one of the names is no SAE of the configuration."""
+    missing = sorted(set(names) - set(config["saes"] or {}))
+    if missing and not config["saes"]:
+        raise EqknobsError(f"config: {key}: names {missing[0]!r}, but saes is null; define it, or name none in {key}")
+    if missing:
+        raise EqknobsError(
+            f"config: {key}: names {missing[0]!r}, which is not under saes ({', '.join(sorted(config['saes']))}); "
+            f"name one of these in {key}, or define {missing[0]}"
+        )
+
+
+def check_probed(config: dict[str, Any], stage: str, saes: list[str]) -> None:
+    """Raises EqknobsError where a stage's targets or SAEs are not probed, or not for the centroid.
+
+    saes: those whose probes the stage reads.
+    """
+    probes = config["probes"]
+    if not probes:
+        raise EqknobsError(f"config: {stage}: needs probes; configure them, or set {stage}: null")
+    if "centroid" not in probes["properties"]:
+        raise EqknobsError(
+            f"config: probes.properties: must hold 'centroid', which {stage} needs; or set {stage}: null"
+        )
+    for target in stage_targets(config, stage, decoding=True):
+        if target not in stage_targets(config, "probes"):
+            raise EqknobsError(f"config: {stage}: needs probes of {target}, which probes.targets leaves out")
+        for name in saes:
+            if name not in trained_saes(config, target):
+                raise EqknobsError(
+                    f"config: {stage}: needs SAE {name!r} of {target}, which saes.{name}.targets leaves out"
+                )
+            if name not in stage_saes(config, "probes", target):
+                raise EqknobsError(f"config: {stage}: needs probes of SAE {name!r}, which probes.saes leaves out")
+
+
+def bundled(path: str | Path) -> bool:
+    """Whether a file or folder is one that comes with this project, below resources/."""
+    return Path(path).resolve().is_relative_to(Path("resources").resolve())
+
+
+def bundled_models(config: dict[str, Any]) -> list[str]:
+    """Names of the models of the run that come with this project, sorted."""
+    used = {parse_target(target)[0] for target in config["run"]["targets"]}
+    used |= set((config.get("speech_lm") or {}).get("models", []))
+    return sorted(name for name in used if bundled(config["models"][name]["path"]))
+
+
+def training_record(config: dict[str, Any], model: str) -> str:
+    """The file in a model's folder that says which voices it heard in its own training, whether or not it is there."""
+    return str(Path(config["models"][model]["path"]) / "training.json")
+
+
+def voice_records(config: dict[str, Any], targets: list[str]) -> dict[str, str]:
+    """target -> `training_record`, where that names speakers of this corpus.
+
+    A bundled model's names those of the bundled corpus; LibriSpeech has a reader 103 too.
+    """
+    models = {target: parse_target(target)[0] for target in targets}
+    strangers = [] if bundled_speech(config) else bundled_models(config)
+    return {target: training_record(config, name) for target, name in models.items() if name not in strangers}
+
+
+def bundled_speech(config: dict[str, Any]) -> bool:
+    """Whether the speech is the synthetic corpus that comes with this project."""
+    data = config["data"]
+    return data["source"] != "librispeech" and bool(data.get("path")) and bundled(data["path"])

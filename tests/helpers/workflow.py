@@ -1,0 +1,77 @@
+"""A small configuration, and the workflow in a folder of its own."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from eqknobs.config import merge
+from helpers import ROOT
+
+PARTS = ["Snakefile", "rules", "workflow", "src", "config", "profiles", "envs", "docs", "tools"]
+
+# Small in every count, whole in kind: every stage and rule of the demo runs, on two targets' worth of speech.
+SMALL = {
+    "run": {"name": "small", "seed": 0, "targets": ["tiny-mimi.encoder_transformer"]},
+    "data": {"max_utterances": 48, "max_minutes": 4},
+    "saes": {
+        "rms_l1": {"d_sae": 320, "epochs": 2, "batch_size": 256},
+        "topk": {"d_sae": 320, "k": 16, "aux_k": 32, "epochs": 2, "batch_size": 256, "grid": {"k": [8, 16]}},
+    },
+    "probes": {"bins": 8, "epochs": 3, "lags": [0, 1]},
+    "codec": {"clips": 2, "codebooks": [16]},
+    "steering": {
+        "clips": 2,
+        "val_clips": 2,
+        "high_bin": 7,
+        "alphas": [0, 2],
+        "clamp_features": [4],
+    },
+    "importance": {"clips": 2, "removed": [0.5], "random_sets": 2, "word_random_sets": 1},
+    "speech_lm": {"answers": 2, "zeroed_answers": 2, "batch": 2, "conditions": ["intact", "heads_zeroed_.5"]},
+    "tables": {"bootstrap": 100},
+    "report": {"clips": 1},
+}
+
+
+def snakemake(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run Snakemake in a folder, offline, with the package of that folder."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(folder / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *arguments], cwd=folder, env=env, capture_output=True, text=True
+    )
+    if check and done.returncode:
+        raise AssertionError(f"snakemake {arguments} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def copy_workflow(folder: Path) -> Path:
+    """A copy of the workflow with links to the bundled resources."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy2(source, folder / part)
+    (folder / "resources").symlink_to(ROOT / "resources")
+    return folder
+
+
+def write_config(folder: Path, change: Callable[[dict], object] | None = None) -> None:
+    """Write the small configuration as the folder's default, after `change` edited it."""
+    config = merge(yaml.safe_load((ROOT / "config/config.yaml").read_text()), copy.deepcopy(SMALL))
+    config["saes"] = {name: config["saes"][name] for name in SMALL["saes"]}
+    if change:
+        change(config)
+    (folder / "config/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -1,0 +1,252 @@
+"""The page as a file: self-contained, complete, honest; what it does in a browser is tested in tests/workflow."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile as sf
+
+from eqknobs.errors import EqknobsError
+from eqknobs.evidence.drawing import look
+from eqknobs.evidence.inputs import Inputs
+from eqknobs.io import read_csv
+from eqknobs.report import page as report
+from eqknobs.report import players as playing
+from eqknobs.report.page import SECTIONS
+from helpers.results_fixture import ALPHAS, TARGET, make_report, make_results, make_tables
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    config = make_results(root)
+    run = root / "results" / "run"
+    make_tables(run, config)
+    make_report(run, config, run / "report")
+    return run, config, (run / "report" / "index.html").read_text()
+
+
+def block(page: str, name: str):
+    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.S)[1])
+
+
+class Page(HTMLParser):
+    """Text, links and ids; complains about tags that do not close."""
+
+    VOID = ("meta", "link", "img", "input", "br", "path", "use")
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.text, self.refs, self.ids = [], [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self._note(attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self._note(attrs)
+
+    def _note(self, attrs):
+        found = dict(attrs)
+        self.refs += [found[k] for k in ("href", "src", "xlink:href") if found.get(k)]
+        self.ids += [found["id"]] if "id" in found else []
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+
+def test_page_is_self_contained_and_its_links_lead_somewhere(written):
+    run, _, page = written
+    parsed = Page(page)
+    outside = [ref for ref in parsed.refs if not ref.startswith(("#", "data:", "audio/"))]
+    assert outside == [] and "http-equiv" in page
+    assert not re.search(r"url\((?!#)", page.split("<script")[0])
+    files = [ref for ref in parsed.refs if ref.startswith("audio/")]
+    assert len(files) > 80 and all((run / "report" / file).is_file() for file in files)
+    assert {f"audio/{p.name}" for p in (run / "report" / "audio").iterdir()} == set(files)
+    anchors = {ref[1:] for ref in parsed.refs if ref.startswith("#")}
+    assert anchors <= set(parsed.ids)
+    assert len(page.encode()) < 25e6
+
+
+def test_every_headline_and_every_table_stands_on_the_page(written):
+    run, _, page = written
+    text = " ".join("".join(Page(page).text).split())
+    summary = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
+    for line in summary["headlines"]:
+        assert line["text"] in text and line["detail"] in text
+    published = [figures for section in SECTIONS for figures in section.PUBLISHED.values()]
+    for head, rows in published:
+        assert all(" ".join(cell.split()) in text for cell in (*head, *(c for row in rows for c in row)))
+    assert text.count("Published by others") == len(published) == 6
+    for words in ("What these numbers prove", "The speech is synthetic", "target not reached", "Configuration"):
+        assert words in text or words in page
+    assert page.count("<svg ") == 4 + 3 + 5 + 5  # dictionaries, probes, steering, importance
+    assert "bootstrap: 200" in text and "torch" in text
+    for name in re.findall(r"#0a0[bc]..", page):
+        raise AssertionError(f"stand-in colour {name} left in a drawing")
+
+
+def test_captions_say_what_the_configuration_says(written, tmp_path):
+    run, config, page = written
+    assert "12 quantile bins; 95 % intervals" in page and "20 quantile bins" not in page
+    assert "dotted: training; pale: seed 1." in page
+    run = shutil.copytree(run, tmp_path / "run")
+    path = run / "importance" / f"{TARGET}.json"
+    path.write_text(path.read_text().replace("0.3", "0.25"))
+    rows = read_csv(run / "tables" / "sae.csv")
+    rows[rows["seed"] == 0].to_csv(run / "tables" / "sae.csv", index=False)
+    make_report(run, config, run / "report")
+    page = (run / "report" / "index.html").read_text()
+    assert "Thresholds .25 and .7 of the maximum.<" in page
+    assert "dotted: training.<" in page and "Pale: seed" not in page
+
+
+def test_an_arm_keeps_its_look_whichever_others_there_are():
+    from eqknobs.stages.importance.section import LOOKS as MAPS
+    from eqknobs.stages.steering.section import LOOKS as ARMS
+
+    assert all(len(set(looks.values())) == len(looks) for looks in (ARMS, MAPS))
+    fewer = {name: shown for name, shown in ARMS.items() if name != "sae_probe"}
+    assert look("sae_clamp:topk", fewer) == look("sae_clamp:topk", ARMS) == ARMS["sae_clamp"]
+
+
+def test_players_hold_every_arm_and_every_stop_of_the_sweep(written):
+    _, config, page = written
+    players, media = block(page, "players")[TARGET], block(page, "media")
+    assert len(players) == config["report"]["clips"]
+    for player in players:
+        assert set(player["references"]) == {"original", "codec"}
+        centroid, *others = player["groups"]
+        assert centroid["property"] == "centroid" and {g["property"] for g in others} == {"pitch", "rms"}
+        arms = {arm["arm"]: [stop["alpha"] for stop in arm["stops"]] for arm in centroid["arms"]}
+        for arm in ("sae_probe:topk", "sae_clamp:rms_l1", "raw_probe", "difference_in_means", "random"):
+            assert set(ALPHAS) < set(arms[arm]) and arms[arm] == sorted(arms[arm])
+            assert len(arms[arm]) == len(ALPHAS) + 1  # the calibrated strength besides
+        used = [s for g in player["groups"] for a in g["arms"] for s in a["stops"]] + list(
+            player["references"].values()
+        )
+        assert all(stop["sound"] in media and stop["picture"] in media for stop in used)
+    head, body = media[players[0]["references"]["original"]["sound"]].split(",")
+    assert head == "data:audio/mpeg;base64"
+    wav, rate = sf.read(io.BytesIO(base64.b64decode(body)))
+    assert (rate, abs(len(wav) / rate - 1.5) < 0.1, np.abs(wav).max() > 0.05) == (16000, True, True)
+
+
+def test_player_readouts_are_the_clips_own_scores(written):
+    run, _, page = written
+    player = block(page, "players")[TARGET][0]
+    signal = read_csv(run / "scores" / f"{TARGET}.steering.signal.csv")
+    stop = next(a for a in player["groups"][0]["arms"] if a["arm"] == "raw_probe")["stops"][-1]
+    row = signal[(signal["id"] == player["clip"]) & (signal["arm"] == "raw_probe") & (signal["alpha"] == 8)]
+    row = row[row["property"] == "centroid"].iloc[0]
+    assert stop["centroid_hz"] == pytest.approx(row["centroid_hz"])
+    assert stop["speaker_similarity"] is None  # the sweep is not judged
+
+
+def test_long_clips_are_cut_to_the_budget_and_said_so(written, tmp_path, monkeypatch):
+    run, config, _ = written
+    monkeypatch.setattr(playing, "SOUND_BUDGET", 5e5)
+    make_report(run, config, tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    player = block(page, "players")[TARGET][0]
+    assert player["cut"] and player["seconds"] < 1 and f"first {player['seconds']:.1f} s" in page
+    monkeypatch.setattr(report, "MAX_PAGE", 1e5)
+    with pytest.raises(EqknobsError, match=r"report\.clips"):
+        make_report(run, config, tmp_path / "none")
+    assert not (tmp_path / "none" / "index.html").exists()
+
+
+def test_text_from_files_is_escaped(written, tmp_path):
+    run = shutil.copytree(written[0], tmp_path / "run")
+    path = run / "scores" / "originals.csv"
+    path.write_text(path.read_text().replace("a b c", "</script><img src=x onerror=alert(1)>"))
+    make_report(run, written[1], run / "report")
+    page = (run / "report" / "index.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+
+
+def test_a_model_that_cannot_decode_gets_a_page_without_sound(written, tmp_path):
+    run, config, _ = written
+    models = {"tiny-mimi": {**config["models"]["tiny-mimi"], "kind": "hubert"}}
+    make_report(run, {**config, "models": models}, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert block(page, "players") == {TARGET: []} and "No target of this run" in page
+    Page(page)
+
+
+def test_clips_whose_ids_differ_in_special_characters_keep_their_own_sound(tmp_path):
+    ids = ["C# minor", "C minor", "C+minor", "c+minor", "C_minor"]
+    folder = tmp_path / "renders" / TARGET / "codec"
+    folder.mkdir(parents=True)
+    rows = [{"id": name, "condition": "x", "file": f"x/{i}.flac"} for i, name in enumerate(ids)]
+    rows += [{"id": name, "condition": "x", "file": f"x/{name}.flac"} for name in ids]
+    (folder / "x").mkdir()
+    for row in rows:
+        (folder / row["file"]).write_text(row["file"])
+    pd.DataFrame(rows).to_csv(folder / "index.csv", index=False)
+    inputs = Inputs.below(tmp_path)
+    (group,) = playing.copy_sounds(inputs, [(TARGET, "codec")], {TARGET: ids}, tmp_path / "report")
+    links = [link["href"] for row in group["rows"] for link in row["files"]]
+    assert [(tmp_path / "report" / link).read_text() for link in links] == [row["file"] for row in rows]
+    assert len({link.casefold() for link in links}) == len(rows)
+
+
+def test_a_render_that_is_gone_is_called_so(written, tmp_path):
+    run = shutil.copytree(written[0], tmp_path / "run")
+    next((run / "renders" / TARGET / "steering").rglob("*.flac")).unlink()
+    with pytest.raises(EqknobsError, match=r"no such render .* run again, and its stage renders them anew"):
+        make_report(run, written[1], tmp_path / "out")
+
+
+def about_training(run, config, folder, ours=True) -> str:
+    make_report(run, config, folder, ours)
+    text = " ".join("".join(Page((folder / "index.html").read_text()).text).split())
+    return text[text.index("What these numbers prove") :]
+
+
+def test_the_page_says_which_of_its_speakers_a_bundled_model_heard(written, tmp_path):
+    run = shutil.copytree(written[0], tmp_path / "run")
+    path = run / "manifest" / "manifest.csv"
+    path.write_text(path.read_text().replace(",t00,", ",103,").replace(",t01,", ",104,"))
+    model = {"tiny-mimi": {"kind": "mimi", "path": "resources/models/tiny-mimi", "revision": None}}
+    config = {**written[1], "models": model}
+    ours = about_training(run, config, tmp_path / "ours")
+    assert "in part on the corpus's own voices (103; the codec table keeps them apart)" in ours
+    assert "The speech is synthetic" in ours
+    theirs = about_training(run, config, tmp_path / "theirs", ours=False)
+    assert "corpus's own voices" not in theirs and "The speech is synthetic" not in theirs
+    assert "which of this corpus's speakers it heard, if any, is not recorded (Synthetic speech made by" in theirs
+    assert "LibriSpeech train-clean-100" in theirs
+    path.write_text(path.read_text().replace(",103,", ",t00,"))
+    assert "is not recorded" in about_training(run, config, tmp_path / "none")
+
+
+def test_one_is_not_said_in_the_plural(written, tmp_path):
+    run = shutil.copytree(written[0], tmp_path / "run")
+    for path in [run / "manifest" / "manifest.csv", *(run / "scores").glob("*.csv")]:
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if not re.search(r"test[1-9]-|val[1-9]-", line)))
+    config = {**written[1], "run": {**written[1]["run"], "seed": 0}}
+    make_tables(run, config)
+    for stage in ("codec", "steering", "importance"):
+        index = run / "renders" / TARGET / stage / "index.csv"
+        index.write_text("".join(x for x in index.read_text().splitlines(keepends=True) if "test1-" not in x))
+    make_report(run, config, tmp_path / "out")
+    text = " ".join("".join(Page((tmp_path / "out" / "index.html").read_text()).text).split())
+    assert "With 1 test speaker they say" in text and "1 speaker ·" in text and "1 test speaker and 3 clips" in text
+    assert not re.search(r"\b1 (test )?(speakers|clips|files|arms|codebooks|dimensions)\b", text)
