@@ -8,6 +8,7 @@ from snakemake.resources import Resource
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from eqknobs.config import describe, plain, settle
+from eqknobs.corpus.properties import PROPERTIES as REGISTERED
 from eqknobs.errors import EqknobsError
 from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
@@ -22,6 +23,7 @@ from eqknobs.plan import (
     corpus_of,
     model_config,
     parse_target,
+    reference_saes,
     sae_home,
     stage_saes,
     stage_targets,
@@ -71,7 +73,7 @@ wildcard_constraints:
     target=r"[A-Za-z0-9][A-Za-z0-9_-]*\.[a-z_]+(\.[0-9]+)?(@[A-Za-z0-9][A-Za-z0-9_-]*)?",
     model="[A-Za-z0-9][A-Za-z0-9_-]*",
     corpus="[A-Za-z0-9][A-Za-z0-9_-]*",
-    property="centroid|rms|pitch",
+    property="|".join(REGISTERED),
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
 
@@ -115,6 +117,18 @@ def first_saes(names):
         f"{RUN}/saes/{sae_home(config, wildcards.target, sae)}/{sae}/seed{FIRST_SEED}/{file}"
         for sae in names(wildcards.target)
         for file in ("config.json", "sae.safetensors")
+    ]
+
+
+def probe_files(properties, saes):
+    """The probes of a target on the base spaces and on the codes of these SAEs."""
+    return [
+        *(f"{RUN}/probes/{{target}}/{name}.npz" for name in properties),
+        *(
+            f"{RUN}/probes/{{target}}/{sae}/{name}.npz"
+            for name in properties
+            for sae in saes
+        ),
     ]
 
 

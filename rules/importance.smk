@@ -15,7 +15,7 @@ rule importance_renders:
         cache=f"{RUN}/activations/{{target}}.h5",
         saes=first_saes(lambda target: [config["importance"]["sae"]]),
         model=model_files,
-        probes=f"{RUN}/probes/{{target}}/centroid.npz",
+        probes=probe_files(["centroid"], [config["importance"]["sae"]]),
         script=code("importance_renders.py"),
     output:
         importance=f"{RUN}/importance/{{target}}.json",

@@ -1,11 +1,15 @@
 PROBED = stage_targets(config, "probes")
 PROPERTIES = config["probes"]["properties"]
-PROBES = expand(
-    f"{RUN}/probes/{{target}}/{{property}}.npz", target=PROBED, property=PROPERTIES
-)
+PROBED_SAES = {target: stage_saes(config, "probes", target) for target in PROBED}
+PROBES = [
+    file.format(target=target)
+    for target in PROBED
+    for file in probe_files(PROPERTIES, PROBED_SAES[target])
+]
 SECTIONS["probes"] = {
     "targets": PROBED,
     "properties": PROPERTIES,
+    "saes": PROBED_SAES,
     "bins": config["probes"]["bins"],
 }
 TABLES += ["probes"]
@@ -15,13 +19,31 @@ TABLE_INPUTS += expand(
     kind=["probes", "ridge"],
     property=PROPERTIES,
 )
+TABLE_INPUTS += [
+    f"{RUN}/scores/{target}.{kind}.{sae}.{name}.csv"
+    for target in PROBED
+    for kind in ("probes", "ridge")
+    for sae in PROBED_SAES[target]
+    for name in PROPERTIES
+]
+
+
+def probes_slice(wildcards):
+    category = REGISTERED[wildcards.property].kind == "category"
+    keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
+    return {
+        **{key: config["probes"][key] for key in keys},
+        "property": wildcards.property,
+        "seed": SEED,
+    }
 
 
 rule probes:
     input:
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=first_saes(lambda target: stage_saes(config, "probes", target)),
+        saes=first_saes(lambda target: reference_saes(config, target)),
         script=code("probes.py"),
     output:
         probes=f"{RUN}/probes/{{target}}/{{property}}.npz",
@@ -37,15 +59,36 @@ rule probes:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg(
-            "probes",
-            lambda wildcards: {
-                **but(config["probes"], "properties", "saes", "targets"),
-                "property": wildcards.property,
-                "seed": SEED,
-            },
-        ),
+        cfg=cfg("probes", probes_slice),
     message:
         "Probe {wildcards.target} for {wildcards.property}"
     script:
         "../workflow/scripts/probes.py"
+
+
+rule sae_probes:
+    input:
+        manifest=manifest_of,
+        cache=f"{RUN}/activations/{{target}}.h5",
+        labels=f"{RUN}/labels/{{target}}.h5",
+        saes=lambda wildcards: first_saes(lambda target: [wildcards.sae])(wildcards),
+        script=code("sae_probes.py"),
+    output:
+        probes=f"{RUN}/probes/{{target}}/{{sae}}/{{property}}.npz",
+        scores=f"{RUN}/scores/{{target}}.probes.{{sae}}.{{property}}.csv",
+        ridge=f"{RUN}/scores/{{target}}.ridge.{{sae}}.{{property}}.csv",
+    log:
+        f"{RUN}/logs/sae_probes.{{target}}.{{sae}}.{{property}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/sae_probes.{{target}}.{{sae}}.{{property}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg("sae_probes", probes_slice),
+    message:
+        "Probe SAE {wildcards.sae} of {wildcards.target} for {wildcards.property}"
+    script:
+        "../workflow/scripts/sae_probes.py"

@@ -39,7 +39,7 @@ rule steering_calibration:
         labels=f"{RUN}/labels/{{target}}.h5",
         saes=first_saes(lambda target: config["steering"]["saes"]),
         model=model_files,
-        probes=[f"{RUN}/probes/{{target}}/centroid.npz"],
+        probes=probe_files(["centroid"], config["steering"]["saes"]),
         script=code("steering_calibration.py"),
     output:
         calibration=f"{RUN}/steering/{{target}}/calibration.json",
@@ -77,10 +77,7 @@ rule steering_renders:
         labels=f"{RUN}/labels/{{target}}.h5",
         saes=first_saes(lambda target: config["steering"]["saes"]),
         model=model_files,
-        probes=expand(
-            f"{RUN}/probes/{{{{target}}}}/{{property}}.npz",
-            property=STEERED_PROPERTIES,
-        ),
+        probes=probe_files(STEERED_PROPERTIES, config["steering"]["saes"]),
         calibration=f"{RUN}/steering/{{target}}/calibration.json",
         script=code("steering_renders.py"),
     output:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
@@ -260,3 +261,13 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def array_hash(*arrays: np.ndarray) -> str:
+    """SHA-256 of arrays with their shapes and types, hexadecimal; memory maps are read, not loaded."""
+    found = hashlib.sha256()
+    for values in arrays:
+        values = np.ascontiguousarray(values)
+        found.update(f"{values.dtype.str}{values.shape}".encode())
+        found.update(values.view(np.uint8).data if values.size else b"")
+    return found.hexdigest()

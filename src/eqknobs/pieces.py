@@ -9,10 +9,13 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from eqknobs.io import atomic_path
 
@@ -51,14 +54,40 @@ class Pieces:
         made_of: plain JSON values that decide the piece: hashes of code, of inputs, of settings. Floats come back as
         they were; a broken file is made anew.
         """
+        return self._kept(f"{kind}.json", made_of, make, lambda path: json.loads(path.read_text()), _write_json)
+
+    def arrays(self, kind: str, made_of: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """As `json`, of a piece of named arrays."""
+
+        def read(path: Path) -> dict[str, np.ndarray]:
+            with np.load(path) as file:
+                return dict(file)
+
+        def write(path: Path, value: dict[str, np.ndarray]) -> None:
+            with path.open("wb") as file:
+                np.savez(file, **value)
+
+        return self._kept(f"{kind}.npz", made_of, make, read, write)
+
+    def _kept(
+        self,
+        name: str,
+        made_of: Any,
+        make: Callable[[], Any],
+        read: Callable[[Path], Any],
+        write: Callable[[Path, Any], None],
+    ) -> Any:
         if self.folder is None:
             return make()
-        path = self.path(kind, made_of)
+        kind, suffix = name.split(".")
+        path = self.path(kind, made_of, f".{suffix}")
         try:
-            return _read(path)
-        except (OSError, ValueError):
+            value = read(path)
+            os.utime(path)  # used now: `prune` leaves it
+            return value
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             value = make()
-        _write(path, value)
+        _write(path, value, write)
         return value
 
     @contextmanager
@@ -92,10 +121,14 @@ def _read_pack(path: Path | None) -> dict[str, Any]:
     return pack if isinstance(pack, dict) else {}
 
 
-def _write(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+def _write(path: Path, value: Any, write: Callable[[Path, Any], None] = _write_json) -> None:
     try:
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(value))
+            write(temporary, value)
     except OSError as error:
         print(f"{path} cannot be written ({error.strerror}); it will be made again next time")
 

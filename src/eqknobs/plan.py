@@ -115,6 +115,12 @@ def stage_saes(config: dict[str, Any], stage: str, target: str) -> list[str]:
     return [name for name in trained if name in config[stage].get("saes", trained)]
 
 
+def reference_saes(config: dict[str, Any], target: str) -> list[str]:
+    """The SAEs that may give `pca_l0` and `random_topk` their sizes: the one `probes.reference` names, else all."""
+    probed, reference = stage_saes(config, "probes", target), config["probes"]["reference"]
+    return [reference] if reference in probed else probed
+
+
 def check_saes(config: dict[str, Any], key: str, names: list[str]) -> None:
     """Raises EqknobsError, naming the key, where one of the names is no SAE of the configuration."""
     missing = sorted(set(names) - set(config["saes"] or {}))

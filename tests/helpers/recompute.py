@@ -151,7 +151,8 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
             shuffled = shuffled[shuffled["labels"] == "shuffled"]
             majority = everything[everything["labels"] == "majority"]
             by_class = rows.groupby("class")[["correct", "frames"]].sum()
-            ridge = read(run / "scores" / f"{target}.ridge.{row['property']}.csv")
+            sae = row["space"].removeprefix("sae:") + "." if row["space"].startswith("sae:") else ""
+            ridge = read(run / "scores" / f"{target}.ridge.{sae}{row['property']}.csv")
             ridge = pick(ridge, row, ["space", "split"])
             spread = ridge["sum_yy"].sum() - ridge["sum_y"].sum() ** 2 / ridge["frames"].sum()
             wanted |= {

@@ -170,8 +170,10 @@ def _probe_scores(rng: np.random.Generator, clips: pd.DataFrame, run: Path) -> N
                     lag=0,
                 )
             )
-        write_csv(run / "scores" / f"{TARGET}.probes.{name}.csv", pd.concat(rows))
-        write_csv(run / "scores" / f"{TARGET}.ridge.{name}.csv", pd.concat(ridge))
+        for kind, scores in (("probes", pd.concat(rows)), ("ridge", pd.concat(ridge))):
+            for sae in ("", *SAES):
+                here = scores["space"] == f"sae:{sae}" if sae else ~scores["space"].str.startswith("sae:")
+                write_csv(run / "scores" / f"{TARGET}.{kind}.{sae + '.' * bool(sae)}{name}.csv", scores[here])
 
 
 def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("random",), sound: bool = True) -> dict:
@@ -294,7 +296,7 @@ def tables_cfg(config: dict[str, Any]) -> dict[str, Any]:
         "stages": {
             "codec": {"targets": sounding, "training": {TARGET: record}},
             "saes": {"targets": [TARGET]},
-            "probes": {"targets": [TARGET], **config["probes"]},
+            "probes": {"targets": [TARGET], "saes": {TARGET: sorted(config["saes"] or {})}, **config["probes"]},
             "steering": {"targets": sounding, "shift": config["steering"]["shift"]},
             "importance": {"targets": sounding},
         },

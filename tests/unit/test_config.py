@@ -111,8 +111,8 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("saes: {topk: null}", "steering.saes: names 'topk', which is not under saes (batchtopk, jumprelu, rms_l1)"),
-        ("saes: {topk: null}\nsteering: {saes: [rms_l1]}", "config: importance.sae: names 'topk', which is not under"),
+        ("saes: {topk: null}", "probes.reference: names 'topk', which is not under saes (batchtopk, jumprelu, rms_l1)"),
+        ("saes: {topk: null}\nprobes: {reference: rms_l1}\nsteering: {saes: [rms_l1]}", "config: importance.sae: names 'topk', which is not under"),
         ("saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null}", "config: saes: must not be empty"),
         ("run: {seed: null}", "'seed' is a required property"),
         ("saes: {mine: {epochs: 3}}", "config.yaml has no entry of this name to complete, so give all its keys"),
@@ -448,6 +448,24 @@ def test_the_schema_is_one_and_every_key_says_what_it_means():
     sizes |= {f"dep_{size}" for size in ("dim", "layers", "heads", "hidden")}
     choosers = {"kind", "variant", "source", "data"}  # their description stands with the mapping
     assert silent(schema()) == {*splits, *sizes, *choosers, "pitch", "rms", "models", "items"}  # `probes.properties`
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("probes: {properties: [centroid, timbre]}", "probes.properties: 'timbre' is not one of centroid, rms, pitch"),
+        ("probes: {properties: [centroid, voice]}", "'voice' asks who speaks, but the splits share no speaker"),
+        ("probes: {reference: none}", "probes.reference: names 'none', which is not under saes"),
+        ("data: {split_unit: sentence, split_by: source}", "data.split_by: keeps speakers apart"),
+    ],
+)
+def test_properties_and_splits_must_go_together(tmp_path, text, said):
+    path = tmp_path / "over.yaml"
+    path.write_text(text)
+    with pytest.raises(EqknobsError, match=re.escape(said)):
+        read_config(path)
+    path.write_text("data: {split_unit: sentence}\nprobes: {properties: [centroid, voice], reference: null}")
+    read_config(path)
 
 
 def test_the_table_of_keys_is_in_step():

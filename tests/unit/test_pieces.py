@@ -4,9 +4,11 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eqknobs.cli import main
+from eqknobs.io import array_hash
 from eqknobs.pieces import Pieces, prune
 
 
@@ -29,6 +31,19 @@ def test_a_piece_is_made_once_and_stays_what_it_was(tmp_path: Path) -> None:
     assert len(made) == 3 and len(files(tmp_path)) == 3
     Pieces(None).json("kind", ["hash", 1], make)
     assert len(made) == 4
+
+
+def test_a_piece_of_arrays_keeps_types_and_bytes(tmp_path: Path) -> None:
+    made = {"a:b": np.array([0.1, np.nan], np.float32), "names": np.array(["x", "ü"]), "lag": np.array(-1)}
+    assert Pieces(tmp_path).arrays("kind", 1, lambda: made) is made
+    kept = Pieces(tmp_path).arrays("kind", 1, dict)
+    assert list(kept) == list(made)
+    assert all(kept[key].tobytes() == made[key].tobytes() and kept[key].dtype == made[key].dtype for key in made)
+    (file,) = files(tmp_path)
+    for broken in (b"", file.read_bytes()[:100], b"PK"):
+        file.write_bytes(broken)
+        assert Pieces(tmp_path).arrays("kind", 1, lambda: made) is made
+    assert array_hash(made["a:b"]) != array_hash(made["a:b"].astype(float)) != array_hash(made["a:b"][:1])
 
 
 @pytest.mark.parametrize("broken", ["", '{"a', "\x00"])

@@ -25,7 +25,10 @@ STEERING = STEERING_RENDERS | {("steering_calibration", "")}
 IMPORTANCE = {("importance_renders", ""), ("judgements", "importance")}
 JUDGEMENTS = {("originals", ""), *(("judgements", stage) for stage in ("codec", "steering", "importance"))}
 JUDGED = JUDGEMENTS - {("originals", "")}
-PROBES = {("probes", property) for property in PROPERTIES}
+BASE_PROBES = {("probes", property) for property in PROPERTIES}
+SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
+PROBES = BASE_PROBES.union(*SAE_PROBES.values())
+TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
 SCORED_SAES = {("sae_scores", "")} | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
@@ -46,7 +49,8 @@ def planned(folder: Path) -> set[tuple[str, str]]:
         wildcards = {
             "sae": r"saes/[^/]+/(\w+)/seed(\d+)/",
             "sae_grid": r"saes/[^/]+/(\w+)/grid/",
-            "probes": r"(?:\.|/)(centroid|pitch|rms)\.(?:npz|csv)$",
+            "probes": r"(?:\.|/)(\w+)\.(?:npz|csv)$",
+            "sae_probes": r"(?:probes\.|ridge\.|/)(\w+)(?:\.|/)(\w+)\.(?:npz|csv)$",
             "judgements": r"\.(codec|steering|importance)\.words\.csv$",
         }.get(rule)
         label = " ".join(re.search(wildcards, path).groups()) if wildcards else ""
@@ -125,6 +129,14 @@ ADDED_TARGET = {
     (rule, f"{wildcards} (new target)" if wildcards else " (new target)") for rule, wildcards in FROM_CACHE - TABLES
 } | TABLES
 
+EXTRA = {"variant": "rms_l1", "d_sae": 64, "l1": 0.1, "l1_on": "h", "lr": 0.001, "batch_size": 256, "epochs": 1}
+
+
+def trained(sae: str) -> set[tuple[str, str]]:
+    """What an SAE that is neither steered nor mapped makes run: its own rows, and what reads all SAEs."""
+    own = {("sae", f"{sae} {seed}") for seed in (0, 1)} | {("sae_probes", f"{sae} {name}") for name in PROPERTIES}
+    return own | SCORED_SAES | TABLES
+
 
 def remove_sae(config: dict) -> None:
     """The one that is neither steered nor mapped once steering names the other."""
@@ -165,7 +177,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "the machine": (edit_config(lambda c: c["hardware"].update(device="auto", vram_gb=24)), set()),
     "SAE width": (
         edit_config(lambda c: c["saes"]["topk"].update(d_sae=384)),
-        {("sae", "topk 0"), ("sae", "topk 1")} | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+        {("sae", "topk 0"), ("sae", "topk 1")} | GRID | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "a point of an SAE grid": (
         edit_config(lambda c: c["saes"]["topk"]["grid"].update(k=[8, 24])),
@@ -204,7 +216,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_config(lambda c: c["data"].update(url="https://example.org", timeout_seconds=9)),
         set(),
     ),
-    "a limit of minutes that does not bind": (edit_config(lambda c: c["data"].update(max_minutes=90)), {("report", "")}),
+    "a limit of minutes that does not bind": (
+        edit_config(lambda c: c["data"].update(max_minutes=90)),
+        {("report", "")},
+    ),
     "a limit of minutes that binds": (edit_config(lambda c: c["data"].update(max_minutes=1)), EVERYTHING),
     "no codec stage": (edit_config(lambda c: c.update(codec=None)), TABLES),
     "no steering": (edit_config(lambda c: c.update(steering=None)), TABLES),
@@ -267,11 +282,28 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "SAE weights lost, which nothing is to read": (lose_weights, set()),
     "SAE weights lost, and a stage that reads them is to run": (
         lambda folder: (lose_weights(folder), edit_config(lambda c: c["codec"].update(clips=1))(folder)),
-        {("sae", "topk 0")} | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+        {("sae", "topk 0")} | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "a sound of the page lost": (remove("results/small/report/audio/*"), {("report", "")}),
     "a steered sound lost": (remove(f"results/small/renders/{TARGET}/steering/*/*.flac"), STEERING_RENDERS | TABLES),
     "library: not used by any stage": (edit_file("src/eqknobs/stages/codec_training/training.py", CODE), set()),
+    "an SAE added": (edit_config(lambda c: c["saes"].update(extra=EXTRA)), trained("extra")),
+    "an SAE that is steered and not mapped changed": (
+        edit_config(lambda c: c["saes"]["rms_l1"].update(epochs=3)),
+        {("sae", "rms_l1 0"), ("sae", "rms_l1 1")} | SCORED_SAES | SAE_PROBES["rms_l1"] | STEERING | TABLES,
+    ),
+    "another reference of the same spaces": (
+        edit_config(lambda c: c["probes"].update(reference="rms_l1")),
+        BASE_PROBES | STEERING | IMPORTANCE | TABLES,
+    ),
+    "a property added": (
+        edit_config(lambda c: c["probes"]["properties"].append("sex")),
+        {("probes", "sex"), *(("sae_probes", f"{sae} sex") for sae in SAES)} | TABLES,
+    ),
+    "a property removed": (
+        edit_config(lambda c: c["probes"]["properties"].remove("pitch")),
+        STEERING_RENDERS | TABLES,
+    ),
 }
 
 
@@ -304,6 +336,34 @@ def test_an_edit_reruns_just_its_stages(name: str, pristine: Path) -> None:
             if not path.exists() or path.read_bytes() != data or path.stat().st_mtime_ns != stat.st_mtime_ns:
                 path.write_bytes(data)
                 os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.fixture(scope="module")
+def third_sae(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished run in which one more SAE, neither steered nor mapped, was trained and probed.
+
+    Codec, tables and report, which read every SAE, are left undone: they are to run whatever is done to it.
+    """
+    folder = tmp_path_factory.mktemp("third") / "work"
+    shutil.copytree(finished_run, folder, symlinks=True)
+    write_config(folder, lambda config: config["saes"].update(extra=EXTRA))
+    snakemake(folder, "--cores", "2", "dictionaries", "probings")
+    assert planned(folder) == CODEC | TABLES
+    return folder
+
+
+OF_THE_THIRD: dict[str, tuple[Callable[[dict], object], set[tuple[str, str]]]] = {
+    "removed": (lambda saes: None, SCORED_SAES | TABLES),
+    "renamed": (lambda saes: saes.update(other=EXTRA), trained("other")),
+    "changed": (lambda saes: saes.update(extra={**EXTRA, "epochs": 2}), trained("extra")),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_THIRD)
+def test_an_sae_that_is_neither_steered_nor_mapped_reruns_only_its_rows(name: str, third_sae: Path) -> None:
+    edit, expected = OF_THE_THIRD[name]
+    write_config(third_sae, lambda config: edit(config["saes"]))
+    assert planned(third_sae) == expected
 
 
 def _editable(folder: Path) -> set[Path]:

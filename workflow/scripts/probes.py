@@ -1,24 +1,27 @@
-"""Fit and score the probes of one property."""
+"""Fit and score the probes of one property on the spaces that no SAE makes."""
 
 from pathlib import Path
 from typing import Any
 
 import eqknobs.script
+from eqknobs.pieces import Pieces
 from eqknobs.stages.probes.compute import fit_probes
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    folders = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
     fit_probes(
         inputs.cache,
         inputs.labels,
-        folders,
+        {Path(path).parts[-3]: Path(path).parent for path in inputs.saes},
         cfg["property"],
         outputs.probes,
         outputs.scores,
         outputs.ridge,
         cfg,
         cfg["seed"],
+        ["base"],
+        inputs.manifest,
+        Pieces(),
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
+from eqknobs.pieces import Pieces
 from eqknobs.stages.saes.compute import score_saes
 
 
@@ -11,7 +12,7 @@ def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
     folders: dict[str, dict[int, Path]] = {}
     for path in map(Path, inputs.saes):
         folders.setdefault(path.parts[-3], {})[int(path.parts[-2].removeprefix("seed"))] = path.parent
-    score_saes(inputs.cache, folders, outputs.scores, outputs.summary, cfg)
+    score_saes(inputs.cache, folders, outputs.scores, outputs.summary, cfg, Pieces())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from eqknobs.stages.steering.compute import calibrate_steering
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
     saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
-    probes = {Path(path).stem: path for path in inputs.probes}
+    probes: dict[str, list[str]] = {}
+    for path in inputs.probes:
+        probes.setdefault(Path(path).stem, []).append(path)
     calibrate_steering(
         inputs.manifest, inputs.cache, inputs.labels, saes, probes, outputs.calibration, outputs.scores, cfg, Pieces()
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from eqknobs.errors import EqknobsError
+from eqknobs.io import array_hash
 
 
 class ActivationCache:
@@ -55,3 +56,8 @@ class ActivationCache:
     def rows(self, split: str) -> np.ndarray:
         """Row indices int64 of the frames of one split."""
         return np.flatnonzero((self.utterances["split"] == split).to_numpy()[self.utt_of_row])
+
+    def digest(self) -> str:
+        """Hash of the activations, their moments and the utterances."""
+        table = self.utterances.to_csv(index=False)
+        return array_hash(self.acts, self.mean, self.std, np.frombuffer(table.encode(), np.uint8))

@@ -57,3 +57,7 @@ def _check_corpus(key: str, data: dict[str, Any]) -> None:
         )
     if abs(sum(data["splits"].values()) - 1) > 1e-6:
         raise EqknobsError(f"config: {key}.splits: the three shares must add up to 1")
+    if data.get("split_unit") == "sentence" and data["split_by"]:
+        raise EqknobsError(
+            f"config: {key}.split_by: keeps speakers apart, {key}.split_unit: sentence does not; drop one"
+        )

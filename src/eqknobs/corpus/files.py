@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from eqknobs.corpus.properties import COLUMNS
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import read_text_csv
 
@@ -18,6 +19,7 @@ UNSUPPORTED_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
 TEXT_ENDS = (".trans.txt", ".normalized.txt", ".original.txt", "speakers.txt")  # what is read beside them, lower case
 KEYS = ("id", "path", "speaker")  # of the rows of a labels CSV
 SAID = ("speaker", "sex", "accent", "text")  # its columns that go into the manifest
+ALSO = tuple(name for name in COLUMNS if name not in SAID)  # and those that only probes ask for
 UNMATCHED_SHARE = 0.2  # of the rows of a labels CSV
 LAYOUTS = {
     "LibriSpeech": "LibriSpeech (<speaker>/<chapter>/<speaker>-<chapter>-*)",
@@ -322,7 +324,7 @@ def read_labels(path: str | None, split_by: str | None, clips: list[Clip]) -> La
     table = read_text_csv(path)
     table.columns = [one_line(name).casefold() for name in table.columns]
     names = [name for name in table.columns if name]
-    used = [name for name in dict.fromkeys((*KEYS, *SAID, split_by)) if name in names]
+    used = [name for name in dict.fromkeys((*KEYS, *SAID, *ALSO, split_by)) if name in names]
     if twice := [name for name in used if names.count(name) > 1]:
         raise EqknobsError(f"{path}: column {twice[0]!r} occurs twice; keep one")
     if not set(KEYS) & set(names):
@@ -337,7 +339,7 @@ def read_labels(path: str | None, split_by: str | None, clips: list[Clip]) -> La
         raise EqknobsError(f"{path}: holds no rows; fill it or set data.labels: null")
     keys = table.loc[cells.index, [name for name in KEYS if name in names]].map(lambda cell: nfc(cell.strip()))
     key = _choose_key(path, keys, clips, "text" in names)
-    columns = [name for name in SAID if name in names and name != key] + [split_by] * bool(split_by)
+    columns = [name for name in (*SAID, *ALSO) if name in names and name != key] + [split_by] * bool(split_by)
     if not columns:
         raise EqknobsError(
             f"{path}: no column speaker, sex, accent or text beside {key}; add one, or set data.labels: null"

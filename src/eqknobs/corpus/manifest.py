@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from eqknobs.audio import audio_seconds, read_audio
 from eqknobs.corpus.fetching import fetch
 from eqknobs.corpus.files import (
+    ALSO,
     LAYOUTS,
     UNSUPPORTED_SUFFIXES,
     Transcripts,
@@ -41,16 +43,18 @@ MANIFEST_COLUMNS = ["id", "path", "speaker", "sex", "accent", "seconds", "split"
 def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Draw utterances from a folder of audio: (manifest, rejected); print where the speakers are from.
 
-    Manifest: `id, path, speaker, sex, accent, seconds, split, sha256, text`; rejected: `path, reason`, a row for every
-    file that could not be used, whatever went wrong with it, and for every folder and link that was not followed. The
-    manifest's `attrs["limited"]` says whether `max_minutes` left clips out.
-    Speakers come from the layouts of LibriSpeech, LibriTTS or VCTK (`eqknobs.corpus.files`), from one folder a speaker,
-    or from what `speaker_from` names; sexes and texts from the files that lie beside the sound (`SPEAKERS.TXT`,
-    `*.trans.txt`, `*.normalized.txt`); the CSV `labels` (keyed by `id`, `path` or `speaker`) has the last word. The
-    draw goes round the speakers, up to `max_utterances` and `max_minutes`; its order and the splits follow from a hash
-    of `seed` and the name, so that a file more or less does not reshuffle the others. All files' headers are checked,
-    drawn files are decoded. Splits share no speaker, nor any value of the labels column `split_by` if that is set (such
-    as the voice that others are derived from); the sexes are spread evenly.
+    Manifest: `id, path, speaker, sex, accent, seconds, split, sha256, text`, and `source` and `domain` where the CSV
+    `labels` fills them; rejected: `path, reason`, a row for every file that could not be used, whatever went wrong with
+    it, and for every folder and link that was not followed. Speakers come from the layouts of LibriSpeech, LibriTTS or
+    VCTK (`eqknobs.corpus.files`), from one folder a speaker, or from what `speaker_from` names; sexes and texts from
+    the files that lie beside the sound (`SPEAKERS.TXT`, `*.trans.txt`, `*.normalized.txt`); the CSV `labels` (keyed by
+    `id`, `path` or `speaker`) has the last word. The draw goes round the speakers, up to `max_utterances` and
+    `max_minutes`; its order and the splits follow from a hash of `seed` and the name, so that a file more or less does
+    not reshuffle the others. All files' headers are checked, drawn files are decoded. Splits share no speaker, nor any
+    value of the labels column `split_by` if that is set (such as the voice that others are derived from); the sexes are
+    spread evenly. With `split_unit: sentence` they share no sentence instead (texts that are equal but for case and
+    punctuation), and speakers are in several of them. The manifest's
+    `attrs["limited"]` says whether `max_minutes` left clips out.
 
     Raises EqknobsError when no file is usable, when it cannot be told who speaks in a file, for fewer than three
     speakers, and for labels that are unusable, ambiguous or mostly match nothing.
@@ -63,8 +67,10 @@ def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[p
         detail = "; ".join(f"{count} × {reason}" for reason, count in reasons) or "no audio files found"
         raise EqknobsError(f"{shown(folder)}: no usable utterance left ({detail}); check data.path and the data limits")
     manifest = pd.DataFrame(chosen)
-    manifest["split"] = manifest["group"].map(_split(manifest, cfg_data["splits"], seed))
-    manifest = manifest.sort_values("id", ignore_index=True)[MANIFEST_COLUMNS]
+    unit = cfg_data.get("split_unit", "speaker")
+    manifest["split"] = manifest["group"].map(_split(manifest, cfg_data["splits"], seed, unit))
+    columns = [*MANIFEST_COLUMNS, *(name for name in ALSO if (manifest[name] != "").any())]
+    manifest = manifest.sort_values("id", ignore_index=True)[columns]
     manifest.attrs["limited"] = limited
     return manifest, pd.DataFrame(rejected, columns=["path", "reason"]).sort_values("path", ignore_index=True)
 
@@ -119,11 +125,15 @@ def _scan(folder: Path, cfg_data: dict[str, Any]) -> tuple[list[dict[str, Any]],
         known = {"speaker": clip.speaker, "sex": sexes.get(clip.speaker, ""), "accent": "", "text": text}
         known = {name: row.get(name, value) for name, value in known.items()}
         known["sex"] = known["sex"][:1].upper() if known["sex"][:1].upper() in ("F", "M") else ""
+        known |= {name: row.get(name, "") for name in ALSO}
         record = {"file": clip.file, "name": clip.name, "layout": clip.layout, "id": clip.id, "seconds": seconds}
         group = (row | known).get(split_by, "")  # other columns of the labels may be called as keys of a record are
         records.append(record | known | {"named": "speaker" in row, "group": group})
     _report_speakers(folder, records, cfg_data)
-    _fill_groups(records, split_by)
+    if cfg_data.get("split_unit") == "sentence":
+        _group_by_sentence(folder, records)
+    else:
+        _fill_groups(records, split_by)
     return records, rejected
 
 
@@ -138,6 +148,23 @@ def _fill_groups(records: list[dict[str, Any]], split_by: str) -> None:
             f"({few(record['name'] for record in without)}): split by speaker",
             flush=True,
         )
+
+
+def _group_by_sentence(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Clips of one sentence go together, one without a text on its own; prints how many. Raises EqknobsError if all."""
+    for record in records:
+        record["group"] = " ".join(re.findall(r"\w+", record["text"].casefold()))
+    without = [record for record in records if not record["group"]]
+    for record in without:
+        record["group"] = f"/{record['name']}"
+    if without and len(without) == len(records):
+        raise EqknobsError(
+            f"{shown(folder)}: no clip has a text, which data.split_unit: sentence needs; "
+            "give texts in data.labels, or set it to speaker"
+        )
+    if without:
+        names = few(record["name"] for record in without)
+        print(f"data.split_unit: {counted(len(without), 'clip')} without a text ({names}): each on its own", flush=True)
 
 
 def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict[str, Any]) -> None:
@@ -244,12 +271,12 @@ def require_sound(path: Path) -> None:
         raise EqknobsError(f"{kind} (peak {np.abs(wav).max():.1e}, mean {wav.mean():.1e})")
 
 
-def _split(manifest: pd.DataFrame, fractions: dict[str, float], seed: int) -> dict[str, str]:
+def _split(manifest: pd.DataFrame, fractions: dict[str, float], seed: int, unit: str) -> dict[str, str]:
     """Split by group. Groups are put in an order whose every stretch holds the sexes in proportion, and cut."""
     if abs(sum(fractions[name] for name in SPLITS) - 1) > 1e-6:
         raise EqknobsError(f"data.splits: train, val and test add up to {sum(fractions.values()):g}, not to 1")
     torn = manifest.groupby("speaker")["group"].nunique()
-    if (torn > 1).any():
+    if unit == "speaker" and (torn > 1).any():
         values = sorted(manifest["group"][manifest["speaker"] == torn.idxmax()].unique())
         raise EqknobsError(
             f"data.split_by: speaker {torn.idxmax()} has several values ({few(values)}); give a speaker just one"
@@ -257,10 +284,10 @@ def _split(manifest: pd.DataFrame, fractions: dict[str, float], seed: int) -> di
     sexes = manifest.groupby("group")["sex"].agg(lambda values: values.mode().iloc[0])
     total = len(sexes)
     if total < len(SPLITS):
-        noun = "speaker" if (manifest["group"] == manifest["speaker"]).all() else "speaker group"
+        noun = unit if unit != "speaker" or (manifest["group"] == manifest["speaker"]).all() else "speaker group"
         raise EqknobsError(
-            f"{counted(total, noun)} left, but train, val and test must not share speakers and need at least 3; "
-            "add speakers, or name them in data.labels"
+            f"{counted(total, noun)} left, but train, val and test must not share {unit}s and need at least 3; "
+            f"add {unit}s, or name them in data.labels"
         )
     ranked = sexes.index.to_series().map(lambda name: _rank(seed, name)).sort_values().index
     sexes = sexes[ranked]

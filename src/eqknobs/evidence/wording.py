@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from eqknobs.corpus.properties import PROPERTIES as REGISTERED
 from eqknobs.errors import counted
 from eqknobs.evidence.estimates import Measure
 
-PROPERTIES = {"centroid": "Spectral centroid", "rms": "RMS level", "pitch": "Pitch"}
+PROPERTIES = {name: found.title for name, found in REGISTERED.items()}
 
 
 def label(name: str, words: Mapping[str, str]) -> str:

@@ -49,6 +49,37 @@ def test_splits_share_no_speaker_and_spread_the_sexes(tmp_path):
         assert counts.min().min() >= 1 and counts.loc["train"].tolist() == [3, 3]
 
 
+def test_splits_by_sentence_share_no_sentence_and_may_share_speakers(tmp_path, capsys):
+    librispeech(tmp_path, speakers=6, clips=8)
+    for speaker in range(10, 16):
+        folder = tmp_path / "LibriSpeech" / "dev-clean" / str(speaker) / "77"
+        texts = [f"{speaker}-77-{i:04d} {'Say, it' if speaker % 2 else 'SAY IT'} {i}.\n" for i in range(7)]
+        (folder / f"{speaker}-77.trans.txt").write_text("".join(texts))  # the last clip has no text
+    cfg = CFG | {"split_unit": "sentence"}
+    manifest, _ = data.build_manifest(tmp_path, cfg, 0)
+    spoken = manifest[manifest["text"] != ""]
+    sentences = spoken["text"].str.casefold().str.replace(r"\W", "", regex=True)
+    assert sentences.nunique() == 7 and spoken.groupby(sentences)["split"].nunique().max() == 1
+    assert set(manifest["split"]) == {"train", "val", "test"}
+    assert spoken.groupby("speaker")["split"].nunique().max() > 1
+    assert "6 clips without a text" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(manifest, data.build_manifest(tmp_path, cfg, 0)[0])
+    splits = [data.build_manifest(tmp_path, cfg, seed)[0].set_index("id")["split"].to_dict() for seed in range(3)]
+    assert splits[0] != splits[1] or splits[0] != splits[2]
+    for path in tmp_path.rglob("*.trans.txt"):
+        path.unlink()
+    with pytest.raises(EqknobsError, match="no clip has a text"):
+        data.build_manifest(tmp_path, cfg, 0)
+
+
+def test_columns_that_only_probes_ask_for_are_in_the_manifest(tmp_path):
+    librispeech(tmp_path, speakers=3, clips=1)
+    write_csv(tmp_path / "labels.csv", pd.DataFrame({"speaker": ["10", "11", "12"], "domain": ["a", "b", ""], "x": 1}))
+    manifest, _ = data.build_manifest(tmp_path, CFG | {"labels": str(tmp_path / "labels.csv")}, 0)
+    assert manifest.columns.tolist() == [*data.MANIFEST_COLUMNS, "domain"]
+    assert manifest.set_index("speaker")["domain"].to_dict() == {"10": "a", "11": "b", "12": ""}
+
+
 def test_draw_is_seeded_balanced_and_within_both_limits(tmp_path):
     librispeech(tmp_path, speakers=5, clips=6)
     cfg = CFG | {"max_utterances": 13}

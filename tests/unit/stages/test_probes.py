@@ -10,6 +10,8 @@ import eqknobs.stages.probes.compute as probes
 import eqknobs.stages.probes.spaces as spaces_module
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
+from eqknobs.io import write_csv
+from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE, make_config, new_sae
 from eqknobs.stages.probes.compute import bin_edges, fit_probes, load_probe, to_classes
 from eqknobs.stages.probes.spaces import make_spaces, top_k
@@ -54,9 +56,22 @@ class World:
     def fit(self, name: str, tag: str, logmel: np.ndarray | None = None, epochs: int = 25, **changes) -> "Fitted":
         logmel = self.logmel if logmel is None else logmel
         labels = write_labels(self.folder / f"{tag}.labels.h5", logmel, **(self.labels | changes))
+        return self.fit_labelled(name, tag, labels, epochs)
+
+    def fit_labelled(self, name: str, tag: str, labels: Path, epochs: int = 25, cfg: dict | None = None, **more):
         paths = [self.folder / f"{tag}.{end}" for end in ("npz", "scores.csv", "ridge.csv")]
-        fit_probes(self.cache, labels, self.saes, name, *paths, CFG | {"epochs": epochs}, 0)
+        saes = more.pop("saes", self.saes)
+        fit_probes(self.cache, labels, saes, name, *paths, CFG | {"epochs": epochs} | (cfg or {}), 0, **more)
         return Fitted(labels, *paths)
+
+    def manifest(self, **columns: list[str]) -> Path:
+        """A manifest of the cache's clips with these columns, a value for each speaker in turn."""
+        clips = pd.DataFrame({"id": [u[0] for u in UTTERANCES], "speaker": [u[1] for u in UTTERANCES]})
+        for column, values in columns.items():
+            clips[column] = [values[int(speaker)] for speaker in clips["speaker"]]
+        path = self.folder / "manifest.csv"
+        write_csv(path, clips)
+        return path
 
 
 class Fitted:
@@ -284,8 +299,140 @@ def test_sparse_half_and_dense_storage_agree(world, monkeypatch):
             matrix = space.matrix()
             assert scipy.sparse.issparse(matrix) == (kind == "csr")
             assert matrix.dtype == (np.float16 if kind == "half" else np.float32)
-            args = (matrix, frames.rows, frames, np.column_stack([truth, truth]), [5, 5], [0.01], 4, 0, "cpu")
-            fits[kind] = probes._fit_softmax(*args)[0].W, probes._fit_ridge(matrix, frames, [0], [0.01]).w
+            tasks = probes.Tasks(frames, np.column_stack([truth, truth]), [5, 5])
+            cfg = {"l2": [0.01], "epochs": 4, "seed": 0}
+            fits[kind] = (
+                probes._fit_softmax(matrix, frames.rows, tasks, cfg, "cpu")[0].W,
+                probes._fit_ridge(matrix, frames, [0], [0.01]).w,
+            )
     for kind, tolerance in (("csr", 1e-3), ("half", 1e-2)):
         for got, wanted in zip(fits[kind], fits["dense"]):
             assert np.abs(got - wanted).max() < tolerance * np.abs(wanted).max()
+
+
+# --- parts and pieces ---
+
+
+def test_the_parts_are_what_all_at_once_is(world, centroid):
+    base = world.fit_labelled("centroid", "base", centroid.labels, parts=["base"])
+    saes = [
+        world.fit_labelled("centroid", name, centroid.labels, parts=["sae"], saes={name: folder})
+        for name, folder in world.saes.items()
+    ]
+    parts = {}
+    for part in (base, *saes):
+        parts |= part.arrays
+    assert parts.keys() == centroid.arrays.keys()
+    assert all(np.array_equal(parts[key], values) for key, values in centroid.arrays.items())
+    for kind in ("scores", "ridge"):
+        whole = getattr(centroid, kind)
+        rows = pd.concat([getattr(part, kind) for part in (base, *saes)])
+        order = ["space", *(["binning", "labels", "class"] if kind == "scores" else []), "id"]
+        pd.testing.assert_frame_equal(*(t.sort_values(order, ignore_index=True) for t in (rows, whole)))
+    files = [base.npz, *(part.npz for part in saes)]
+    for space in ("raw", "sae:dense", "sae:sparse"):
+        for found, wanted in zip(load_probe(files, space, "quantile"), load_probe(centroid.npz, space, "quantile")):
+            assert np.array_equal(found, wanted)
+    with pytest.raises(EqknobsError, match="no sae:dense:quantile:W"):
+        load_probe(base.npz, "sae:dense", "quantile")
+
+
+def test_a_fitted_space_is_kept_by_what_made_it(world, centroid, monkeypatch):
+    fitted, fit_space = [], probes.fit_space
+
+    def counting(space, *args):
+        fitted.append(space.name)
+        return fit_space(space, *args)
+
+    monkeypatch.setattr(probes, "fit_space", counting)
+    pieces = Pieces(world.folder / "pieces")
+
+    def fit(saes=("sparse",), labels=centroid.labels, parts=("base", "sae"), **cfg):
+        fitted.clear()
+        dirs = {f"{name}-renamed" * renamed or name: world.saes[name] for name in saes}
+        return world.fit_labelled(
+            "centroid", "kept", labels, 2, cfg, saes=dirs, parts=parts, pieces=pieces
+        ), fitted.copy()
+
+    renamed = False
+    first, names = fit()
+    assert names == ["raw", "pca_l0", "pca_d", "random_topk", "sae:sparse", "logmel"]
+    again, names = fit()
+    assert names == [] and [p.read_bytes() for p in again.paths] == [p.read_bytes() for p in first.paths]
+    assert fit(("dense",), parts=["sae"])[1] == ["sae:dense"]
+    assert fit(("dense",))[1] == ["random_topk"]  # of another L0; no lower than d, at which pca_l0 is pca_d
+    renamed = True
+    other, names = fit()
+    assert names == [] and other.accuracy("sae:sparse-renamed") == first.accuracy("sae:sparse")
+    renamed = False
+    for change in ({"l2": [0.1]}, {"lags": [0]}, {"bins": 9}, {"content": {"code": "other"}}):
+        assert len(fit(**change)[1]) == 6, change
+    logmel = write_labels(world.folder / "logmel.h5", world.logmel + 1, **world.labels)
+    assert fit(labels=logmel)[1] == ["logmel"]
+    moved = write_labels(world.folder / "moved.h5", world.logmel, **(world.labels | {"centroid": world.labels["rms"]}))
+    assert len(fit(labels=moved)[1]) == 6
+
+
+# --- categories ---
+
+
+@pytest.fixture(scope="module")
+def sexed(tmp_path_factory) -> World:
+    """A world whose first latent tells the speakers of odd number from the others."""
+    world = World(tmp_path_factory.mktemp("sexed"))
+    speakers = np.repeat([int(speaker) for _, speaker, _, _ in UTTERANCES], FRAMES)
+    world.acts[:, 0] = np.where(speakers % 2, 2, -2) + np.random.default_rng(1).standard_normal(COUNT)
+    world.cache = write_cache(world.folder / "sexed.h5", world.acts, UTTERANCES)
+    world.plain = write_labels(world.folder / "plain.h5", world.logmel, **world.labels)
+    return world
+
+
+def test_a_probe_of_a_category_of_clips(sexed):
+    manifest = sexed.manifest(sex=["F", "M"] * 8)
+    found = sexed.fit_labelled("sex", "sex", sexed.plain, 4, manifest_csv=manifest)
+    assert found.arrays["categories"].tolist() == ["F", "M"] and set(found.scores["binning"]) == {"category"}
+    assert found.accuracy("raw", "category") > 0.9
+    assert abs(found.accuracy("raw", "category", "shuffled") - 0.5) < 0.1
+    assert found.accuracy("majority", "category", "majority") == pytest.approx(0.5, abs=0.05)
+    assert found.ridge.empty and list(found.ridge) == probes.RIDGE_COLUMNS
+    assert found.arrays["lag:raw"] == 0 and found.arrays["raw:category:W"].shape == (2, D)
+    assert found.scores["within_one"].isna().all()  # no category is the neighbour of another
+    # Every energetic frame counts, those at the ends of a clip too.
+    assert found.rows("raw", "category")["frames"].sum() == sexed.labels["energetic"][44 * FRAMES :].sum()
+    truth = found.rows("raw", "category").assign(odd=lambda rows: rows["speaker"].astype(int) % 2)
+    assert (truth["class"] == truth["odd"]).all()
+
+
+def test_a_category_that_cannot_be_judged_is_named(sexed, capsys):
+    values = ["UK", "US"] * 8
+    values[2], values[13], values[1] = "NZ", "IE", ""
+    manifest = sexed.manifest(accent=values, sex=["F"] * 16, domain=["read"] * 8 + ["told"] * 8)
+    found = sexed.fit_labelled("accent", "accent", sexed.plain, 1, manifest_csv=manifest)
+    assert found.arrays["categories"].tolist() == ["UK", "US"]
+    assert "accent: left out IE (0 speakers in train), NZ (1 speaker in train)" in capsys.readouterr().out
+    assert set(found.scores["speaker"]) == {"08", "09", "10", "11", "12", "14"}
+    for name, said in (
+        ("sex", "sex: no other value; only 'F' remains"),
+        ("domain", r"domain: left out read \(none in test\), told \(0 speakers in train\); nothing remains"),
+        ("source", "no column source"),
+        ("voice", r"voice: left out 00 \(none in test\)"),
+    ):
+        with pytest.raises(EqknobsError, match=f"{said}.*remove {name} from probes.properties"):
+            sexed.fit_labelled(name, "none", sexed.plain, 1, manifest_csv=manifest)
+
+
+def test_a_probe_of_a_category_of_frames(sexed):
+    """Integer codes with names in the labels file, as phones are to be."""
+    codes = np.where(sexed.acts[:, 1] > sexed.acts[:, 1].mean(), 2, 0)
+    codes[::5] = -1  # no phone there
+    with pytest.raises(EqknobsError, match="no labels of phone"):
+        sexed.fit_labelled("phone", "phone", sexed.plain, 1)
+    labels = write_labels(sexed.folder / "phones.h5", sexed.logmel, **sexed.labels)
+    with h5py.File(labels, "a") as file:
+        file["phone"] = codes
+        file["phone"].attrs["names"] = ["aa", "b", "sil"]
+    found = sexed.fit_labelled("phone", "phone", labels, 4)
+    assert found.arrays["categories"].tolist() == ["aa", "sil"]  # b occurs nowhere
+    assert found.accuracy("raw", "category") > 0.9
+    counted = sexed.labels["energetic"] & (codes >= 0)
+    assert found.rows("raw", "category")["frames"].sum() == counted[44 * FRAMES :].sum()

@@ -15,7 +15,7 @@ from eqknobs.io import read_csv, write_json
 from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE
 from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions, render_pieces
-from eqknobs.stages.probes.compute import load_probe
+from eqknobs.stages.probes.compute import ProbeFiles, load_probe
 
 EXPENDABLE, CRITICAL = 0.3, 0.7  # the blog's thresholds on the normalised map
 BINNING = "equal_width"  # of the centroid probe behind the maps, as in the blog
@@ -110,7 +110,7 @@ def render_importance(
     manifest_csv: str | Path,
     cache_h5: str | Path,
     sae_dirs: dict[str, Path],
-    probes_npz: str | Path,
+    probes_npz: ProbeFiles,
     out_json: str | Path,
     out_dir: str | Path,
     signal_csv: str | Path,

@@ -1,6 +1,6 @@
 """Feature spaces that the probes compare: raw latents, PCA, random projection + TopK, SAE codes, log-mel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,14 @@ import scipy.sparse
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
+from eqknobs.io import array_hash, file_sha256
 from eqknobs.sae import SAE
 
 BLOCK = 4096  # rows worked on at a time
 SPARSE_BELOW = 0.1  # share of non-zero features below which a matrix is kept in CSR
 FLOAT32_BYTES = 1 << 29  # a dense matrix larger than this is kept in half precision
+PARTS = ("base", "sae")
+SAE_FILES = ("config.json", "sae.safetensors")
 SAMPLE = 16384  # train frames on which the L0 of an SAE is measured
 
 Matrix = np.ndarray | scipy.sparse.csr_array
@@ -32,6 +35,7 @@ class Space:
     width: int
     features: Callable[[np.ndarray], np.ndarray]
     source: np.ndarray
+    made_of: tuple = ()  # plain values that, beside the cache, decide the features
 
     def matrix(self) -> Matrix:
         """Features of all N frames, computed once: CSR float32 if sparse, else dense float32, or float16 if large."""
@@ -51,11 +55,13 @@ def make_spaces(
     sae_dirs: dict[str, Path],
     cfg: dict,
     labels_h5: str | Path | None = None,
+    parts: Collection[str] = PARTS,
 ) -> dict[str, Space]:
-    """All spaces of one target, fitted on its train frames; the cache must stay open while they are used.
+    """Spaces of one target, fitted on its train frames; the cache must stay open while they are used.
 
-    sae_dirs: SAE name -> folder of its first seed; cfg: `seed` (of the random projection). The reference SAE is the
-    one with the lowest L0 on train frames, so the order of the names does not matter.
+    sae_dirs: SAE name -> folder of its first seed; cfg: `seed` (of the random projection). parts: `base` are all but
+    the SAEs' codes, `sae` these. The reference SAE is the one of `sae_dirs` with the lowest L0 on train frames, so the
+    order of the names does not matter.
 
     - raw: z-scored latents
     - pca_l0, pca_d: principal components of the z-scored train frames, min(L0 of the reference, d) and all d
@@ -66,16 +72,33 @@ def make_spaces(
 
     Raises EqknobsError if the labels do not belong to this cache.
     """
+    saes = {name: SAE.load(sae_dirs[name]) for name in sorted(sae_dirs)}
+    spaces = _base_spaces(cache, saes, cfg["seed"]) if "base" in parts else []
+    for name, sae in saes.items() if "sae" in parts else ():
+        made_of = ("sae", *(file_sha256(sae_dirs[name] / file) for file in SAE_FILES))
+        spaces.append(Space(f"sae:{name}", sae.config.d_sae, sae.encode, cache.acts, made_of))
+    if labels_h5 is not None and "base" in parts:
+        with h5py.File(labels_h5, "r", locking=False) as labels:
+            logmel = labels["logmel"][:]
+        if len(logmel) != len(cache.acts):
+            raise EqknobsError(
+                f"{labels_h5}: {len(logmel)} frames, but the cache has {len(cache.acts)}; make the labels again"
+            )
+        made_of = ("logmel", array_hash(logmel))
+        spaces.append(Space("logmel", logmel.shape[1], lambda frames: np.asarray(frames, np.float32), logmel, made_of))
+    return {space.name: space for space in spaces}
+
+
+def _base_spaces(cache: ActivationCache, saes: dict[str, SAE], seed: int) -> list[Space]:
+    """The spaces made of the latents alone; of the SAEs only the reference's size and L0 count."""
     mean, scale = cache.mean.astype(np.float32), cache.std.astype(np.float32)
 
     def z(acts: np.ndarray) -> np.ndarray:
         return (np.asarray(acts, np.float32) - mean) / scale
 
     width, acts = len(mean), cache.acts
-    spaces = [Space("raw", width, z, acts)]
-
+    spaces = [Space("raw", width, z, acts, ("raw",))]
     rows = cache.rows("train")
-    saes = {name: SAE.load(sae_dirs[name]) for name in sorted(sae_dirs)}
     components = _principal_components(acts, rows, z)
     ranks = {"pca_d": width}
     if saes:
@@ -86,22 +109,15 @@ def make_spaces(
         ranks = {"pca_l0": min(k, width), **ranks}
     for name, rank in ranks.items():
         basis = np.ascontiguousarray(components[:, :rank])
-        spaces.append(Space(name, rank, lambda acts, basis=basis: z(acts) @ basis, acts))
+        spaces.append(Space(name, rank, lambda acts, basis=basis: z(acts) @ basis, acts, ("pca", rank)))
     if saes:
-        projection = np.random.default_rng([cfg["seed"], 7]).standard_normal((width, d_sae)).astype(np.float32)
+        projection = np.random.default_rng([seed, 7]).standard_normal((width, d_sae)).astype(np.float32)
         projection /= np.linalg.norm(projection, axis=0)
-        spaces.append(Space("random_topk", d_sae, lambda acts: top_k(np.maximum(z(acts) @ projection, 0), k), acts))
-    for name, sae in saes.items():
-        spaces.append(Space(f"sae:{name}", sae.config.d_sae, sae.encode, acts))
-    if labels_h5 is not None:
-        with h5py.File(labels_h5, "r", locking=False) as labels:
-            logmel = labels["logmel"][:]
-        if len(logmel) != len(acts):
-            raise EqknobsError(
-                f"{labels_h5}: {len(logmel)} frames, but the cache has {len(acts)}; make the labels again"
-            )
-        spaces.append(Space("logmel", logmel.shape[1], lambda frames: np.asarray(frames, np.float32), logmel))
-    return {space.name: space for space in spaces}
+        made_of = ("random_topk", d_sae, k, seed)
+        spaces.append(
+            Space("random_topk", d_sae, lambda acts: top_k(np.maximum(z(acts) @ projection, 0), k), acts, made_of)
+        )
+    return spaces
 
 
 def mean_l0(sae: SAE, raw: np.ndarray) -> float:

@@ -30,7 +30,7 @@ RIVALS = ("raw", "random_topk")  # what an SAE's probe is compared with
 
 
 def _per_clip(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.groupby(["id", "speaker"], as_index=False)[["frames", "correct", "within_one"]].sum()
+    return rows.groupby(["id", "speaker"], as_index=False)[["frames", "correct", "within_one"]].sum(min_count=1)
 
 
 def _share(rows: pd.DataFrame) -> float:
@@ -78,23 +78,35 @@ def _compared(at: Context, name: str, scores: pd.DataFrame) -> list[dict[str, An
     return found
 
 
+def _read(at: Context, kind: str, name: str) -> pd.DataFrame:
+    """Raw scores (kind `probes` or `ridge`) of one property on all spaces, the SAEs' before `logmel`."""
+    base = at.inputs.csv(f"scores/{at.target}.{kind}.{name}.csv")
+    last = base["space"] == "logmel"
+    saes = at.own.get("saes", {}).get(at.target, [])
+    codes = [at.inputs.csv(f"scores/{at.target}.{kind}.{sae}.{name}.csv") for sae in saes]
+    return pd.concat([base[~last], *codes, base[last]], ignore_index=True)
+
+
 def tabulate(at: Context) -> Tabulated:
     """One row a (space, property, binning, split)."""
     found, comparisons = [], []
     for name in sorted(at.own["properties"]):
-        scores = at.inputs.csv(f"scores/{at.target}.probes.{name}.csv")
-        ridge = at.inputs.csv(f"scores/{at.target}.ridge.{name}.csv")
+        scores, ridge = (_read(at, kind, name) for kind in ("probes", "ridge"))
         majority = scores[scores["labels"] == "majority"]
         for key, rows in groups(scores[scores["labels"] != "majority"], ["space", "binning", "split"]):
             found.append({**_row(at, key, rows, majority, ridge), "property": name})
         comparisons += _compared(at, name, scores)
     rows = table(found, COLUMNS["probes"])
-    shown = (rows["split"] == "test") & (rows["binning"] == "quantile")
+    shown = (rows["split"] == "test") & rows["binning"].isin(["quantile", "category"])
     return Tabulated({"probes": rows}, {"probes": records(rows[shown])}, comparisons)
 
 
 def _nulls(row: dict[str, Any]) -> str:
     return f"majority {number(row['majority'])}, shuffled labels {number(row['shuffled'])}"
+
+
+def _classes(row: dict[str, Any]) -> str:
+    return "categories" if row["binning"] == "category" else "quantile bins"
 
 
 def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -103,13 +115,15 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
         return _readable(facts)
     lines = []
     for record in facts["comparisons"]:
-        if record["family"] not in [f"probe, quantile, minus {other}" for other in RIVALS]:
+        if record["family"] not in [
+            f"probe, {kind}, minus {other}" for kind in ("quantile", "category") for other in RIVALS
+        ]:
             continue
         null = next(r for r in facts["probes"] if (r["space"], r["property"]) == (record["a"], record["property"]))
         verdict, words = said(record)
         name = PROPERTIES.get(record["property"], record["property"])
         text = f"{name}: the probe on {label(record['a'], SPACES)} {words} the one on {label(record['b'], SPACES)}."
-        detail = f"{numbers(record, ACCURACY)}; {_nulls(null)}; quantile bins"
+        detail = f"{numbers(record, ACCURACY)}; {_nulls(null)}; {_classes(null)}"
         lines.append(headline("probe", verdict, text, detail))
     return lines
 
@@ -124,5 +138,5 @@ def _readable(facts: dict[str, Any]) -> list[dict[str, str]]:
         text += f"{number(row['accuracy'])} {ends(row['accuracy_low'], row['accuracy_high'])} of the frames"
         if rival := spaces.get(("logmel", name)):
             text += f"; the one on {label('logmel', SPACES)} in {number(rival['accuracy'])}"
-        lines.append(headline("probe", "measured", f"{text}.", f"{_nulls(row)}; {sample(row)}; quantile bins"))
+        lines.append(headline("probe", "measured", f"{text}.", f"{_nulls(row)}; {sample(row)}; {_classes(row)}"))
     return lines

@@ -1,6 +1,7 @@
 """What is measured on trained SAEs: L0, FVU, cosine, firing density, and features found again across seeds."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from tqdm import tqdm
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
-from eqknobs.io import write_csv, write_json
+from eqknobs.io import file_sha256, write_csv, write_json
+from eqknobs.pieces import Pieces
 from eqknobs.sae.base import SAE, new_sae
 
 MATCH_FRAMES, MATCH_FEATURES, PERMUTATIONS = 2048, 512, 99  # cross-seed matching, bounded work
@@ -24,8 +26,10 @@ def score_saes(
     out_csv: str | Path,
     out_json: str | Path,
     cfg: dict[str, Any],
+    pieces: Pieces | None = None,
 ) -> None:
-    """Score SAEs on val and test. sae_dirs: SAE name -> seed -> folder; cfg: `seed` (of the permutations).
+    """Score SAEs on val and test. sae_dirs: SAE name -> seed -> folder; cfg: `seed` (of the permutations). pieces:
+    where the scores of each SAE are kept; by default nowhere.
 
     out_csv: one row an (utterance, SAE, seed): id, speaker, split, sae, seed, variant, d_in, d_sae, frames, l0_sum,
     cosine_sum (of z with ẑ), sq_error, sq_total, in z-scored units as in training (each dimension weighs the same),
@@ -37,21 +41,38 @@ def score_saes(
     rows: list[dict[str, Any]] = []
     details: dict[str, dict[str, Any]] = {}
     matches: dict[str, dict[str, Any] | None] = {}
+    pieces = pieces or Pieces(None)
     with ActivationCache(cache_h5) as cache:
         utterances = cache.utterances[cache.utterances["split"].isin(["val", "test"])]
+        kept_by = [cfg.get("content", {}).get("code"), cache.digest() if pieces.folder else None]
         for name in sorted(sae_dirs):
             loaded = {seed: SAE.load(folder) for seed, folder in sorted(sae_dirs[name].items())}
+            weights = {seed: _weights(folder) for seed, folder in sorted(sae_dirs[name].items())}
             details[name] = {}
             for seed, sae in loaded.items():
-                scores, fired, frames = _score(cache, utterances, sae, f"score {name} seed {seed}")
+                label = f"score {name} seed {seed}"
+                made_of = [*kept_by, weights[seed]]
+                found = pieces.json("sae_scores", made_of, partial(_scored, cache, utterances, sae, label))
                 kept = ("variant", "d_in", "d_sae")
                 same = {"sae": name, "seed": seed} | {key: getattr(sae.config, key) for key in kept}
-                rows += [score | same for score in scores]
-                details[name][str(seed)] = _firing(fired, frames)
-            matches[name] = match_features(cache, loaded, cfg["seed"])
+                rows += [score | same for score in found["scores"]]
+                details[name][str(seed)] = found["firing"]
+            made_of = [*kept_by, cfg["seed"], list(weights.items())]
+            matches[name] = pieces.json("sae_matches", made_of, partial(match_features, cache, loaded, cfg["seed"]))
     columns = "id speaker split sae seed variant d_in d_sae frames l0_sum cosine_sum sq_error sq_total".split()
     write_csv(out_csv, pd.DataFrame(rows, columns=columns))
     write_json(out_json, {"saes": details, "cross_seed": matches})
+
+
+def _weights(folder: Path) -> list[str]:
+    """Hashes of what an SAE is."""
+    return [file_sha256(folder / file) for file in ("config.json", "sae.safetensors")]
+
+
+def _scored(cache: ActivationCache, utterances: pd.DataFrame, sae: SAE, label: str) -> dict[str, Any]:
+    """Rows and firing of one SAE, as plain values."""
+    scores, fired, frames = _score(cache, utterances, sae, label)
+    return {"scores": scores, "firing": _firing(fired, frames)}
 
 
 def _blocks(cache: ActivationCache, start: int, frames: int, size: int = 4096) -> Iterator[np.ndarray]:
@@ -79,7 +100,7 @@ def _score(
             if utterance.split == "val":
                 fired += on
                 val_frames += len(z)
-        keys = {key: getattr(utterance, key) for key in ("id", "speaker", "split", "frames")}
+        keys = {key: getattr(utterance, key) for key in ("id", "speaker", "split")} | {"frames": int(utterance.frames)}
         rows.append(keys | {"l0_sum": active, "cosine_sum": cosine, "sq_error": squared, "sq_total": total})
     return rows, fired, val_frames
 

@@ -50,7 +50,7 @@ from eqknobs.sound.renders import (
     render_conditions,
     render_pieces,
 )
-from eqknobs.stages.probes.compute import labelled_frames, load_probe, to_classes
+from eqknobs.stages.probes.compute import ProbeFiles, labelled_frames, load_probe, read_probe, to_classes
 
 BLOCK = 4096  # frames worked on at a time
 FILTER_ORDER = 4  # of one pass; filtering forwards and backwards doubles it
@@ -108,7 +108,7 @@ def train_moments(
     return mean, np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
 
 
-def probe_difference(probes_npz: str | Path, space: str, cfg: dict[str, Any]) -> np.ndarray:
+def probe_difference(probes_npz: ProbeFiles, space: str, cfg: dict[str, Any]) -> np.ndarray:
     """w_low − w_high [width] of a probe. cfg: `binning`, `low_bin`, `high_bin`.
 
     Raises EqknobsError if the probe has fewer classes (quantiles that coincide are merged).
@@ -116,21 +116,21 @@ def probe_difference(probes_npz: str | Path, space: str, cfg: dict[str, Any]) ->
     weights, _ = load_probe(probes_npz, space, cfg["binning"])
     if max(cfg["low_bin"], cfg["high_bin"]) >= len(weights):
         raise EqknobsError(
-            f"{probes_npz}: the {cfg['binning']} probe has {len(weights)} classes, steering wants bins "
+            f"the {cfg['binning']} probe on {space} has {len(weights)} classes, steering wants bins "
             f"{cfg['low_bin']} and {cfg['high_bin']}; lower steering.high_bin"
         )
     return weights[cfg["low_bin"]] - weights[cfg["high_bin"]]
 
 
 def mean_difference(
-    cache: ActivationCache, labels_h5: str | Path, probes_npz: str | Path, name: str, cfg: dict[str, Any]
+    cache: ActivationCache, labels_h5: str | Path, probes_npz: ProbeFiles, name: str, cfg: dict[str, Any]
 ) -> np.ndarray:
     """Mean z-scored latent of the lowest bin's train frames minus that of the highest bin's, float64 [width].
 
     Bins and lag are those of the probe on raw latents.
     """
-    with np.load(probes_npz) as file:
-        edges, lag = file[f"edges:{cfg['binning']}"], int(file["lag:raw"])
+    edges, lag = read_probe(probes_npz, f"edges:{cfg['binning']}", "lag:raw")
+    lag = int(lag)
     frames = labelled_frames(cache, labels_h5, name, [lag])
     train = frames.of("train")
     classes = to_classes(frames.values[train], edges)
@@ -146,7 +146,7 @@ def mean_difference(
 def directions(
     cache: ActivationCache,
     labels_h5: str | Path,
-    probes_npz: str | Path,
+    probes_npz: ProbeFiles,
     saes: dict[str, SAE],
     name: str,
     cfg: dict[str, Any],
@@ -241,7 +241,7 @@ def bandpass(wav: np.ndarray, rate: int, low: float = 300.0, high: float = 3000.
 def make_arms(
     cache: ActivationCache,
     labels_h5: str | Path,
-    probes_npz: str | Path,
+    probes_npz: ProbeFiles,
     saes: dict[str, SAE],
     name: str,
     cfg: dict[str, Any],
@@ -382,7 +382,7 @@ def calibrate_steering(
     cache_h5: str | Path,
     labels_h5: str | Path,
     sae_dirs: dict[str, Path],
-    probes: dict[str, Path],
+    probes: dict[str, ProbeFiles],
     out_json: str | Path,
     out_csv: str | Path,
     cfg: dict[str, Any],
@@ -525,7 +525,7 @@ def render_steering(
     cache_h5: str | Path,
     labels_h5: str | Path,
     sae_dirs: dict[str, Path],
-    probes: dict[str, Path],
+    probes: dict[str, ProbeFiles],
     calibration_json: str | Path,
     out_dir: str | Path,
     signal_csv: str | Path,
