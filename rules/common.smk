@@ -111,6 +111,17 @@ def opened(wildcards):
     return {"model": model_config(config, target), "site": parse_target(target)[1]}
 
 
+def probes_slice(wildcards):
+    """The slice of a probe of one property: a category has neither bins nor lags."""
+    category = REGISTERED[wildcards.property].kind == "category"
+    keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
+    return {
+        **{key: config["probes"][key] for key in keys},
+        "property": wildcards.property,
+        "seed": SEED,
+    }
+
+
 def first_saes(names):
     """The files of the first seed of each SAE that `names`, a function of the target, names."""
     return lambda wildcards: [

@@ -28,16 +28,6 @@ TABLE_INPUTS += [
 ]
 
 
-def probes_slice(wildcards):
-    category = REGISTERED[wildcards.property].kind == "category"
-    keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
-    return {
-        **{key: config["probes"][key] for key in keys},
-        "property": wildcards.property,
-        "seed": SEED,
-    }
-
-
 rule probes:
     input:
         manifest=manifest_of,

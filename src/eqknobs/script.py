@@ -72,8 +72,8 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
 
 def _with_circumstances(snakemake: Any) -> dict[str, Any]:
     """The job's slice of the configuration, and what is no part of it as it does not decide what is made: the device
-    that it is to run on, how speech is downloaded, a limit of the draw that may not bind (`plan.as_drawn`), and for a job
-    that caches a target its siblings (sites of the same model on the same corpus) with their outputs."""
+    that it is to run on, how speech is downloaded, a limit of the draw that may not bind (`plan.as_drawn`), and for a
+    job that caches a target its siblings (sites of the same model on the same corpus) with their outputs."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
     if "source" in cfg.get("data", {}):  # the speech of a run; a training's `data` is its folders

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -112,7 +113,10 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
     ("text", "said"),
     [
         ("saes: {topk: null}", "probes.reference: names 'topk', which is not under saes (batchtopk, jumprelu, rms_l1)"),
-        ("saes: {topk: null}\nprobes: {reference: rms_l1}\nsteering: {saes: [rms_l1]}", "config: importance.sae: names 'topk', which is not under"),
+        (
+            "saes: {topk: null}\nprobes: {reference: rms_l1}\nsteering: {saes: [rms_l1]}",
+            "config: importance.sae: names 'topk', which is not under",
+        ),
         ("saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null}", "config: saes: must not be empty"),
         ("run: {seed: null}", "'seed' is a required property"),
         ("saes: {mine: {epochs: 3}}", "config.yaml has no entry of this name to complete, so give all its keys"),
