@@ -104,9 +104,7 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
     assert config["steering"]["other_alpha"] == {"rms": 2}
     assert config["data"]["labels"] is None  # null is a value of its own here
     path.write_text("models: {tiny-mimi: null, other: {kind: dac, path: x, revision: null}}\n")
-    with pytest.raises(
-        EqknobsError, match="which is not under models \\(other, tiny-moshi\\)"
-    ):
+    with pytest.raises(EqknobsError, match="which is not under models \\(other, tiny-moshi\\)"):
         read_config(path)
 
 
