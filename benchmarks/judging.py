@@ -1,6 +1,6 @@
 """What judging a sound costs, old way against new, side by side: CPU seconds a sound, and whether the words are equal.
 
-usage: judging.py FOLDER [--sounds 40] [--out benchmarks/results/judging.csv]; FOLDER holds FLACs, e.g. results/demo/renders
+usage: judging.py FOLDER [--sounds 40] [--out benchmarks/results/judging.csv]; FOLDER holds FLACs (a run's renders)
 
 `as_before` lets the allocator give memory back after every operation; `kept` is what the judge does; `batch4` puts four
 sounds through the encoder at once. Each sound goes through all, in turn, so that a busy machine hits all alike.
