@@ -348,7 +348,7 @@ def test_render_needs_its_probe(world, calibrated, tmp_path):
 
 
 def test_without_saes_raw_latents_are_steered(world, calibrated, tmp_path):
-    cfg = {**calibrated[0], "saes": [], "clips": 1, "alphas": [1], "other_alpha": {}, "report_clips": 1}
+    cfg = {**calibrated[0], "saes": [], "clips": 1, "alphas": [1], "other_alpha": {}, "listen": 1}
     inputs = world.manifest, world.cache, world.labels, {}, world.probes
     calibration = tmp_path / "calibration.json"
     calibrate_steering(*inputs, calibration, tmp_path / "calibration.csv", cfg)

@@ -1,0 +1,79 @@
+"""What judging a sound costs, old way against new, side by side: CPU seconds a sound, and whether the words are equal.
+
+usage: judging.py FOLDER [--sounds 40] [--out benchmarks/results/judging.csv]; FOLDER holds FLACs (a run's renders)
+
+`as_before` lets the allocator give memory back after every operation; `kept` is what the judge does; `batch4` puts four
+sounds through the encoder at once. Each sound goes through all, in turn, so that a busy machine hits all alike.
+"""
+
+import argparse
+import ctypes
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from eqknobs.audio import read_audio
+from eqknobs.io import write_csv
+from eqknobs.sound import judges
+
+# glibc's M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their defaults
+DEFAULTS = ((-4, 65536), (-3, 128 * 1024), (-1, 128 * 1024))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judging.csv"))
+    args = parser.parse_args()
+    from faster_whisper.transcribe import pad_or_trim
+
+    files = sorted(args.folder.rglob("*.flac"))
+    files = files[:: max(1, len(files) // args.sounds)][: args.sounds]
+    wavs = [read_audio(file, judges.RATE) for file in files]
+    judge = judges.Transcriber({"asr": "tiny.en", "beam": 1, "device": "cpu"})
+    whisper = judge.model
+    features = [pad_or_trim(whisper.feature_extractor(wav)[:, :-1]) for wav in wavs]
+    mallopt = ctypes.CDLL(None).mallopt
+    spent: dict[str, float] = dict.fromkeys(("as_before", "kept", "batch1", "batch4"), 0.0)
+    words: dict[str, list[str]] = {"as_before": [], "kept": []}
+    equal = True
+    for start in range(0, len(wavs), 4):
+        for way in ("as_before", "kept"):
+            if way == "kept":
+                judges._keep_memory()
+                judge._transcribe(wavs[start])  # the memory that is kept has to be had once
+            else:
+                for option, value in DEFAULTS:
+                    mallopt(option, value)
+            begun = time.process_time()
+            words[way] += [judge._transcribe(wav) for wav in wavs[start : start + 4]]
+            spent[way] += time.process_time() - begun
+        group = np.stack(features[start : start + 4])
+        whisper.encode(group)
+        encoded = {}
+        for way, size in (("batch1", 1), ("batch4", 4)):
+            begun = time.process_time()
+            parts = [np.array(whisper.encode(group[i : i + size])) for i in range(0, len(group), size)]
+            encoded[way] = np.concatenate(parts)
+            spent[way] += time.process_time() - begun
+        equal &= np.array_equal(encoded["batch1"], encoded["batch4"])
+    same = words["as_before"] == words["kept"]
+    rows = [
+        (way, what, seconds / len(wavs), seconds / spent[against], agrees, len(wavs))
+        for way, what, seconds, against, agrees in (
+            ("as_before", "transcribe", spent["as_before"], "as_before", True),
+            ("kept", "transcribe", spent["kept"], "as_before", same),
+            ("batch1", "encode", spent["batch1"], "batch1", True),
+            ("batch4", "encode", spent["batch4"], "batch1", bool(equal)),
+        )
+    ]
+    columns = ["way", "what", "cpu_seconds_a_sound", "ratio", "equal", "sounds"]
+    write_csv(args.out, pd.DataFrame(rows, columns=columns))
+    print(args.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
