@@ -113,10 +113,8 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
     ("text", "said"),
     [
         ("saes: {topk: null}", "probes.reference: names 'topk', which is not under saes (batchtopk, jumprelu, rms_l1)"),
-        (
-            "saes: {topk: null}\nprobes: {reference: rms_l1}\nsteering: {saes: [rms_l1]}",
-            "config: importance.sae: names 'topk', which is not under",
-        ),
+        ("saes: {topk: null}\nprobes: {reference: null}\nsteering: {saes: [rms_l1]}",
+        "config: importance.sae: names 'topk', which is not under"),
         ("saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null}", "config: saes: must not be empty"),
         ("run: {seed: null}", "'seed' is a required property"),
         ("saes: {mine: {epochs: 3}}", "config.yaml has no entry of this name to complete, so give all its keys"),
@@ -466,7 +464,7 @@ def test_the_schema_is_one_and_every_key_says_what_it_means():
 def test_properties_and_splits_must_go_together(tmp_path, text, said):
     path = tmp_path / "over.yaml"
     path.write_text(text)
-    with pytest.raises(EqknobsError, match=re.escape(said)):
+    with pytest.raises(EqknobsError, match=said):
         read_config(path)
     path.write_text("data: {split_unit: sentence}\nprobes: {properties: [centroid, voice], reference: null}")
     read_config(path)
