@@ -27,11 +27,12 @@ def talk(
     voice: str | Path | None = None,
     seconds: float | None = None,
     sampling: Sampling | None = None,
+    say: Callable[[str], object] = lambda piece: print(piece, end="", flush=True),
 ) -> None:
-    """Let a model hear `audio`, write what it says meanwhile to `out` (.wav or .flac, 16 bits) and print its monologue.
+    """Let a model hear `audio` and write what it says meanwhile to `out` (.wav or .flac, 16 bits).
 
     cfg_model: see `load_model`, kind moshi. voice: a `.pt` voice of PersonaPlex or a recording of one. seconds: length
-    of the conversation; the recording is cut, or silence follows it.
+    of the conversation; the recording is cut, or silence follows it. say: gets the monologue piece by piece.
 
     Everything is checked that can be before the model is loaded. Raises EqknobsError: bad files or values, no GPU.
     """
@@ -65,7 +66,7 @@ def talk(
             length = max(1, round(seconds * rate))
             heard = np.pad(heard[:length], (0, max(0, length - len(heard))))
         prompt = model.prompt(text_prompt, voice if recording is None else read_audio(recording, rate))
-        answer = reply(model, heard, prompt, sampling or Sampling(), lambda piece: print(piece, end="", flush=True))
+        answer = reply(model, heard, prompt, sampling or Sampling(), say)
         write_flac(out, answer, rate, KINDS[out.suffix.lower()])
 
 
