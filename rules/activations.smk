@@ -1,12 +1,3 @@
-def cached(wildcards):
-    """The slice of what a target is, and of the frames to keep where there is a budget."""
-    budget = config.get("activations")
-    return {
-        **opened(wildcards),
-        **({**budget, "seed": config["run"]["seed"]} if budget else {}),
-    }
-
-
 rule activations:
     input:
         manifest=manifest_of,
@@ -24,7 +15,19 @@ rule activations:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("activations", cached, model=model_files),
+        cfg=cfg(
+            "activations",
+            lambda wildcards: {
+                **opened(wildcards),
+                # a budget of frames draws them
+                **(
+                    {**config["activations"], "seed": SEED}
+                    if "activations" in config
+                    else {}
+                ),
+            },
+            model=model_files,
+        ),
     message:
         "Cache activations of {wildcards.target}"
     script:
