@@ -31,6 +31,7 @@ PROBES = BASE_PROBES.union(*SAE_PROBES.values())
 TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
 SCORED_SAES = {("sae_scores", "")} | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
+SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
 ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
 FROM_CACHE = (
     {("activations", ""), ("labels", "")} | ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES
@@ -201,7 +202,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "steering clip count": (edit_config(lambda c: c["steering"].update(clips=3)), STEERING_RENDERS | TABLES),
     "calibrated shift": (edit_config(lambda c: c["steering"].update(shift=0.8)), STEERING | TABLES),
-    "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | TABLES),
+    "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | TABLES),
     "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), IMPORTANCE | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
@@ -227,9 +228,9 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), TABLES),
     "no SAEs": (
         edit_config(lambda c: c.update(saes=None, importance=None) or c["steering"].update(saes=[])),
-        CODEC | PROBES | STEERING | TABLES,
+        CODEC | BASE_PROBES | STEERING | TABLES,
     ),
-    "an SAE removed": (edit_config(remove_sae), SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES),
+    "an SAE removed": (edit_config(remove_sae), SCORED_SAES | STEERING | TABLES),
     "an SAE less in the codec": (edit_config(lambda c: c["codec"].update(saes=["topk"])), CODEC | TABLES),
     "an SAE less in steering": (edit_config(lambda c: c["steering"].update(saes=["topk"])), STEERING | TABLES),
     "all targets, written out": (edit_config(lambda c: c["steering"].update(targets=[TARGET])), {("report", "")}),
@@ -251,8 +252,8 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: a stage's figures": (edit_file("src/eqknobs/stages/steering/section.py", CODE), {("report", "")}),
     "a stage's text": (edit_file("src/eqknobs/stages/importance/section.html.j2", "<p>x</p>"), {("report", "")}),
     "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING),
-    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED),
-    "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), set()),
+    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED | SPOKEN),
+    "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | TABLES),
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
@@ -353,7 +354,7 @@ def third_sae(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 OF_THE_THIRD: dict[str, tuple[Callable[[dict], object], set[tuple[str, str]]]] = {
-    "removed": (lambda saes: None, SCORED_SAES | TABLES),
+    "removed": (lambda saes: None, {("sae_scores", "")} | TABLES),  # the codec never spliced it in
     "renamed": (lambda saes: saes.update(other=EXTRA), trained("other")),
     "changed": (lambda saes: saes.update(extra={**EXTRA, "epochs": 2}), trained("extra")),
 }
