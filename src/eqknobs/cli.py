@@ -44,11 +44,13 @@ def _add_vram(commands: Any) -> None:
 def _vram(args: argparse.Namespace) -> None:
     from eqknobs.config import read_config
     from eqknobs.models.moshi.memory import plan, require
+    from eqknobs.plan import models_used
 
     config = read_config(args.config)
-    models = [{"name": name, **model} for name, model in config["models"].items() if model["kind"] == "moshi"]
+    used = {name: config["models"][name] for name in models_used(config)}
+    models = [{"name": name, **model} for name, model in used.items() if model["kind"] == "moshi"]
     if not models:
-        raise EqknobsError(f"{args.config}: no model of kind moshi; other kinds need little memory")
+        raise EqknobsError(f"{args.config}: no model of kind moshi in use; other kinds need little memory")
     seconds = config["data"]["max_seconds"] if args.seconds is None else args.seconds
     if not 0 < seconds < float("inf"):
         raise EqknobsError(f"--seconds: must be above 0, got {seconds:g}")

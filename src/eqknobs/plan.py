@@ -162,17 +162,23 @@ def bundled(path: str | Path) -> bool:
     return Path(path).resolve().is_relative_to(Path("resources").resolve())
 
 
-def bundled_models(config: dict[str, Any]) -> list[str]:
-    """Names of the models of the run that come with this project, sorted."""
+def models_used(config: dict[str, Any]) -> list[str]:
+    """Names of the models that the run opens or lets speak, sorted."""
     used = {parse_target(target)[0] for target in config["run"]["targets"]}
-    used |= set((config.get("speech_lm") or {}).get("models", []))
-    return sorted(name for name in used if bundled(config["models"][name]["path"]))
+    return sorted(used | set((config.get("speech_lm") or {}).get("models", [])))
+
+
+def bundled_models(config: dict[str, Any]) -> list[str]:
+    """Those of the models that come with this project."""
+    return [name for name in models_used(config) if bundled(config["models"][name]["path"])]
 
 
 def word_codebooks(config: dict[str, Any]) -> int | None:
-    """At how many codebooks the codec's own word errors say whether words can be judged: steering's, else the most."""
-    if config["steering"]:
-        return config["steering"]["codebooks"]
+    """At how many codebooks the codec's own word errors say whether words can be judged: those of steering, else of the
+    importance maps, else the most that the codec is heard at."""
+    for stage in ("steering", "importance"):
+        if config[stage]:
+            return config[stage]["codebooks"]
     return max(config["codec"]["codebooks"]) if config["codec"] else None
 
 
@@ -186,9 +192,12 @@ def voice_records(config: dict[str, Any], targets: list[str]) -> dict[str, str]:
 
     A bundled model's names those of the bundled corpus; LibriSpeech has a reader 103 too.
     """
-    models = {target: parse_target(target)[0] for target in targets}
-    strangers = [] if bundled_speech(config) else bundled_models(config)
-    return {target: training_record(config, name) for target, name in models.items() if name not in strangers}
+    found = {}
+    for target in targets:
+        name, heard = parse_target(target)[0], {"data": corpus_config(config, corpus_of(target))}
+        if bundled_speech(heard) or not bundled(config["models"][name]["path"]):
+            found[target] = training_record(config, name)
+    return found
 
 
 def bundled_speech(config: dict[str, Any]) -> bool:

@@ -281,7 +281,8 @@ def test_sentences_follow_the_sign_of_the_interval(shift, spread, verdict, words
         "a": "sae:topk",
         "b": "raw",
     }
-    rows = [{"space": "sae:topk", "property": "rms", "majority": 0.1, "shuffled": 0.05}]
+    what["binning"] = "quantile"
+    rows = [{"space": "sae:topk", "property": "rms", "binning": "quantile", "majority": 0.1, "shuffled": 0.05}]
     facts = {"sae": [{"sae": "topk"}], "probes": rows}
     facts["comparisons"] = with_holm([{**what, **found}])
     (line,) = probes.findings(None, facts)

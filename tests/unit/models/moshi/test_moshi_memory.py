@@ -154,7 +154,7 @@ def test_the_command_prints_the_plan_and_refuses(tmp_path, capsys):
         ([str(write(tmp_path / "c.yaml")), "--seconds", "-1"], "above 0"),
         ([str(write(tmp_path / "d.yaml", hardware={"vram_gb": "much"}))], "hardware.vram_gb: 'much' is not of type"),
         ([str(tmp_path / "none.yaml")], "cannot be read"),
-        ([str(ROOT / "config/librispeech-mimi.yaml")], "no model of kind moshi"),
+        ([str(ROOT / "config/librispeech-mimi.yaml")], "no model of kind moshi in use"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["vram", "--config", *arguments])
