@@ -29,9 +29,12 @@ PAGES = [*ROOT.glob("*.md"), *(p for f in ("config", "docs", "benchmarks") for p
 REAL, DRY, HELP = "{}", "{} -n", "{} --help"
 WAYS = {
     "make demo": DRY,
+    "make format": DRY,
+    "make lint": DRY,
     "make test": DRY,
     "make test-kernels": DRY,
     "make test-slow": DRY,
+    "python tools/config_table.py": "{} --check",
     "snakemake -n": REAL,
     "snakemake --unlock": REAL,
     "snakemake -n --config run='{seed: 3}' saes='{topk: {k: 16}, jumprelu: null}' sae_seeds='[0, 1, 2]'": REAL,
