@@ -52,7 +52,7 @@ class TablesModule(Protocol):
         """Tables, facts and comparisons of one target."""
         ...
 
-    def findings(self, at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+    def findings(self, at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Sentences on one target: records of `eqknobs.evidence.wording.headline`. facts: of all stages."""
         ...
 
