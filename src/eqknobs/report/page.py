@@ -232,7 +232,10 @@ def _overview(
 ) -> str:
     config, targets = cfg["config"], cfg["targets"]
     summary = inputs.json("tables/summary.json")["targets"]
-    lines = [{**line, "target": target} for target in targets for line in summary[target]["headlines"]]
+    stages = [page["stage"] for page in frame["pages"]]
+    lines = [
+        {**line, "target": target} for target in targets for stage in stages for line in _lines(summary[target], stage)
+    ]
     opened: dict[str, list[str]] = {}
     for target in targets:
         model, _, site = target.partition(".")
