@@ -72,8 +72,6 @@ WAYS = {
     ".venv/bin/python benchmarks/moshi_speed.py --quick --out quick.csv": HELP,  # test_moshi_speed.py runs it
     "python tools/synthesise.py training work/speech --minutes 100": HELP,
     "snakemake --cores 1 --configfile config/train-tiny-moshi.yaml": DRY,
-    "PYTHONPATH=src python tools/synthesise_agent.py work/agent 0 10000": "env PYTHONPATH=src python "
-    "tools/synthesise_agent.py --help",
     ".venv/bin/python benchmarks/speech_lm_answers.py": HELP,
     "eqknobs talk --model resources/models/tiny-moshi --audio resources/corpus/101/1101/101-1101-0000.flac --seconds 5 "
     '--greedy --text-prompt "Emily painted the small golden castle yesterday" '
