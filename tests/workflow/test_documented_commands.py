@@ -31,6 +31,7 @@ WAYS = {
     "make demo": DRY,
     "make format": DRY,
     "make lint": DRY,
+    "python tools/architecture.py": "{} --check",
     "make test": DRY,
     "make test-kernels": DRY,
     "make test-slow": DRY,
