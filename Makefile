@@ -33,6 +33,7 @@ lint: $(READY)
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
 	$(BIN)/python tools/make_env.py --check
+	$(BIN)/python tools/architecture.py --check
 	$(BIN)/python tools/config_table.py --check
 
 format: $(READY)

@@ -10,7 +10,7 @@ REPORT_INPUTS += expand(f"{RUN}/renders/{{target}}/codec/index.csv", target=HEAR
 
 rule codec_renders:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         saes=first_saes(lambda target: stage_saes(config, "codec", target)),
         model=model_files,
@@ -32,7 +32,7 @@ rule codec_renders:
             "codec_renders",
             lambda wildcards: {
                 **opened(wildcards),
-                **but(config["codec"], "saes", "targets"),
+                **but(config["codec"], "saes", "targets", "corpora"),
             },
             model=model_files,
             sounds=sounds_of("codec"),

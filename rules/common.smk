@@ -226,6 +226,12 @@ def asr_files(wildcards):
     return ancient(sorted(str(file) for file in folder.glob("*") if file.is_file()))
 
 
+def originals_file(corpus):
+    """Transcripts of a corpus's untouched test clips."""
+    name = "originals" if corpus == SPEECH else f"originals.{corpus}"
+    return f"{RUN}/scores/{name}.csv"
+
+
 def corpus_data(wildcards):
     """The configuration of the corpus that a rule draws, of speech where it has no such wildcard."""
     return corpus_config(config, wildcards.get("corpus", SPEECH))

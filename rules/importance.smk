@@ -11,7 +11,7 @@ REPORT_INPUTS += expand(f"{RUN}/renders/{{target}}/importance/index.csv", target
 
 rule importance_renders:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         saes=first_saes(lambda target: [config["importance"]["sae"]]),
         model=model_files,
@@ -35,7 +35,7 @@ rule importance_renders:
             "importance_renders",
             lambda wildcards: {
                 **opened(wildcards),
-                **but(config["importance"], "targets"),
+                **but(config["importance"], "targets", "corpora"),
                 "seed": SEED,
             },
             model=model_files,

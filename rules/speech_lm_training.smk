@@ -3,8 +3,40 @@ SPEECH_LM = f"{RUN}/speech_lm"
 FINAL = SPOKEN = f"{RUN}/tables/speech_lm.csv"
 
 
+rule speech_lm_speech:
+    input:
+        script=code("speech_lm_speech.py"),
+    output:
+        f"{RUN}/speech.csv",
+    log:
+        f"{RUN}/logs/speech_lm_speech.log",
+    benchmark:
+        f"{RUN}/benchmarks/speech_lm_speech.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    params:
+        cfg=cfg(
+            "speech_lm_speech",
+            lambda wildcards: {
+                **{
+                    key: config["speech_lm_training"][key]
+                    for key in ("speech", "synthesis")
+                },
+                "seed": SEED,
+            },
+        ),
+    message:
+        "Speak sentences to learn from"
+    script:
+        "../workflow/scripts/speech_lm_speech.py"
+
+
 rule speech_lm_training:
     input:
+        spoken=(
+            f"{RUN}/speech.csv" if "synthesis" in config["speech_lm_training"] else []
+        ),
         script=code("speech_lm_training.py"),
     output:
         weights=f"{SPEECH_LM}/model.safetensors",
@@ -21,7 +53,7 @@ rule speech_lm_training:
         cfg=cfg(
             "speech_lm_training",
             lambda wildcards: {
-                **but(config["speech_lm_training"], "scores"),
+                **but(config["speech_lm_training"], "scores", "synthesis"),
                 "seed": SEED,
             },
             data=speech_lm_files,

