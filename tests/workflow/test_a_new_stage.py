@@ -182,7 +182,7 @@ def test_its_settings_are_checked_and_null_switches_it_off(folder: Path) -> None
     assert done.returncode and "config: toy.longest: " in done.stdout + done.stderr  # of a dry run it may be either
     config["toy"] = None
     (folder / "off.yaml").write_text(yaml.safe_dump(config))
-    assert "toy" not in snakemake(folder, "-n", "--forceall", "--configfile", "off.yaml").stdout
+    assert "Count long clips" not in snakemake(folder, "-n", "--forceall", "--configfile", "off.yaml").stdout
 
 
 def test_contributing_lists_the_files() -> None:
