@@ -131,12 +131,13 @@ def _shown(environment: jinja2.Environment, contexts: dict[str, Context], about:
 
 
 def _shows(sections: Sequence[SectionModule], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """[{stage, title, about, tally}]: what the navigation and the overview say of the pages."""
+    """[{stage, title, about, plays, tally}]: what the navigation and the overview say of the pages."""
     return [
         {
             "stage": section.STAGE,
             "title": section.TITLE,
             "about": getattr(section, "ABOUT", ""),
+            "plays": hasattr(section, "played"),
             "tally": tally(line for own in facts.values() for line in _lines(own, section.STAGE)),
         }
         for section in sections
