@@ -153,6 +153,18 @@ def manifest_file(corpus):
     return f"{RUN}/{folder}/manifest.csv"
 
 
+def facts_file(corpus):
+    """`corpus.json` in the folder of a corpus, which says what kind of speech it is; None without a folder."""
+    path = corpus_config(config, corpus).get("path")
+    return str(Path(path) / "corpus.json") if path else None
+
+
+def corpus_facts(wildcards):
+    """Those of the run's corpora, where they have any."""
+    files = [facts_file(corpus) for corpus in CORPORA]
+    return ancient(sorted({file for file in files if file and Path(file).is_file()}))
+
+
 def really_runs():
     """Not a dry run, nor --summary, --dag and their like."""
     return workflow.executor_plugin is not None and not workflow.dryrun

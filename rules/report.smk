@@ -34,7 +34,9 @@ rule tables:
 
 rule report:
     input:
+        manifests=lambda wildcards: [manifest_file(corpus) for corpus in CORPORA],
         manifest=f"{RUN}/manifest/manifest.csv",
+        corpora=corpus_facts,
         rejected=f"{RUN}/manifest/rejected.csv",
         training=training_records,
         tables=expand(f"{RUN}/tables/{{table}}.csv", table=TABLES),
@@ -44,7 +46,7 @@ rule report:
         script=code("report.py"),
     output:
         f"{RUN}/report/index.html",
-        # The page and its sounds, as Snakemake's own report is to hold them.
+        # The pages and their sounds, as Snakemake's own report is to hold them.
         report(
             directory(f"{RUN}/report"),
             htmlindex="index.html",
@@ -71,9 +73,17 @@ rule report:
                     for name in bundled_models(config)
                 },
                 "bundled_speech": bundled_speech(config),
+                "corpora": {
+                    corpus: {
+                        "manifest": manifest_file(corpus),
+                        "facts": facts_file(corpus),
+                    }
+                    for corpus in CORPORA
+                },
             },
             sounds=page_sounds,
             training=training_records,
+            corpora=corpus_facts,
         ),
     message:
         "Write the report"

@@ -1,8 +1,8 @@
 """Copy a finished run's tables and report figures to docs/results, and write its README.md from the run's summary:
 `python tools/collect_results.py bundled-full`.
 
-The figures are the page's own drawings, with its light colours written in. With Chromium at hand the page's head and
-its players are pictured too (README.md shows them), with the text between them left out.
+The figures are the pages' own drawings, with their light colours written in. With Chromium at hand the overview's head
+and its player are pictured too (README.md shows them), with the text between them left out.
 """
 
 import json
@@ -47,13 +47,15 @@ def findings(summary: dict) -> str:
 def main(run: str) -> None:
     source, out = ROOT / "results" / run, ROOT / "docs/results"
     page = (source / "report/index.html").read_text()
+    stages = dict.fromkeys(re.findall(r'<a href="(\w+\.html)"', page))  # in the order of the navigation
+    pages = "".join((source / "report" / name).read_text() for name in stages)
     shutil.rmtree(out / "tables", ignore_errors=True)
     shutil.rmtree(out / "figures", ignore_errors=True)
     shutil.copytree(source / "tables", out / "tables")
     (out / "figures").mkdir(parents=True)
     root = re.search(r":root\s*\{(.*?)\}", page, re.S)
     colours = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", root[1] if root else ""))
-    for number, match in enumerate(re.finditer(r'<svg role="img" aria-label="([^"]*)".*?</svg>', page, re.S), 1):
+    for number, match in enumerate(re.finditer(r'<svg role="img" aria-label="([^"]*)".*?</svg>', pages, re.S), 1):
         drawing = re.sub(r"var\((--[\w-]+)\)", lambda m: colours[m[1]], match[0])
         drawing = drawing.replace("<svg ", f'<svg style="background:{colours["--card"]}" ', 1)
         name = re.sub(r"[^a-z0-9]+", "-", match[1].lower()).strip("-")[:60]
@@ -65,7 +67,9 @@ def main(run: str) -> None:
     if shutil.which("chromium"):
         with tempfile.TemporaryDirectory() as profile:
             shortened = Path(profile) / "page.html"
-            shortened.write_text(page.replace("</head>", "<style>#findings, #proof {display: none}</style></head>", 1))
+            shortened.write_text(
+                page.replace("</head>", "<style>#findings, #pages, #proof {display: none}</style></head>", 1)
+            )
             size = ["--window-size=1180,1130", f"--user-data-dir={profile}", f"--screenshot={out / 'report.png'}"]
             subprocess.run(["chromium", *CHROMIUM.split(), *size, shortened.as_uri()], check=True)
 

@@ -16,6 +16,7 @@ from eqknobs.io import write_csv, write_json
 from eqknobs.plan import bundled
 from eqknobs.report.page import write_report
 from eqknobs.report.tables import write_tables
+from helpers import ROOT
 
 TARGET = "tiny-mimi.encoder_transformer"
 RATE, WIDTH, FEATURES = 16000, 48, 192
@@ -317,5 +318,9 @@ def make_report(run: Path, config: dict[str, Any], out: Path, ours: bool = True)
     """Write its report; ours: whether the speech is that of this project."""
     path = Path(config["models"]["tiny-mimi"]["path"])
     training = {"tiny-mimi": str(path / "training.json")} if bundled(path) else {}
-    cfg = {**tables_cfg(config), "config": config, "training": training, "bundled_speech": ours}
-    write_report(inputs_of(run, config), cfg, out)
+    facts = ROOT / "resources/corpus/corpus.json"
+    corpora = {"speech": {"manifest": "manifest/manifest.csv", "facts": str(facts) if ours else None}}
+    cfg = {"config": config, "training": training, "bundled_speech": ours, "corpora": corpora}
+    inputs = inputs_of(run, config)
+    inputs.declared.add(facts)
+    write_report(inputs, tables_cfg(config) | cfg, out)

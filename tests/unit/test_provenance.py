@@ -144,6 +144,12 @@ def test_lost_sounds_of_a_page(tmp_path: Path) -> None:
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio/a b&c.flac").touch()
     assert Digests(tmp_path / "other").of_sounds(page) == ""
+    (tmp_path / "codec.html").write_text('<a href="index.html">x</a><a href="audio/of%20codec.flac">a</a>')
+    assert Digests(tmp_path / "third").of_sounds(page)
+    (tmp_path / "audio/of codec.flac").touch()
+    assert Digests(tmp_path / "fourth").of_sounds(page) == ""
+    page.write_text('<a href="codec.html">x</a><a href="probes.html#a">x</a><a href="saes.html">x</a>')
+    assert Digests(tmp_path / "fifth").of_sounds(page)
 
 
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:

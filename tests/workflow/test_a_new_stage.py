@@ -179,7 +179,7 @@ def test_a_new_stage_reaches_table_and_report(folder: Path) -> None:
 def test_its_settings_are_checked_and_null_switches_it_off(folder: Path) -> None:
     config = yaml.safe_load((folder / "config/config.yaml").read_text())
     done = snakemake(folder, "-n", "--config", "toy={longest: -1}", check=False)
-    assert done.returncode and "config: toy.longest: " in done.stderr
+    assert done.returncode and "config: toy.longest: " in done.stdout + done.stderr  # of a dry run it may be either
     config["toy"] = None
     (folder / "off.yaml").write_text(yaml.safe_dump(config))
     assert "toy" not in snakemake(folder, "-n", "--forceall", "--configfile", "off.yaml").stdout

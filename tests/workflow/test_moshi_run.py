@@ -88,7 +88,8 @@ def test_probes_ran_on_activations_and_on_log_mel(run: tuple[Path, dict, str]) -
 
 def test_the_report_shows_probes_and_nothing_that_was_not_run(run: tuple[Path, dict, str]) -> None:
     folder, config, name = run
-    page = (folder / f"results/{name}/report/index.html").read_text()
+    pages = (folder / f"results/{name}/report").glob("*.html")
+    page = "".join(path.read_text() for path in pages)
     for target in config["run"]["targets"]:
         assert target in page
     assert "Spectral centroid: the probe on raw latents names the right class in" in page

@@ -1,4 +1,5 @@
-"""The report in Chromium, from disk, with the network off: the knob turns, the sound goes on, nothing is fetched."""
+"""The report's pages in Chromium, from disk, with the network off: the knob turns, the sound goes on, a cell of the
+matrix tells its sentence, nothing is fetched."""
 
 import json
 import os
@@ -21,11 +22,11 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The report of EQKNOBS_RESULTS where that is set, else of random scores and tones."""
+def report(tmp_path_factory):
+    """The folder of the report of EQKNOBS_RESULTS where that is set, else of random scores and tones."""
     given = os.environ.get("EQKNOBS_RESULTS")
     if given:
-        return Path(given).resolve() / "report" / "index.html"
+        return Path(given).resolve() / "report"
     from helpers.results_fixture import make_report, make_results, make_tables
 
     root = tmp_path_factory.mktemp("browser")
@@ -33,12 +34,13 @@ def page(tmp_path_factory):
     run = root / "results" / "run"
     make_tables(run, config)
     make_report(run, config, run / "report")
-    return run / "report" / "index.html"
+    return run / "report"
 
 
 @pytest.fixture
-def browser(page):
-    """Chromium as a phone of 390 px on the page; afterwards no console error and no request may have been made."""
+def browser(report):
+    """Chromium as a phone of 390 px on the page of players; afterwards no console error and no request may have been
+    made, by whatever page the test opened."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -58,6 +60,7 @@ def browser(page):
             "Network.emulateNetworkConditions",
             {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
         )
+        page = report / "steering.html"
         driver.get(page.as_uri())
         yield driver
         assert [line for line in driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
@@ -161,16 +164,60 @@ def test_every_sound_of_the_page_decodes(browser):
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_page_does_not_scroll_sideways_on_a_phone(browser, opened):
-    if opened:
-        browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    width, inner, wide = browser.execute_script(
-        "const w = document.documentElement.clientWidth;"
-        "return [document.documentElement.scrollWidth, window.innerWidth, [...document.body.querySelectorAll('*')]"
-        ".filter((e) => e.getBoundingClientRect().right > w + 1 && !e.closest('.scroll, nav, pre, svg'))"
-        ".map((e) => e.tagName + '.' + e.className)]"
-    )
-    assert (width, inner, wide) == (390, 390, [])
+def test_no_page_scrolls_sideways_on_a_phone(browser, report, opened):
+    pages = sorted(report.glob("*.html"))
+    assert len(pages) > 4
+    for page in pages:
+        browser.get(page.as_uri())
+        if opened:
+            browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        width, inner, wide = browser.execute_script(
+            "const w = document.documentElement.clientWidth;"
+            "return [document.documentElement.scrollWidth, window.innerWidth, [...document.body.querySelectorAll('*')]"
+            ".filter((e) => e.getBoundingClientRect().right > w + 1 && !e.closest('.scroll, nav, pre, svg'))"
+            ".map((e) => e.tagName + '.' + e.className)]"
+        )
+        assert (width, inner, wide) == (390, 390, []), page.name
+
+
+def test_the_overview_plays_at_once_and_leads_to_every_page(browser, report):
+    browser.get((report / "index.html").as_uri())
+    until(browser, "return document.querySelector('.player audio').readyState >= 1", "sound loads")
+    button = browser.find_element("css selector", ".player .play")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
+    browser.execute_script("document.querySelector('.player audio').loop = true")
+    button.click()
+    until(browser, "return document.querySelector('.player audio').currentTime > 0.1", "it plays")
+    names = [link.get_attribute("href") for link in browser.find_elements("css selector", "nav a")]
+    assert {name.rpartition("/")[2] for name in names} == {page.name for page in report.glob("*.html")}
+    for name in names:
+        browser.get(name)
+        here = browser.find_element("css selector", "nav a[aria-current=page]")
+        assert here.get_attribute("href") == name and browser.find_element("css selector", "h1").text
+
+
+@pytest.mark.parametrize("by", ["tap", "keyboard"])
+def test_a_cell_of_the_matrix_tells_its_sentence(browser, report, by):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get((report / "probes.html").as_uri())
+    cell = browser.find_element("css selector", ".matrix .cell")
+    said = browser.find_element("id", cell.get_attribute("popovertarget"))
+    assert not said.is_displayed() and said.get_attribute("id") == cell.get_attribute("aria-describedby")
+    if by == "tap":
+        cell.click()
+    else:
+        cell.send_keys(Keys.ENTER)
+    until(browser, "return document.querySelector('.said:popover-open') !== null", "it opens")
+    assert said.is_displayed() and cell.get_attribute("title") in said.text
+    box = said.rect
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+    if by == "tap":
+        browser.execute_script("window.scrollTo(0, 0)")
+        browser.find_element("css selector", "h1").click()
+    else:
+        browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    until(browser, "return document.querySelector('.said:popover-open') === null", "it closes")
 
 
 def test_arms_without_a_strength_and_other_properties_can_be_chosen(browser):

@@ -286,6 +286,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         {("sae", "topk 0")} | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "a sound of the page lost": (remove("results/small/report/audio/*"), {("report", "")}),
+    "a stage's page lost": (remove("results/small/report/probes.html"), {("report", "")}),
     "a steered sound lost": (remove(f"results/small/renders/{TARGET}/steering/*/*.flac"), STEERING_RENDERS | TABLES),
     "library: not used by any stage": (edit_file("src/eqknobs/stages/codec_training/training.py", CODE), set()),
     "an SAE added": (edit_config(lambda c: c["saes"].update(extra=EXTRA)), trained("extra")),
@@ -415,13 +416,15 @@ def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run
     snakemake(finished_run, "--report", "report.zip")
     with zipfile.ZipFile(finished_run / "report.zip") as packed:
         names = set(packed.namelist())
-        (page,) = (name for name in names if name.endswith("/index.html"))
-        links = set(re.findall(r'href="([^"#:]+)"', packed.read(page).decode()))
-        assert len(links) > 20 and all(link.startswith("audio/") for link in links)
-        folder = page.removesuffix("index.html")
-        assert {folder + link for link in links} == names - {page, "report/report.html"}
-        sound = packed.read(folder + min(links))
-    assert sound == (finished_run / "results/small/report" / min(links)).read_bytes()
+        (index,) = (name for name in names if name.endswith("/index.html"))
+        folder = index.removesuffix("index.html")
+        pages = {name for name in names if name.startswith(folder) and name.endswith(".html")}
+        links = {link for page in pages for link in re.findall(r'href="([^"#:]+)', packed.read(page).decode())}
+        sounds = {link for link in links if link.startswith("audio/")}
+        assert len(sounds) > 20 and len(pages) > 5 and {folder + link for link in links - sounds} == pages
+        assert {folder + link for link in links} == names - {"report/report.html"}
+        sound = packed.read(folder + min(sounds))
+    assert sound == (finished_run / "results/small/report" / min(sounds)).read_bytes()
 
 
 def test_a_page_that_is_gone_is_written_again(pristine: Path) -> None:

@@ -52,7 +52,7 @@ class TablesModule(Protocol):
         """Tables, facts and comparisons of one target."""
         ...
 
-    def findings(self, at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+    def findings(self, at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         """Sentences on one target: records of `eqknobs.evidence.wording.headline`. facts: of all stages."""
         ...
 
@@ -61,7 +61,7 @@ class SectionModule(Protocol):
     """`stages/<stage>/section.py`, with `section.html.j2` beside it."""
 
     STAGE: str
-    TITLE: str  # in the navigation
+    TITLE: str  # of its page, and in the navigation; an `ABOUT`, where there is one, says in a line what stands there
     PUBLISHED: dict[str, tuple[list[str], list[list[str]]]]  # figures of others: name -> (head, rows)
     SOUNDS: bool  # whether the stage renders sound, which the report is to copy
 

@@ -1,5 +1,6 @@
 """Words for numbers: how sentences are made from the summary, phrased by the sign of each interval."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -61,7 +62,33 @@ def numbers(record: dict[str, Any], measure: Measure) -> str:
     )
 
 
-def headline(topic: str, verdict: str, text: str, detail: str = "") -> dict[str, str]:
+def headline(
+    topic: str,
+    verdict: str,
+    text: str,
+    detail: str = "",
+    cell: tuple[str, str] | None = None,
+    estimate: tuple[float, float, float] | None = None,
+) -> dict[str, Any]:
     """A finding. verdict: "positive" or "negative" (for the method's claims) where the interval excludes 0 and Holm's
-    correction holds, "undecided" where not, "measured" for figures that test no claim."""
-    return {"topic": topic, "verdict": verdict, "text": text, "detail": detail}
+    correction holds, "undecided" where not, "measured" for figures that test no claim.
+
+    cell: (row, column), the claim and the condition under which it stands in the report's matrix; without, it stands
+    below as a sentence. estimate: (value, low, high), the paired difference of a comparison, else what was measured.
+    """
+    line: dict[str, Any] = {"topic": topic, "verdict": verdict, "text": text, "detail": detail}
+    if cell is not None:
+        line |= dict(zip(("row", "column"), cell))
+    if estimate is not None and all(number is not None and math.isfinite(number) for number in estimate):
+        line |= dict(zip(("value", "low", "high"), estimate))
+    return line
+
+
+def difference(record: dict[str, Any]) -> tuple[float, float, float]:
+    """The `estimate` of a comparison's headline."""
+    return record["difference"], record["low"], record["high"]
+
+
+def estimated(row: dict[str, Any], name: str) -> tuple[float, float, float]:
+    """The `estimate` of a measured one, from a row of a table."""
+    return row[name], row[f"{name}_low"], row[f"{name}_high"]

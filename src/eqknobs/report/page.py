@@ -1,10 +1,12 @@
-"""One page that shows, plays and qualifies the results of a run; it opens from disk without a network.
+"""Pages that show, play and qualify the results of a run: an overview and one a stage; they open from disk without a
+network.
 
 What a stage shows is told by its own module; here are the frame, the players and the files.
 """
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import yaml
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context, SectionModule
+from eqknobs.evidence.wording import ends, number
 from eqknobs.io import atomic_path
 from eqknobs.report import players
+from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.probes import section as probes
@@ -24,10 +28,19 @@ from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
 from eqknobs.stages.steering import section as steering
 
-SECTIONS: tuple[SectionModule, ...] = (codec, saes, probes, steering, importance, speech_lm)  # in the order of the page
+SECTIONS: tuple[SectionModule, ...] = (
+    codec,
+    saes,
+    probes,
+    steering,
+    importance,
+    speech_lm,
+)  # in the order of the pages
 
 HERE = Path(__file__).parent
 MAX_PAGE = 25e6  # bytes
+# Kind of a model that comes with this project -> what it is, and the published one that it is not.
+BUNDLED_KINDS = {"mimi": ("codec", "kyutai's Mimi"), "moshi": ("speech LM", "kyutai's Moshi")}
 PACKAGES = "eqknobs torch transformers snakemake scikit-learn librosa faster-whisper resemblyzer torchcrepe".split()
 
 PUBLISHED_SOURCE = (
@@ -47,15 +60,31 @@ def _versions() -> dict[str, str]:
 
 
 def _bundled_models(inputs: Inputs, cfg: dict[str, Any], speakers: set[str]) -> list[dict[str, Any]]:
-    """[{name, heard, speech}] of the models that come with this project: which of the speakers each heard in its
-    training, and that speech in words. Its training.json names speakers of the bundled corpus: of another corpus it
-    says nothing."""
+    """[{name, kind, known, heard, speech}] of the models that come with this project: what such a model is, and of
+    which published one it is a small relative; which of the speakers it heard in its training, and that speech in
+    words. Its training.json names speakers of the bundled corpus: of another corpus it says nothing."""
     found = []
     for name, record in cfg["training"].items():
         training = inputs.json(record) if inputs.has(record) else {}
         heard = sorted({str(who) for who in training.get("voices_heard") or []} & speakers)
         speech = training.get("config", {}).get("description", "")
-        found.append({"name": name, "heard": heard if cfg["bundled_speech"] else [], "speech": speech})
+        kind, known = BUNDLED_KINDS.get(cfg["config"]["models"][name]["kind"], ("model", "larger models"))
+        heard = heard if cfg["bundled_speech"] else []
+        found.append({"name": name, "kind": kind, "known": known, "heard": heard, "speech": speech})
+    return found
+
+
+def _corpora(inputs: Inputs, cfg: dict[str, Any]) -> list[dict[str, Any]]:
+    """[{name, splits, synthetic, description}] of the corpora of the run; what its `corpus.json` says of each."""
+    found = []
+    for name, files in cfg["corpora"].items():
+        clips = inputs.csv(files["manifest"])
+        splits = clips.groupby("split").agg(clips=("id", "size"), speakers=("speaker", "nunique"), s=("seconds", "sum"))
+        order = [split for split in ("train", "val", "test") if split in splits.index]
+        splits = splits.loc[order + [split for split in splits.index if split not in order]]
+        facts = inputs.json(files["facts"]) if files["facts"] and inputs.has(files["facts"]) else {}
+        said = {"synthetic": bool(facts.get("synthetic")), "description": facts.get("description", "")}
+        found.append({"name": name, "splits": splits.reset_index().to_dict("records"), **said})
     return found
 
 
@@ -101,55 +130,137 @@ def _shown(environment: jinja2.Environment, contexts: dict[str, Context], about:
     }
 
 
-def write_report(inputs: Inputs, cfg: dict[str, Any], out_dir: str | Path) -> None:
-    """Write `out_dir/index.html` (self-contained) and `out_dir/audio/` (lossless sound files it links to).
+def _shows(sections: Sequence[SectionModule], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """[{stage, title, about, tally}]: what the navigation and the overview say of the pages."""
+    return [
+        {
+            "stage": section.STAGE,
+            "title": section.TITLE,
+            "about": getattr(section, "ABOUT", ""),
+            "tally": tally(line for own in facts.values() for line in _lines(own, section.STAGE)),
+        }
+        for section in sections
+    ]
 
+
+def _lines(facts: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    return [line for line in facts["headlines"] if line["stage"] == stage]
+
+
+def _playing(made: dict[str, list[dict[str, Any]]], media: dict[str, str]) -> dict[str, Any]:
+    """What a page with these players embeds, for its script: the players, and the sounds and pictures of them only."""
+    stops = [
+        stop
+        for players in made.values()
+        for player in players
+        for stop in (
+            *player["references"].values(),
+            *(stop for group in player["groups"] for arm in group["arms"] for stop in arm["stops"]),
+        )
+    ]
+    used = dict.fromkeys(key for stop in stops for key in (stop["sound"], stop["picture"]))
+    return {
+        "made": made,
+        "players": _script_json(made),
+        "media": _script_json({key: media[key] for key in used}),
+    }
+
+
+def write_report(inputs: Inputs, cfg: dict[str, Any], out_dir: str | Path) -> None:
+    """Write `out_dir/index.html`, a page a stage beside it (`<stage>.html`) and `out_dir/audio/`.
+
+    The pages are self-contained but for links to one another and to the lossless sounds in `audio/`.
     cfg: `config` (the whole configuration), `targets` and `stages` as in `write_tables`, `training` (bundled model ->
-    its training.json), `bundled_speech` (whether that names speakers of this corpus). Raises EqknobsError if the page
-    would be larger than 25 MB.
+    its training.json), `bundled_speech` (whether that names speakers of this corpus), `corpora` (name -> its `manifest`
+    and `facts`, a corpus.json or None). Raises EqknobsError if a page would be larger than 25 MB.
     """
-    out_dir, config = Path(out_dir), cfg["config"]
-    targets = cfg["targets"]
+    out_dir, config, targets = Path(out_dir), cfg["config"], cfg["targets"]
     summary = inputs.json("tables/summary.json")["targets"]
     contexts = {target: _contexts(inputs, cfg, summary[target], target) for target in targets}
     made, media, files = _listening(inputs, cfg, contexts, out_dir)
-    manifest = inputs.csv("manifest/manifest.csv")
-    corpus = manifest.groupby("split").agg(clips=("id", "size"), speakers=("speaker", "nunique"), s=("seconds", "sum"))
+    speakers = set(inputs.csv("manifest/manifest.csv")["speaker"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([HERE, HERE.parent / "stages"]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    bundled = _bundled_models(inputs, cfg, set(manifest["speaker"]))
-    about = {"published_source": PUBLISHED_SOURCE, "bundled_models": bundled}
-    used = {target.partition(".")[0] for target in targets}
-    page = environment.get_template("page.html.j2").render(
+    about = {
+        "published_source": PUBLISHED_SOURCE,
+        "bundled_models": _bundled_models(inputs, cfg, speakers),
+        "counted": counted,
+        "number": number,
+        "ends": ends,
+    }
+    html = {target: _shown(environment, at, about) for target, at in contexts.items()}
+    sections = [section for section in SECTIONS if any(section.STAGE in at for at in contexts.values())]
+    frame = {
         **about,
-        run=config["run"]["name"],
+        "run": config["run"]["name"],
+        "pages": _shows(sections, summary),
+        "several": len(targets) > 1,
+        "style": (HERE / "page.css").read_text(),
+        "script": (HERE / "page.js").read_text(),
+    }
+    for section in sections:
+        stage = section.STAGE
+        played = made if hasattr(section, "played") else {}
+        on_page = [
+            {"name": name, "matrix": matrix(_lines(summary[name], stage)), "html": parts[stage]}
+            for name, parts in html.items()
+            if stage in parts
+        ]
+        page = environment.get_template("page.stage.html.j2").render(
+            **frame,
+            here=stage,
+            title=section.TITLE,
+            targets=on_page,
+            playing=_playing({name: played[name] for name in played if stage in contexts[name]}, media),
+            files=[group for group in files if group["stage"] == stage],
+        )
+        _write(out_dir / f"{stage}.html", page)
+    _write(out_dir / "index.html", _overview(environment, inputs, cfg, frame, _playing(_first(made), media)))
+
+
+def _first(made: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Of all players the first one."""
+    return next(({target: players[:1]} for target, players in made.items() if players), {})
+
+
+def _overview(
+    environment: jinja2.Environment, inputs: Inputs, cfg: dict[str, Any], frame: dict[str, Any], playing: dict[str, Any]
+) -> str:
+    config, targets = cfg["config"], cfg["targets"]
+    summary = inputs.json("tables/summary.json")["targets"]
+    stages = [page["stage"] for page in frame["pages"]]
+    lines = [
+        {**line, "target": target} for target in targets for stage in stages for line in _lines(summary[target], stage)
+    ]
+    opened: dict[str, list[str]] = {}
+    for target in targets:
+        model, _, site = target.partition(".")
+        opened.setdefault(model, []).extend([site] if site else [])
+    return environment.get_template("page.index.html.j2").render(
+        **frame,
+        here="index",
         cfg=config,
-        models={name: model for name, model in config["models"].items() if name in used},
+        models={name: {**config["models"][name], "sites": sites} for name, sites in opened.items()},
         config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
-        targets=[
-            {"name": name, "facts": summary[name], "players": made[name], "html": _shown(environment, at, about)}
-            for name, at in contexts.items()
-        ],
-        sections=[section for section in SECTIONS if any(section.STAGE in at for at in contexts.values())],
-        corpus=corpus.reset_index().to_dict("records"),
+        findings=strongest(lines),
+        tally=tally(lines),
+        corpora=_corpora(inputs, cfg),
         rejected=len(inputs.csv("manifest/rejected.csv")),
-        bundled_speech=cfg["bundled_speech"],
-        counted=counted,
         versions=_versions(),
-        files=files,
-        style=(HERE / "page.css").read_text(),
-        script=(HERE / "page.js").read_text(),
-        players=_script_json(made),
-        media=_script_json(media),
+        playing=playing,
     )
-    if len(page.encode()) > MAX_PAGE:
-        raise EqknobsError(f"report: the page has {len(page.encode()) / 1e6:.0f} MB, more than 25; lower report.clips")
-    with atomic_path(out_dir / "index.html") as path:
-        path.write_text(page, encoding="utf-8")
+
+
+def _write(path: Path, page: str) -> None:
+    size = len(page.encode())
+    if size > MAX_PAGE:
+        raise EqknobsError(f"report: {path.name} has {size / 1e6:.0f} MB, more than 25; lower report.clips")
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
 
 
 def _script_json(value: Any) -> str:

@@ -48,7 +48,7 @@ def _target(inputs: Inputs, target: str, cfg: dict[str, Any], tables: dict[str, 
         comparisons += found.comparisons
         ran.append((stage, at))
     facts["comparisons"] = with_holm(comparisons)
-    facts["headlines"] = [line for stage, at in ran for line in stage.findings(at, facts)]
+    facts["headlines"] = [{"stage": stage.STAGE, **line} for stage, at in ran for line in stage.findings(at, facts)]
     return facts
 
 

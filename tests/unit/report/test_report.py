@@ -1,6 +1,7 @@
-"""The page as a file: self-contained, complete, honest; what it does in a browser is tested in tests/workflow."""
+"""The pages as files: self-contained, complete, honest; what they do in a browser is tested in tests/workflow."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -15,11 +16,15 @@ import soundfile as sf
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence.drawing import look
 from eqknobs.evidence.inputs import Inputs
+from eqknobs.evidence.wording import ends, number
 from eqknobs.io import read_csv
 from eqknobs.report import page as report
 from eqknobs.report import players as playing
+from eqknobs.report.findings import matrix, strongest, weight
 from eqknobs.report.page import SECTIONS
 from helpers.results_fixture import ALPHAS, TARGET, make_report, make_results, make_tables
+
+STAGES = ["codec", "saes", "probes", "steering", "importance"]  # those of the fixture
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,20 @@ def written(tmp_path_factory):
     run = root / "results" / "run"
     make_tables(run, config)
     make_report(run, config, run / "report")
-    return run, config, (run / "report" / "index.html").read_text()
+    return run, config, (run / "report" / "steering.html").read_text()
+
+
+def pages_of(folder) -> dict[str, str]:
+    """Page -> its HTML, the overview first."""
+    return {
+        name: (folder / f"{name}.html").read_text()
+        for name in ["index", *STAGES]
+        if (folder / f"{name}.html").is_file()
+    }
+
+
+def text_of(pages) -> str:
+    return " ".join(" ".join("".join(Page(page).text).split()) for page in pages.values())
 
 
 def block(page: str, name: str):
@@ -69,40 +87,52 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
-def test_page_is_self_contained_and_its_links_lead_somewhere(written):
-    run, _, page = written
-    parsed = Page(page)
-    outside = [ref for ref in parsed.refs if not ref.startswith(("#", "data:", "audio/"))]
-    assert outside == [] and "http-equiv" in page
-    assert not re.search(r"url\((?!#)", page.split("<script")[0])
-    files = [ref for ref in parsed.refs if ref.startswith("audio/")]
+def test_pages_are_self_contained_and_their_links_lead_somewhere(written):
+    run, _, _ = written
+    pages = pages_of(run / "report")
+    assert list(pages) == ["index", *STAGES] and {p.stem for p in (run / "report").glob("*.html")} == set(pages)
+    parsed = {name: Page(page) for name, page in pages.items()}
+    files = []
+    for name, page in pages.items():
+        outside = {ref for ref in parsed[name].refs if not ref.startswith(("#", "data:", "audio/"))}
+        for ref in outside:
+            other, _, anchor = ref.partition(".html#")
+            assert not anchor or anchor in parsed[other].ids
+        assert {ref.partition(".html")[0] for ref in outside} == set(pages) and "http-equiv" in page
+        assert not re.search(r"url\((?!#)", page.split("<script")[0])
+        files += [ref for ref in parsed[name].refs if ref.startswith("audio/")]
+        assert {ref[1:] for ref in parsed[name].refs if ref.startswith("#")} <= set(parsed[name].ids)
+        said = [own for own in parsed[name].ids if own.startswith("said-")]
+        assert len(set(said)) == len(said)
+        assert f'<a href="{name}.html" aria-current="page">' in page and len(page.encode()) < 25e6
     assert len(files) > 80 and all((run / "report" / file).is_file() for file in files)
     assert {f"audio/{p.name}" for p in (run / "report" / "audio").iterdir()} == set(files)
-    anchors = {ref[1:] for ref in parsed.refs if ref.startswith("#")}
-    assert anchors <= set(parsed.ids)
-    assert len(page.encode()) < 25e6
 
 
-def test_every_headline_and_every_table_stands_on_the_page(written):
-    run, _, page = written
-    text = " ".join("".join(Page(page).text).split())
+def test_every_headline_and_every_table_stands_on_its_page(written):
+    run, _, _ = written
+    pages = pages_of(run / "report")
+    text = text_of(pages)
     summary = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
     for line in summary["headlines"]:
-        assert line["text"] in text and line["detail"] in text
+        here = text_of({line["stage"]: pages[line["stage"]]})
+        assert line["text"] in here and line["detail"] in here
     published = [figures for section in SECTIONS for figures in section.PUBLISHED.values()]
     for head, rows in published:
         assert all(" ".join(cell.split()) in text for cell in (*head, *(c for row in rows for c in row)))
     assert text.count("Published by others") == len(published) == 6
     for words in ("What these numbers prove", "The speech is synthetic", "target not reached", "Configuration"):
-        assert words in text or words in page
-    assert page.count("<svg ") == 4 + 3 + 5 + 5  # dictionaries, probes, steering, importance
+        assert words in text or words in pages["steering"]
+    drawn = {name: page.count("<svg ") for name, page in pages.items()}
+    assert drawn == {"index": 0, "codec": 0, "saes": 4, "probes": 3, "steering": 5, "importance": 5}
     assert "bootstrap: 200" in text and "torch" in text
-    for name in re.findall(r"#0a0[bc]..", page):
+    for name in re.findall(r"#0a0[bc]..", "".join(pages.values())):
         raise AssertionError(f"stand-in colour {name} left in a drawing")
 
 
 def test_captions_say_what_the_configuration_says(written, tmp_path):
-    run, config, page = written
+    run, config, _ = written
+    page = "".join(pages_of(run / "report").values())
     assert "12 quantile bins; 95 % intervals" in page and "20 quantile bins" not in page
     assert "dotted: training; pale: seed 1." in page
     run = shutil.copytree(run, tmp_path / "run")
@@ -111,7 +141,7 @@ def test_captions_say_what_the_configuration_says(written, tmp_path):
     rows = read_csv(run / "tables" / "sae.csv")
     rows[rows["seed"] == 0].to_csv(run / "tables" / "sae.csv", index=False)
     make_report(run, config, run / "report")
-    page = (run / "report" / "index.html").read_text()
+    page = "".join(pages_of(run / "report").values())
     assert "Thresholds .25 and .7 of the maximum.<" in page
     assert "dotted: training.<" in page and "Pale: seed" not in page
 
@@ -162,7 +192,7 @@ def test_long_clips_are_cut_to_the_budget_and_said_so(written, tmp_path, monkeyp
     run, config, _ = written
     monkeypatch.setattr(playing, "SOUND_BUDGET", 5e5)
     make_report(run, config, tmp_path / "out")
-    page = (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "steering.html").read_text()
     player = block(page, "players")[TARGET][0]
     assert player["cut"] and player["seconds"] < 1 and f"first {player['seconds']:.1f} s" in page
     monkeypatch.setattr(report, "MAX_PAGE", 1e5)
@@ -171,22 +201,99 @@ def test_long_clips_are_cut_to_the_budget_and_said_so(written, tmp_path, monkeyp
     assert not (tmp_path / "none" / "index.html").exists()
 
 
+def test_the_overview_plays_the_first_clip_and_holds_no_other_sound(written):
+    run, _, page = written
+    overview = pages_of(run / "report")["index"]
+    (player,) = block(overview, "players")[TARGET]
+    assert player == block(page, "players")[TARGET][0] and overview.count('class="player"') == 1
+    held = block(overview, "media")
+    stops = [stop for group in player["groups"] for arm in group["arms"] for stop in arm["stops"]]
+    stops += player["references"].values()
+    assert set(held) == {stop[kind] for stop in stops for kind in ("sound", "picture")}
+    assert len(held) < len(block(page, "media"))
+    assert not [name for name, other in pages_of(run / "report").items() if name in STAGES[:3] and "<script" in other]
+
+
+def test_a_cell_of_the_matrix_tells_verdict_value_interval_and_sentence(written):
+    run, _, _ = written
+    pages = pages_of(run / "report")
+    lines = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]["headlines"]
+    placed = [line for line in lines if "row" in line]
+    assert {line["stage"] for line in placed} == {"saes", "probes", "steering", "importance"}
+    words = {"positive": "supports", "negative": "against", "undecided": "not shown", "measured": "measured"}
+    for line in placed:
+        assert line["low"] <= line["value"] <= line["high"]
+        page = pages[line["stage"]]
+        assert f'<th scope="row">{html.escape(line["row"])}</th>' in page
+        assert f'<th scope="col">{html.escape(line["column"])}</th>' in page
+        sentence = html.escape(line["text"], quote=True).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+        button = re.search(
+            rf'<button[^>]* title="{re.escape(sentence)}">.*?</button>\s*<div popover.*?</div>', page, re.S
+        )[0]
+        signed = line["verdict"] != "measured"
+        assert f'class="cell v-{line["verdict"]}"' in button and f"{words[line['verdict']]}:</span>" in button
+        assert number(line["value"], signed) in button and ends(line["low"], line["high"], signed) in button
+        target = re.search(r'popovertarget="([^"]+)"', button)[1]
+        assert f'<div popover id="{target}"' in button and button.count(sentence) == 2
+
+
+def test_the_overview_says_what_was_opened_and_the_strongest_findings(written):
+    run, _, _ = written
+    page = pages_of(run / "report")["index"]
+    text = text_of({"index": page})
+    assert "encoder_transformer" in text and "val 6 clips · 3 speakers" in text and "test 12 clips" in text
+    lines = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]["headlines"]
+    shown = strongest([line | {"target": TARGET} for line in lines])
+    assert 5 <= len(shown) <= 8 and all(line["text"] in text for line in shown)
+    assert [section.TITLE for section in SECTIONS if f'href="{section.STAGE}.html"' in page][:5] == [
+        section.TITLE for section in SECTIONS[:5]
+    ]
+
+
+def line(verdict, value=None, half=1.0, row="r", stage="s", text="t"):
+    found = {"target": "a.b", "stage": stage, "verdict": verdict, "text": text, "row": row}
+    return found | ({} if value is None else {"value": value, "low": value - half, "high": value + half})
+
+
+def test_findings_are_ranked_by_their_evidence_for_and_against_in_turn():
+    ahead = [line("positive", value, row=f"p{value}") for value in (2, 9, 5, 7, 3)]
+    behind = [line("negative", -value, row=f"n{value}") for value in (4, 8, 20)]
+    behind.append(line("negative", -6, row="n20"))  # the same claim in another condition
+    rest = [line("measured", text=f"m{i}", stage="s" if i < 3 else "u") for i in range(4)] + [line("undecided", 99)]
+    found = strongest([*rest, *ahead, *behind])
+    assert [x.get("value") for x in found[:6]] == [-20, 9, -8, 7, -4, 5]
+    assert [x["text"] for x in found[6:]] == ["m0", "m3"] and found[0]["alike"] == 1 and found[1]["alike"] == 0
+    assert [x["verdict"] for x in strongest([line("undecided", 1), line("undecided", 3, row="q")])] == ["undecided"] * 2
+    assert weight(line("positive", 3, half=0.5)) == 6 and weight(line("positive", 3, half=0)) == float("inf")
+    assert strongest([]) == []
+
+
+def test_a_matrix_keeps_what_has_no_place_as_sentences():
+    placed = [line("measured", 1, row=row) | {"column": column} for row, column in ("ax", "ay", "bx", "bx")]
+    loose = [line("measured")]
+    found = matrix(placed + loose)
+    assert found["columns"] == ["x", "y"] and [row["name"] for row in found["rows"]] == ["a", "b"]
+    assert found["rows"][1]["cells"] == [placed[2], None] and found["sentences"] == [placed[3], *loose]
+    assert matrix(placed[:1] + loose) == {"columns": [], "rows": [], "sentences": placed[:1] + loose}
+
+
 def test_text_from_files_is_escaped(written, tmp_path):
     run = shutil.copytree(written[0], tmp_path / "run")
     path = run / "scores" / "originals.csv"
     path.write_text(path.read_text().replace("a b c", "</script><img src=x onerror=alert(1)>"))
     make_report(run, written[1], run / "report")
-    page = (run / "report" / "index.html").read_text()
-    assert "<img src=x" not in page and "&lt;img src=x" in page
+    for page in pages_of(run / "report").values():
+        assert "<img src=x" not in page
+    assert "&lt;img src=x" in (run / "report" / "steering.html").read_text()
 
 
 def test_a_model_that_cannot_decode_gets_a_page_without_sound(written, tmp_path):
     run, config, _ = written
     models = {"tiny-mimi": {**config["models"]["tiny-mimi"], "kind": "hubert"}}
     make_report(run, {**config, "models": models}, tmp_path)
-    page = (tmp_path / "index.html").read_text()
-    assert block(page, "players") == {TARGET: []} and "No target of this run" in page
-    Page(page)
+    pages = pages_of(tmp_path)
+    assert list(pages) == ["index", "saes", "probes"] and "No target of this run" in pages["index"]
+    assert not [page for page in pages.values() if "<script" in page or "audio/" in Page(page).refs]
 
 
 def test_clips_whose_ids_differ_in_special_characters_keep_their_own_sound(tmp_path):
@@ -233,7 +340,12 @@ def test_the_page_says_which_of_its_speakers_a_bundled_model_heard(written, tmp_
     assert "which of this corpus's speakers it heard, if any, is not recorded (Synthetic speech made by" in theirs
     assert "LibriSpeech train-clean-100" in theirs
     path.write_text(path.read_text().replace(",103,", ",t00,"))
+    assert "tiny-mimi is a small codec trained by this project" in ours
     assert "is not recorded" in about_training(run, config, tmp_path / "none")
+    moshi = {"tiny-mimi": {**model["tiny-mimi"], "kind": "moshi"}}
+    said = about_training(run, {**config, "models": moshi}, tmp_path / "moshi")
+    assert "tiny-mimi is a small speech LM trained by this project" in said and "inside this speech LM" in said
+    assert "Moshi" in said and "codec table" not in said and "Mimi on" not in said
 
 
 def test_one_is_not_said_in_the_plural(written, tmp_path):
@@ -247,6 +359,6 @@ def test_one_is_not_said_in_the_plural(written, tmp_path):
         index = run / "renders" / TARGET / stage / "index.csv"
         index.write_text("".join(x for x in index.read_text().splitlines(keepends=True) if "test1-" not in x))
     make_report(run, config, tmp_path / "out")
-    text = " ".join("".join(Page((tmp_path / "out" / "index.html").read_text()).text).split())
+    text = text_of(pages_of(tmp_path / "out"))
     assert "With 1 test speaker they say" in text and "1 speaker ·" in text and "1 test speaker and 3 clips" in text
     assert not re.search(r"\b1 (test )?(speakers|clips|files|arms|codebooks|dimensions)\b", text)

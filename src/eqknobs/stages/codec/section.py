@@ -9,6 +9,7 @@ from eqknobs.evidence import display
 from eqknobs.evidence.stage import Context
 
 STAGE, TITLE, SOUNDS = "codec", "Codec", True
+ABOUT = "What a round trip through the codec alone does to words, voice and spectrum."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "codec": (

@@ -16,7 +16,7 @@ from eqknobs.evidence.estimates import (
     table,
 )
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import ends, headline, number, sample
+from eqknobs.evidence.wording import ends, estimated, headline, number, sample
 from eqknobs.evidence.words import UNMEASURABLE, words_rule
 
 STAGE = "codec"
@@ -56,7 +56,7 @@ def tabulate(at: Context) -> Tabulated:
     return Tabulated({"codec": table(found, COLUMNS["codec"])}, {"words": words_rule(at)})
 
 
-def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """What the codec costs in words."""
     words = facts["words"]
     text = f"The codec alone, at {counted(words['codebooks'], 'codebook')}, costs a word error rate of "
@@ -64,4 +64,4 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
     if not words["measurable"]:
         text += f": above {words['threshold']}, so what an edit costs in words is {UNMEASURABLE}"
     detail = f"against the recogniser's own transcript of the untouched clip; {sample(words)}"
-    return [headline("codec", "measured", f"{text}.", detail)]
+    return [headline("codec", "measured", f"{text}.", detail, estimate=estimated(words, "wer"))]

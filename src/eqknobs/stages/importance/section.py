@@ -13,6 +13,7 @@ from eqknobs.evidence.wording import label
 from eqknobs.stages.importance.tables import MAPS, thresholds
 
 STAGE, TITLE, SOUNDS = "importance", "Importance", True
+ABOUT = "Which latent dimensions can go, against rival maps and random sets."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "importance": (

@@ -17,7 +17,7 @@ from eqknobs.evidence.estimates import (
     table,
 )
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import headline, numbers, said
+from eqknobs.evidence.wording import difference, headline, numbers, said
 from eqknobs.evidence.words import mark_words, words_rule
 
 STAGE = "importance"
@@ -90,7 +90,7 @@ def thresholds(importance: dict[str, Any]) -> str:
     return f"thresholds {low} and {high} of the maximum{same}"
 
 
-def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """How many dimensions the map calls expendable, and whether removing them costs less than removing others."""
     found, names = facts["importance"], {measure.name: measure for measure in MEASURES}
     text = f"The map calls {found['expendable']} of {found['width']} latent dimensions expendable, "
@@ -107,5 +107,6 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
         rival = "at random" if record["b"] == "random" else "by the raw-probe map"
         text = f"Removing the {counted(record['removed_dims'], 'dimension')} the map ranks lowest {words} removing as "
         text += f"many {rival}, in {measure.said}."
-        lines.append(headline("importance", verdict, text, numbers(record, measure)))
+        cell = (f"lowest {record['removed_dims']} removed, against as many {rival}", measure.said)
+        lines.append(headline("importance", verdict, text, numbers(record, measure), cell, difference(record)))
     return lines

@@ -14,6 +14,7 @@ from eqknobs.evidence.wording import PROPERTIES, label
 from eqknobs.stages.probes.tables import SPACES
 
 STAGE, TITLE, SOUNDS = "probes", "Probes", False
+ABOUT = "What linear probes read in each space, beside majority, shuffled labels and the spectrum."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "probes": (

@@ -8,7 +8,18 @@ import pandas as pd
 from eqknobs.evidence.comparisons import compare
 from eqknobs.evidence.estimates import Measure, counts, divide, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import PROPERTIES, ends, headline, label, number, numbers, said, sample
+from eqknobs.evidence.wording import (
+    PROPERTIES,
+    difference,
+    ends,
+    estimated,
+    headline,
+    label,
+    number,
+    numbers,
+    said,
+    sample,
+)
 
 STAGE = "probes"
 COLUMNS = {
@@ -109,7 +120,7 @@ def _classes(row: dict[str, Any]) -> str:
     return "categories" if row["binning"] == "category" else "quantile bins"
 
 
-def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Whether the SAEs' probes read more than their rivals; without SAEs, what the latents' own probes read."""
     if not facts.get("sae"):
         return _readable(facts)
@@ -124,11 +135,12 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
         name = PROPERTIES.get(record["property"], record["property"])
         text = f"{name}: the probe on {label(record['a'], SPACES)} {words} the one on {label(record['b'], SPACES)}."
         detail = f"{numbers(record, ACCURACY)}; {_nulls(null)}; {_classes(null)}"
-        lines.append(headline("probe", verdict, text, detail))
+        cell = (f"{label(record['a'], SPACES)} over {label(record['b'], SPACES)}", f"{name}, accuracy")
+        lines.append(headline("probe", verdict, text, detail, cell, difference(record)))
     return lines
 
 
-def _readable(facts: dict[str, Any]) -> list[dict[str, str]]:
+def _readable(facts: dict[str, Any]) -> list[dict[str, Any]]:
     lines = []
     spaces = {(row["space"], row["property"]): row for row in facts["probes"]}
     for (space, name), row in spaces.items():
@@ -138,5 +150,7 @@ def _readable(facts: dict[str, Any]) -> list[dict[str, str]]:
         text += f"{number(row['accuracy'])} {ends(row['accuracy_low'], row['accuracy_high'])} of the frames"
         if rival := spaces.get(("logmel", name)):
             text += f"; the one on {label('logmel', SPACES)} in {number(rival['accuracy'])}"
-        lines.append(headline("probe", "measured", f"{text}.", f"{_nulls(row)}; {sample(row)}; {_classes(row)}"))
+        detail = f"{_nulls(row)}; {sample(row)}; {_classes(row)}"
+        cell = (label(space, SPACES), f"{PROPERTIES.get(name, name)}, accuracy")
+        lines.append(headline("probe", "measured", f"{text}.", detail, cell, estimated(row, "accuracy")))
     return lines

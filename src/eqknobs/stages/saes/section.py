@@ -10,6 +10,7 @@ from eqknobs.evidence.drawing import figure, legend, sae_hue
 from eqknobs.evidence.stage import Context
 
 STAGE, TITLE, SOUNDS = "saes", "Dictionaries", False
+ABOUT = "How sparse the dictionaries are and what they leave unexplained, over seeds."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "sae": (

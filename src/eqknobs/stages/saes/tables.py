@@ -4,7 +4,7 @@ from typing import Any
 
 from eqknobs.evidence.estimates import Measure, counts, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import ends, headline, number, sample
+from eqknobs.evidence.wording import ends, estimated, headline, number, sample
 
 STAGE = "saes"
 COLUMNS = {
@@ -34,7 +34,7 @@ def tabulate(at: Context) -> Tabulated:
     return Tabulated({"sae": rows}, {"sae": records(rows[first].drop(columns=["dead_share"]))})
 
 
-def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Whether each SAE is sparse, and what it leaves unexplained."""
     lines = []
     for row in facts["sae"]:
@@ -43,5 +43,6 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
         text += f"{row['l0']:.1f} of {row['d_sae']} "
         text += f"features fire in a frame ({share:.1%}). It leaves {number(row['fvu'])} of the variance unexplained."
         detail = f"FVU {ends(row['fvu_low'], row['fvu_high'])}; {sample(row)}; called sparse up to {DENSE_SHARE:.0%}"
-        lines.append(headline("sae", "measured", text, detail))
+        cell = (f"SAE {row['sae']}", "variance unexplained")
+        lines.append(headline("sae", "measured", text, detail, cell, estimated(row, "fvu")))
     return lines

@@ -14,6 +14,7 @@ from eqknobs.evidence.stage import Context
 from eqknobs.io import require_renders
 
 STAGE, TITLE, SOUNDS = "speech_lm", "Speech LM", False
+ABOUT = "What the speech LM says when it is told sentences, and its answers to listen to."
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {}  # nobody has scored such edits by what a model says
 HEARD = (("wer_monologue", "orange", "heard against monologue"), ("wer_prompt", "blue", "monologue against prompt"))
 

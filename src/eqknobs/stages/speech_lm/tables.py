@@ -10,7 +10,7 @@ import pandas as pd
 
 from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import ends, headline, number
+from eqknobs.evidence.wording import ends, estimated, headline, number
 
 STAGE = "speech_lm"
 MEASURES = (
@@ -54,7 +54,7 @@ def tabulate(at: Context) -> Tabulated:
     return Tabulated({"speech_lm": rows}, {"answers": records(rows)})
 
 
-def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """How clearly the model speaks, beside its codec; whether it says what it was told; what zeroed heads change."""
     lines = []
     for row in facts["answers"]:
@@ -68,5 +68,6 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
         text += f"{number(row['wer_prompt'])} {ends(row['wer_prompt_low'], row['wer_prompt_high'])}."
         detail = f"codec alone {number(row['codec_wer'])}; nearer to the voice it was asked for "
         detail += f"{row['voice_right']:.0%}; {row['answers']} answers, {row['seeds']} seeds, {row['speakers']} voices"
-        lines.append(headline("speech_lm", "measured", text, detail))
+        cell = (row["condition"].replace("heads_zeroed_", "heads off, share "), "WER, heard against monologue")
+        lines.append(headline("speech_lm", "measured", text, detail, cell, estimated(row, "wer_monologue")))
     return lines

@@ -14,6 +14,7 @@ from eqknobs.evidence.wording import PROPERTIES, label
 from eqknobs.stages.steering.tables import ARMS
 
 STAGE, TITLE, SOUNDS = "steering", "Steering", True
+ABOUT = "Directions turned at a matched shift, what they cost, and players to hear them."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "sweep": (

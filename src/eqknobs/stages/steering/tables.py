@@ -20,7 +20,7 @@ from eqknobs.evidence.estimates import (
     table,
 )
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import headline, label, listed, numbers, said
+from eqknobs.evidence.wording import difference, headline, label, listed, numbers, said
 from eqknobs.evidence.words import mark_words, words_rule
 
 STAGE = "steering"
@@ -96,7 +96,7 @@ def tabulate(at: Context) -> Tabulated:
     return Tabulated({"steering": rows}, facts, _compared(at, scores, words["measurable"]))
 
 
-def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, str]]:
+def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Which arms reach the shift, and whether the SAEs' cost less than the raw-latent direction."""
     arms = facts["steering"]
     if not arms:
@@ -128,10 +128,11 @@ def _is_claim(record: dict[str, Any]) -> bool:
     )
 
 
-def _finding(record: dict[str, Any]) -> dict[str, str]:
+def _finding(record: dict[str, Any]) -> dict[str, Any]:
     verdict, words = said(record)
     if record["a"] == "dsp_lowpass":  # a plain filter that beats the direction is bad news for the knob
         verdict = {"positive": "negative", "negative": "positive"}.get(verdict, verdict)
     measure = COMPARED[record["measure"]]
     text = f"At the matched shift, in {measure.said}, the {label(record['a'], ARMS)} {words} the raw-latent one."
-    return headline("steering", verdict, text, numbers(record, measure))
+    cell = (f"{label(record['a'], ARMS)}, against the raw-latent one", measure.said)
+    return headline("steering", verdict, text, numbers(record, measure), cell, difference(record))
