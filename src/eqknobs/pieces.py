@@ -44,6 +44,8 @@ class Pieces:
 
         Whoever writes there does so atomically. made_of: as of `json`.
         """
+        if self.folder is None:
+            raise ValueError("this store keeps nothing")
         made_of = made_of if self.made_of is None else [self.made_of, made_of]
         key = hashlib.sha256(json.dumps([kind, made_of], sort_keys=True).encode()).hexdigest()
         return self.folder / kind / key[:2] / f"{key[2:]}{suffix}"
@@ -63,7 +65,7 @@ class Pieces:
             with np.load(path) as file:
                 return dict(file)
 
-        def write(path: Path, value: dict[str, np.ndarray]) -> None:
+        def write(path: Path, value: Any) -> None:
             with path.open("wb") as file:
                 np.savez(file, **value)
 

@@ -20,6 +20,7 @@ SHORT = {
     "validation": 2,
     "speech": "speech",
     "synthesis": None,
+    "start": None,
 }
 SCORES = {
     "answers": 3,

@@ -25,8 +25,8 @@ class Property:
     of_speakers: bool = True
 
 
-def _category(name: str, title: str, source: str, **more: bool) -> Property:
-    return Property(name, title, source, "category", "clip", binnings=("category",), **more)
+def _category(name: str, title: str, source: str, of_speakers: bool = True) -> Property:
+    return Property(name, title, source, "category", "clip", binnings=("category",), of_speakers=of_speakers)
 
 
 _LIST = (

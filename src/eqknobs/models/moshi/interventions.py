@@ -42,16 +42,15 @@ def editing(net: MoshiNet, site: str, edit: Callable[[Tensor], Tensor]) -> Itera
     """
     kind, _, number = site.partition(".")
     layer = net.layers[int(number)] if number.isdecimal() and int(number) < len(net.layers) else None
-    if layer is None or kind not in ("residual", "heads") or (kind == "heads" and not layer.self_attn.heads):
+    out = None if layer is None else layer.self_attn.out_proj  # none where no head is left
+    if layer is None or kind not in ("residual", "heads") or (kind == "heads" and out is None):
         raise EqknobsError(
             f"a Moshi of {len(net.layers)} layers has no site {site!r} (residual.<layer>, heads.<layer>)"
         )
-    if kind == "residual":
+    if out is None or kind == "residual":
         hook = layer.register_forward_hook(lambda _module, _inputs, acts: checked(edit, acts, site))
     else:
-        hook = layer.self_attn.out_proj.register_forward_pre_hook(
-            lambda _module, inputs: (checked(edit, inputs[0], site),)
-        )
+        hook = out.register_forward_pre_hook(lambda _module, inputs: (checked(edit, inputs[0], site),))
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ With f = encode(x), the z-scoring inside the SAE, and a = alpha_raw, an arm repl
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -382,7 +382,7 @@ def calibrate_steering(
     cache_h5: str | Path,
     labels_h5: str | Path,
     sae_dirs: dict[str, Path],
-    probes: dict[str, ProbeFiles],
+    probes: Mapping[str, ProbeFiles],
     out_json: str | Path,
     out_csv: str | Path,
     cfg: dict[str, Any],
@@ -525,7 +525,7 @@ def render_steering(
     cache_h5: str | Path,
     labels_h5: str | Path,
     sae_dirs: dict[str, Path],
-    probes: dict[str, ProbeFiles],
+    probes: Mapping[str, ProbeFiles],
     calibration_json: str | Path,
     out_dir: str | Path,
     signal_csv: str | Path,
