@@ -1,22 +1,13 @@
 """Checks of targets and of what their models can do, as far as a local folder's config.json tells."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from eqknobs.errors import EqknobsError
+from eqknobs.models.sites import LAYERS, read_facts
 from eqknobs.plan import parse_target, stage_targets
 
-# Per kind: its sites without layers, and its sites with layers -> the key of config.json that counts them.
-SITES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "mimi": (("encoder_transformer",), {"encoder_layer": "num_hidden_layers"}),
-    "encodec": (("encoder",), {}),
-    "dac": (("encoder",), {}),
-    "hubert": ((), {"layer": "num_hidden_layers"}),
-    "whisper": ((), {"layer": "encoder_layers"}),
-    "moshi": ((), {"residual": "num_layers", "heads": "num_layers"}),
-}
 CODEBOOKS = {"mimi": "num_quantizers", "dac": "n_codebooks"}  # the key of config.json that counts them
 
 
@@ -43,12 +34,12 @@ def check(config: dict[str, Any]) -> None:
 
 
 def _check_site(model: dict[str, Any], target: str, site: str) -> None:
-    whole, layered = SITES[model["kind"]]
+    known = LAYERS[model["kind"]]
     place, _, layer = site.partition(".")
-    if not (site in whole or (place in layered and re.fullmatch("[0-9]+", layer))):
-        sites = " and ".join([*whole, *(f"{place}.<layer>" for place in layered)])
+    if not (site in known.single or (place in known.stacks and re.fullmatch("[0-9]+", layer))):
+        sites = " and ".join([*known.single, *(f"{stack}.<layer>" for stack in known.stacks)])
         raise EqknobsError(f"config: run.targets: {target!r}: the sites of a {model['kind']} are {sites}")
-    count = _facts(model).get(layered.get(place, ""))
+    count = _facts(model).get(known.count)
     if layer and isinstance(count, int) and int(layer) >= count:
         raise EqknobsError(f"config: run.targets: {target!r}: the model has layers 0 to {count - 1}")
 
@@ -64,9 +55,5 @@ def check_codebooks(config: dict[str, Any], key: str, wanted: int | None, target
 
 
 def _facts(model: dict[str, Any]) -> dict[str, Any]:
-    """The model's config.json where it is in a folder; what is wrong with it, loading says better."""
-    try:
-        found = json.loads((Path(model["path"]) / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """The model's config.json where it is in a folder."""
+    return read_facts(Path(model["path"]) / "config.json")

@@ -18,18 +18,18 @@ class Layers:
     """How a kind names its sites: single ones, and `<stack>.<i>` for as many layers as config.json's `count` says."""
 
     single: tuple[str, ...] = ()
-    stack: str = ""
+    stacks: tuple[str, ...] = ()
     count: str = ""
 
 
 # By kind, as `eqknobs.models.KINDS` has them (a test holds them together); a moshi is more than this, see `_moshi`.
 LAYERS = {
-    "mimi": Layers(("encoder_transformer",), "encoder_layer", "num_hidden_layers"),
+    "mimi": Layers(("encoder_transformer",), ("encoder_layer",), "num_hidden_layers"),
     "encodec": Layers(("encoder",)),
     "dac": Layers(("encoder",)),
-    "hubert": Layers((), "layer", "num_hidden_layers"),
-    "whisper": Layers((), "layer", "encoder_layers"),
-    "moshi": Layers(),
+    "hubert": Layers((), ("layer",), "num_hidden_layers"),
+    "whisper": Layers((), ("layer",), "encoder_layers"),
+    "moshi": Layers((), ("residual", "heads"), "num_layers"),
 }
 
 
@@ -47,12 +47,13 @@ def sites_of(model: dict[str, Any], fetch: bool = False) -> list[str] | None:
     file = _config_file(str(model["path"]), model.get("revision"), fetch)
     if kind == "moshi":
         return _moshi(model, file)
-    layers = None if file is None else _read(file).get(known.count)
-    return [*known.single, *(f"{known.stack}.{i}" for i in range(layers))] if isinstance(layers, int) else None
+    layers = None if file is None else read_facts(file).get(known.count)
+    (stack,) = known.stacks
+    return [*known.single, *(f"{stack}.{i}" for i in range(layers))] if isinstance(layers, int) else None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A config.json; empty if it is not there or is none."""
+def read_facts(file: Path) -> dict[str, Any]:
+    """A config.json; empty if it is not there or is none: what is wrong with it, loading says better."""
     try:
         raw = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -84,7 +85,7 @@ def _moshi(model: dict[str, Any], file: Path | None) -> list[str] | None:
     memory = import_module("eqknobs.models.moshi.memory")
     if shapes := memory.read_shapes({"name": "", **model}):
         heads = shapes.heads
-    elif file is not None and isinstance(layers := _read(file).get("num_layers"), int):
+    elif file is not None and isinstance(layers := read_facts(file).get("num_layers"), int):
         heads = (1,) * layers
     else:
         return None
