@@ -53,7 +53,13 @@ def stopped(folder: Path, sent: int, word: str, before: str = "") -> tuple[int, 
     (folder / "script.py").write_text(SLEEPER.format(before=before))
     env = {**os.environ, "PYTHONPATH": str(SRC)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=env, **pipes) as process:
+    # A shell has what it runs in the background ignore Ctrl-C, and its children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=env, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         while (line := process.stdout.readline().strip()) != word:
             assert line, process.stderr.read()
         process.send_signal(sent)
