@@ -34,7 +34,8 @@ CFG = {
     "word_codebooks": merged("steering")["codebooks"],
     "properties": merged("probes")["properties"],
 }
-TARGETS = list(SUMMARY["targets"])
+TARGETS = [name for name, facts in SUMMARY["targets"].items() if "answers" not in facts]
+SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
 
 
 def model_of(target: str) -> dict:
@@ -56,6 +57,29 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
     if SUMMARY["targets"][target]["words"]:
         measurable = round_trip_wer(RUN, target, CFG, model_of(target))[0] <= CFG["unmeasurable_wer"]
     assert check_table(RUN, target, stage, CFG, model_of(target), measurable) > 20
+
+
+@pytest.mark.parametrize("model", SPEAKING)
+def test_what_a_speech_lm_says_is_recomputed_from_its_answers(model):
+    table = read(RUN / "tables" / "speech_lm.csv")
+    table = table[table["model"] == model].set_index("condition")
+    answers = read(RUN / "scores" / f"{model}.answers.csv")
+    assert set(table.index) == set(answers["condition"])
+    for condition, rows in answers.groupby("condition"):
+        found, count = table.loc[condition], len(rows)
+        assert found["answers"] == count == rows["id"].nunique() and found["speakers"] == rows["speaker"].nunique()
+        for name, top, bottom in (
+            ("wer_monologue", "errors_monologue", "words_monologue"),
+            ("wer_prompt", "errors_prompt", "words_prompt"),
+            ("codec_wer", "errors_codec", "words_prompt"),
+            ("pad_share", "pads", "frames"),
+        ):
+            assert found[name] == pytest.approx(rows[top].sum() / rows[bottom].sum(), rel=1e-6), (condition, name)
+            assert found[f"{name}_low"] <= found[name] + 1e-9 and found[name] <= found[f"{name}_high"] + 1e-9
+        for name, column in (("silent_share", "silent"), ("endless_share", "endless"), ("voice_right", "voice_right")):
+            assert found[name] == pytest.approx(rows[column].sum() / count, rel=1e-6), (condition, name)
+    said = {row["condition"]: row["wer_monologue"] for row in SUMMARY["targets"][model]["answers"]}
+    assert said == pytest.approx(table["wer_monologue"].to_dict(), rel=1e-6)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])
