@@ -203,7 +203,7 @@ def convolution_reach(net: nn.Module, jump: int = 1) -> int:
     return reach
 
 
-class Pretrained:
+class Pretrained(ABC):
     """Base of the adapters; a subclass sets `net_class`, `sample_rate`, `sites` and adds `encode_sites`."""
 
     net_class: type
@@ -245,8 +245,9 @@ class Pretrained:
     def frames(self, samples: int, site: str) -> int:
         return math.ceil(samples / self.site(site).hop)
 
+    @abstractmethod
     def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """Activations [frames, width] at each site, from one pass over a waveform [samples]."""
 
     def encode(self, wav: np.ndarray, site: str) -> np.ndarray:
         """Activations [frames, width] at one site; see `encode_sites`."""
@@ -296,7 +297,7 @@ class Pretrained:
         return count
 
 
-class ConvCodec(Pretrained, ABC):
+class ConvCodec(Pretrained):
     """A codec whose only site is `encoder`, the output [frames, width] of its convolutional encoder."""
 
     decodes = True
