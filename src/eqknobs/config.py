@@ -22,6 +22,7 @@ import eqknobs.stages.importance.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
 import eqknobs.stages.speech_lm.checks
+import eqknobs.stages.stability.checks
 import eqknobs.stages.steering.checks
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.models.sites import expand_targets
@@ -37,6 +38,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.models.checks.check,
     eqknobs.corpus.checks.check,
     eqknobs.stages.saes.checks.check,
+    eqknobs.stages.stability.checks.check,
     eqknobs.stages.probes.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,

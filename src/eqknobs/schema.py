@@ -27,6 +27,7 @@ PARTS = (
     "models",
     "sae",
     "stages/saes",
+    "stages/stability",
     "stages/probes",
     "stages/codec",
     "stages/steering",

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
-from helpers.recompute import check_summary, check_table, read, round_trip_wer
+from helpers.recompute import check_overlap, check_stability, check_summary, check_table, read, round_trip_wer
 
 RUN = Path(os.environ.get("EQKNOBS_RESULTS", ROOT / "results" / "demo"))
 if not (RUN / "tables" / "summary.json").is_file():
@@ -100,3 +100,11 @@ def test_three_renders_heard_again_give_the_same_words(target):
         reference = originals.loc[row["id"], "transcript"]
         errors = word_errors(reference if isinstance(reference, str) else "", heard)
         assert errors == (score["errors"], score["words"])
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "stability" / f"{t}.json").is_file()])
+def test_how_many_features_are_found_again_is_recomputed_from_features_and_one_pair_from_codes(target):
+    table = read(RUN / "tables" / "stability.csv")
+    features = read(RUN / "scores" / f"{target}.stability.csv")
+    assert check_stability(table[table["target"] == target], features) > 10
+    check_overlap(RUN, target, features)

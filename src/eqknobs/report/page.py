@@ -26,11 +26,13 @@ from eqknobs.stages.importance import section as importance
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
+from eqknobs.stages.stability import section as stability
 from eqknobs.stages.steering import section as steering
 
 SECTIONS: tuple[SectionModule, ...] = (
     codec,
     saes,
+    stability,
     probes,
     steering,
     importance,

@@ -18,11 +18,13 @@ from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
+from eqknobs.stages.stability import tables as stability
 from eqknobs.stages.steering import tables as steering
 
 STAGES: tuple[TablesModule, ...] = (
     codec,
     saes,
+    stability,
     probes,
     steering,
     importance,
