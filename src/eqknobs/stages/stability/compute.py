@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
@@ -27,8 +27,8 @@ from eqknobs.evidence.stats import bootstrap_weights
 from eqknobs.io import file_sha256, write_csv, write_json
 from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE, new_sae
+from eqknobs.sae.firing import Firing, firing
 
-BLOCK = 4096
 DENSE = 0.06  # share of ones from which a dense product is faster than a sparse one
 FEATURES = "feature fires best found shift rate cosine duplicate"
 
@@ -53,46 +53,6 @@ class Source(NamedTuple):
 
     cache: Path
     folder: Path
-
-
-class Firing(NamedTuple):
-    """What fires when.
-
-    on: frames × features, 1 where a feature fires, float32. clips: id, speaker and number of frames of each clip,
-    whose frames follow one another in `on`.
-    """
-
-    on: csr_matrix
-    clips: pd.DataFrame
-
-    def bounds(self) -> np.ndarray:
-        """First row of each clip, and the end of the last, [clips + 1]."""
-        return np.concatenate([[0], np.cumsum(self.clips["frames"])])
-
-
-@torch.no_grad()
-def _fires(sae: SAE, raw: np.ndarray, k: float) -> csr_matrix:
-    """The firing [n, m] of a clip: its k·n largest positive activations; by the SAE's own rule if k is 0."""
-    if not k:
-        parts = [csr_matrix(sae.encode(raw[i : i + BLOCK]) > 0) for i in range(0, len(raw), BLOCK)]
-        return vstack(parts, format="csr").astype(np.float32)
-    z = sae._normalised(torch.from_numpy(raw))
-    # Before they select, topk and batchtopk have these activations, and so has any SAE before its training.
-    h = torch.relu((z - sae.b_dec) @ sae.W_enc.T + sae.b_enc).numpy()
-    kept = min(round(k * len(h)), int((h > 0).sum()))
-    places = np.argpartition(h, h.size - kept, axis=None)[h.size - kept :] if kept else np.empty(0, np.int64)
-    rows, columns = np.unravel_index(np.sort(places), h.shape)
-    return csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=h.shape)
-
-
-def firing(cache: ActivationCache, sae: SAE, split: str, k: float) -> Firing:
-    """The firing of an SAE on all frames of a split; k: features a frame, chosen clip by clip, or 0 for the SAE's own
-    rule. Raises EqknobsError if the split has no frame."""
-    clips = cache.utterances[cache.utterances["split"] == split].sort_values("id")
-    if not clips["frames"].sum():
-        raise EqknobsError(f"stability: no {split} frames in the activation cache; raise data.splits.{split}")
-    parts = [_fires(sae, np.array(cache.acts[clip.start : clip.start + clip.frames]), k) for clip in clips.itertuples()]
-    return Firing(vstack(parts, format="csr"), clips[["id", "speaker", "frames"]].reset_index(drop=True))
 
 
 def aligned(a: Firing, b: Firing) -> tuple[Firing, Firing]:
