@@ -18,6 +18,7 @@ import yaml
 import eqknobs.corpus.checks
 import eqknobs.models.checks
 import eqknobs.stages.codec.checks
+import eqknobs.stages.domains.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
@@ -39,6 +40,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.corpus.checks.check,
     eqknobs.stages.saes.checks.check,
     eqknobs.stages.stability.checks.check,
+    eqknobs.stages.domains.checks.check,
     eqknobs.stages.probes.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,

@@ -28,6 +28,7 @@ PARTS = (
     "sae",
     "stages/saes",
     "stages/stability",
+    "stages/domains",
     "stages/probes",
     "stages/codec",
     "stages/steering",

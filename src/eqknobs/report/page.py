@@ -22,6 +22,7 @@ from eqknobs.io import atomic_path
 from eqknobs.report import players
 from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
+from eqknobs.stages.domains import section as domains
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.saes import section as saes
@@ -33,6 +34,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     codec,
     saes,
     stability,
+    domains,
     probes,
     steering,
     importance,

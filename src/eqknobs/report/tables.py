@@ -14,6 +14,7 @@ from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context, TablesModule
 from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
+from eqknobs.stages.domains import tables as domains
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
@@ -25,6 +26,7 @@ STAGES: tuple[TablesModule, ...] = (
     codec,
     saes,
     stability,
+    domains,
     probes,
     steering,
     importance,
