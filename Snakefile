@@ -17,6 +17,7 @@ STAGES = [
     "stability",
     "domains",
     "probes",
+    "phones",
     "codec",
     "steering",
     "importance",

@@ -30,6 +30,7 @@ PARTS = (
     "stages/stability",
     "stages/domains",
     "stages/probes",
+    "stages/phones",
     "stages/codec",
     "stages/steering",
     "stages/importance",

@@ -24,6 +24,7 @@ from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
 from eqknobs.stages.importance import section as importance
+from eqknobs.stages.phones import section as phones
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
@@ -36,6 +37,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     stability,
     domains,
     probes,
+    phones,
     steering,
     importance,
     speech_lm,

@@ -16,6 +16,7 @@ from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.domains import tables as domains
 from eqknobs.stages.importance import tables as importance
+from eqknobs.stages.phones import tables as phones
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
@@ -28,6 +29,7 @@ STAGES: tuple[TablesModule, ...] = (
     stability,
     domains,
     probes,
+    phones,
     steering,
     importance,
     speech_lm,
