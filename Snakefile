@@ -18,6 +18,7 @@ STAGES = [
     "domains",
     "probes",
     "phones",
+    "label_search",
     "codec",
     "steering",
     "importance",

@@ -33,6 +33,7 @@ from eqknobs.plan import (
     word_codebooks,
 )
 from eqknobs.stages.domains.checks import domain_targets
+from eqknobs.stages.label_search.checks import searched_targets
 from eqknobs.stages.phones.checks import named_saes, phone_targets
 from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs

@@ -20,6 +20,7 @@ import eqknobs.models.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
 import eqknobs.stages.importance.checks
+import eqknobs.stages.label_search.checks
 import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
@@ -44,6 +45,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.domains.checks.check,
     eqknobs.stages.probes.checks.check,
     eqknobs.stages.phones.checks.check,
+    eqknobs.stages.label_search.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,

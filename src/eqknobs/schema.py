@@ -31,6 +31,7 @@ PARTS = (
     "stages/domains",
     "stages/probes",
     "stages/phones",
+    "stages/label_search",
     "stages/codec",
     "stages/steering",
     "stages/importance",

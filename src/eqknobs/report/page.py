@@ -24,6 +24,7 @@ from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
 from eqknobs.stages.importance import section as importance
+from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.phones import section as phones
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.saes import section as saes
@@ -38,6 +39,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     domains,
     probes,
     phones,
+    label_search,
     steering,
     importance,
     speech_lm,

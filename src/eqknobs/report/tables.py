@@ -16,6 +16,7 @@ from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.domains import tables as domains
 from eqknobs.stages.importance import tables as importance
+from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.phones import tables as phones
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
@@ -30,6 +31,7 @@ STAGES: tuple[TablesModule, ...] = (
     domains,
     probes,
     phones,
+    label_search,
     steering,
     importance,
     speech_lm,
