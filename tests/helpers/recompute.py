@@ -316,3 +316,28 @@ def check_overlap(run: Path, target: str, features: pd.DataFrame) -> None:
     found = chi[own["feature"]][:, enough].max(1)
     close = np.abs(found - own["best"].to_numpy()) < 0.02  # a hair more or less in a clip's selection
     assert close.mean() > 0.99
+
+
+def check_domains(table: pd.DataFrame, features: pd.DataFrame) -> int:
+    """Recompute labels and shares of `domains.csv` from the shares of each feature; returns how many cells."""
+    cells = 0
+    for (sae, level, tau), own in table.groupby(["sae", "level", "tau"]):
+        f = features[features["sae"] == sae].pivot(index="feature", columns="domain", values=f"{level}_share")
+        has = pd.DataFrame({d: f[d] - f.drop(columns=d).min(axis=1) >= tau - 1e-5 for d in f})
+        for row in own.to_dict("records"):
+            where = f"domains {sae} {level} {tau} {row['domain']}"
+            close = (f.sub(f[row["domain"]], axis=0).abs() - tau).abs().lt(2e-6).any(axis=1).mean()  # rounded shares
+            assert abs(row["share"] - has[row["domain"]].mean()) <= close + 1e-9, where
+            assert row["exclusive"] <= row["share"] <= 1 and row["permuted_low"] <= row["permuted_high"], where
+            cells += 1
+    return cells
+
+
+def check_counted(table: pd.DataFrame, rows: pd.DataFrame, keys: list[str], ratio: tuple[str, str, str]) -> int:
+    """Recompute one ratio of sums of every row; ratio: its column, numerator and denominator."""
+    name, top, bottom = ratio
+    for row in table.to_dict("records"):
+        own = pick(rows, row, keys)
+        assert row["clips"] == own["id"].nunique() and row["speakers"] == own["speaker"].nunique()
+        same(row[name], own[top].sum() / own[bottom].sum(), f"{name} {[row[key] for key in keys]}")
+    return len(table)
