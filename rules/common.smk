@@ -215,6 +215,17 @@ def files_of(name):
     return ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
 
 
+def tables_slice():
+    """What tables and report share (`eqknobs.evidence.stage.TablesCfg`)."""
+    return {
+        **config["tables"],
+        "seed": SEED,
+        "targets": WORKED_ON,
+        "stages": SECTIONS,
+        "word_codebooks": word_codebooks(config),
+    }
+
+
 def training_records(wildcards):
     """Which voices a bundled model heard in its own training."""
     names = {parse_target(target)[0] for target in WORKED_ON}

@@ -68,7 +68,7 @@ def test_encodec_runs_through_caching_probes_and_steering(encodec: dict, tmp_pat
     write_labels(tmp_path / "manifest.csv", cache, labels, LABELS)
 
     sae = {"variant": "topk", "d_sae": 64, "k": 4, "aux_k": 8, "dead_epochs": 1, "lr": 1e-3}
-    train_sae(cache, tmp_path / "topk", {**sae, "batch_size": 128, "epochs": 2, "device": "cpu"}, 0)
+    train_sae(cache, tmp_path / "topk", {**sae, "batch_size": 128, "epochs": 2}, 0)
     probes = tmp_path / "centroid.npz"
     cfg = {"property": "centroid", "seed": 0, "bins": 5, "lags": [0], "l2": [0.01], "epochs": 3, "device": "cpu"}
     scores = (tmp_path / "probes.csv", tmp_path / "ridge.csv")

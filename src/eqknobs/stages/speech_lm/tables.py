@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.evidence.estimates import IntervalsCfg, Measure, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import ends, estimated, headline, number
 
@@ -37,8 +37,8 @@ COLUMNS = {
 NOTHING: dict[str, Any] = {}
 
 
-def conditions(answers: pd.DataFrame, cfg: dict[str, Any]) -> pd.DataFrame:
-    """One row a condition, seeds together, from one record an answer. cfg: `bootstrap`, `seed`."""
+def conditions(answers: pd.DataFrame, cfg: IntervalsCfg) -> pd.DataFrame:
+    """One row a condition, seeds together, from one record an answer."""
     rows = []
     for key, mine in groups(answers, ["model", "split", "condition"]):
         row = {**key, "seeds": mine["seed"].nunique(), "answers": len(mine), "speakers": mine["speaker"].nunique()}
