@@ -9,6 +9,7 @@ import scipy.sparse
 
 import eqknobs.stages.probes.compute as probes
 import eqknobs.stages.probes.spaces as spaces_module
+from eqknobs.corpus.activations import kept_frames
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import write_csv
@@ -395,6 +396,33 @@ def test_a_fitted_space_is_kept_by_what_made_it(world, centroid, monkeypatch):
     assert fit(labels=logmel)[1] == ["logmel"]
     moved = write_labels(world.folder / "moved.h5", world.logmel, **(world.labels | {"centroid": world.labels["rms"]}))
     assert len(fit(labels=moved)[1]) == 6
+
+
+def test_lags_stay_inside_what_a_budget_of_frames_keeps_of_a_clip(world, centroid, tmp_path):
+    clips = np.full(len(UTTERANCES), FRAMES)
+    first, frames = kept_frames(clips, [f"{7919 * i:015x}" * 4 for i in range(len(clips))], COUNT // 3, 0)
+    assert (frames < FRAMES).all() and len(set(first)) > 10
+    whole = np.concatenate([i * FRAMES + np.arange(f, f + n) for i, (f, n) in enumerate(zip(first, frames))])
+    utterances = [(*utterance[:3], int(n)) for utterance, n in zip(UTTERANCES, frames)]
+    cache = write_cache(tmp_path / "cache.h5", world.acts[whole], utterances, first=first, clip_frames=clips)
+    labels = write_labels(tmp_path / "l.h5", world.logmel[whole], **{k: v[whole] for k, v in world.labels.items()})
+    with ActivationCache(cache) as opened, ActivationCache(world.cache) as full:
+        found = probes.labelled_frames(opened, labels, "centroid", [-2, 3])
+        assert len(found.rows) == sum(world.labels["energetic"][whole][edge(frames, 3, 2)])
+        same = probes.labelled_frames(full, centroid.labels, "centroid", [0])
+        assert np.array_equal(found.values, same.values[np.searchsorted(same.rows, whole[found.rows])])
+        for lag in (-2, 3):
+            assert np.array_equal(opened.acts[found.rows - lag], full.acts[whole[found.rows] - lag])
+    paths = [tmp_path / name for name in ("p.npz", "s.csv", "r.csv")]
+    cfg = CFG | {"property": "centroid", "epochs": 1, "parts": ["base"]}
+    fit_probes(Sources(cache, labels), Outputs(*paths), cfg)
+    assert Fitted(labels, *paths).arrays["lag:raw"] == LAG
+
+
+def edge(frames: np.ndarray, left: int, right: int) -> np.ndarray:
+    """Mask of the rows that lie so far inside their run."""
+    place = np.concatenate([np.arange(n) for n in frames])
+    return (place >= left) & (np.repeat(frames, frames) - 1 - place >= right)
 
 
 # --- categories ---
