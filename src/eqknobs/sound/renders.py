@@ -1,6 +1,6 @@
 """The one way to make sound: clip -> (filter) -> activations -> edit -> rest of the codec -> signal metrics, FLAC.
 
-Judging words and voices is another stage (`eqknobs.sound.judges`), so that a change of judge renders nothing again.
+Judging words and voices is a job of its own (`eqknobs.sound.judges`), so that a change of judge renders nothing again.
 """
 
 import hashlib
