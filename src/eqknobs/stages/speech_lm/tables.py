@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from eqknobs.errors import counted
 from eqknobs.evidence.estimates import IntervalsCfg, Measure, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import ends, estimated, headline, number
@@ -35,6 +36,7 @@ COLUMNS = {
     )
 }
 NOTHING: dict[str, Any] = {}
+SAMPLE = {"answers": "answer", "seeds": "seed", "speakers": "voice"}
 COMPARED = {"wer_monologue": "WER, heard against monologue", "wer_prompt": "WER, monologue against prompt"}
 
 
@@ -65,7 +67,7 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         who = {"intact": "The model", "sampled": "The model, sampling,"}.get(row["condition"])
         who = who or f"With {float(heads):.0%} of its heads off the model"
         name = row["condition"].replace("heads_zeroed_", "heads off, share ")
-        sample = f"{row['answers']} answers, {row['seeds']} seeds, {row['speakers']} voices"
+        sample = ", ".join(counted(row[key], what) for key, what in SAMPLE.items())
         beside = (
             f"codec alone {number(row['codec_wer'])}; nearer to the voice it was asked for {row['voice_right']:.0%}"
         )
