@@ -269,7 +269,7 @@ class Pretrained(ABC):
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
 
     def decode_batch(self, acts: Tensor, site: str, codebooks: int | None = None) -> Tensor:
-        raise EqknobsError(f"model {self.name} does not decode batches of activations")
+        raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
 
     def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
@@ -374,7 +374,7 @@ class ConvCodec(Pretrained):
         with gpu_memory(), torch.backends.cudnn.flags(enabled=not acts.requires_grad):
             latents = self._batch(acts, site).transpose(1, 2)
             if codebooks is not None:
-                latents = self._quantise(latents, self._codebooks(codebooks))[0]
+                latents = self._quantise(latents.detach(), self._codebooks(codebooks))[0]
             return self.net.decoder(latents)[:, 0]
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:

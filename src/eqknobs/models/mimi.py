@@ -100,7 +100,7 @@ class Mimi(Pretrained):
         with gpu_memory():
             latents = self._latents(self._batch(acts, site), site)
             if codebooks is not None:
-                latents = self.net.quantizer.decode(self._codes(latents, codebooks))
+                latents = self.net.quantizer.decode(self._codes(latents.detach(), codebooks))
             hidden = self._decoder_transformer(self._upsample(latents).transpose(1, 2), use_cache=False)[0]
             return self._decoder_seanet(hidden.transpose(1, 2))[:, 0]
 
