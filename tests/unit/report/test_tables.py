@@ -325,6 +325,21 @@ def test_what_fails_holms_correction_is_not_claimed(results):
     assert line["verdict"] == "undecided" and "after Holm's correction is not shown" in line["text"]
 
 
+def test_findings_say_what_val_chooses_and_which_cheap_map_is_good_enough(copy):
+    run, config = copy
+    facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
+    text = " ".join(line["text"] for line in facts["headlines"] if line["stage"] == "importance")
+    assert "Val chooses the variance map" in text and "Rank correlation with the sound" in text
+    assert "The variance map is the cheapest that is good enough" in text
+    assert "There is no Fisher map here: model x gives no gradients." in text
+    val = run / "scores" / f"{TARGET}.importance_maps.val.csv"
+    rewrite(val, lambda t: t.assign(mel_distance=t["mel_distance"] + 9 * (t["map"] == "variance")))
+    make_tables(run, config)
+    facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
+    assert not [line for line in facts["headlines"] if "good enough" in line["text"]]
+    assert not [record for record in facts["comparisons"] if record["b"] == "ablation"]
+
+
 def test_the_reference_holm_agrees():
     p = [0.01, 0.04, 0.03, 0.005]
     assert holm(p) == pytest.approx(library_holm(p))
