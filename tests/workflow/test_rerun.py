@@ -24,7 +24,8 @@ JUDGED = {("judgements", "")}  # of all sounds; of those that did not change it 
 CODEC = {("codec_renders", "")} | JUDGED
 STEERING_RENDERS = {("steering_renders", "")} | JUDGED
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
-IMPORTANCE = {("importance_renders", "")} | JUDGED
+ABLATIONS = {("importance_renders", "")} | JUDGED
+IMPORTANCE = {("importance_maps", "")} | ABLATIONS
 JUDGEMENTS = {("originals", "")} | JUDGED
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
@@ -154,7 +155,7 @@ def order(config: dict) -> None:
     for section, names in {
         "probes": ("properties", "lags", "l2"),
         "steering": ("saes", "alphas", "clamp_features"),
-        "importance": ("removed", "modes"),
+        "importance": ("maps", "removed", "modes"),
     }.items():
         for name in names:
             config[section][name].reverse()
@@ -205,7 +206,9 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "steering clip count": (edit_config(lambda c: c["steering"].update(clips=3)), STEERING_RENDERS | TABLES),
     "calibrated shift": (edit_config(lambda c: c["steering"].update(shift=0.8)), STEERING | TABLES),
     "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | TABLES),
-    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), IMPORTANCE | TABLES),
+    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
+    "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
+    "library: the ablations": (edit_file("src/eqknobs/stages/importance/compute.py", CODE), ABLATIONS | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
