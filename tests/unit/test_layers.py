@@ -7,12 +7,13 @@ from eqknobs.provenance import imported_files
 
 PACKAGE = Path(eqknobs.__file__).parent
 ROOMS = {  # room -> the rooms that it may import
-    "models": set(),
+    "packing": set(),
+    "models": {"packing"},
     "corpus": {"models"},
     "sae": {"corpus"},
     "sound": {"corpus", "models"},
     "evidence": {"corpus"},  # the registry of properties
-    "stages": {"corpus", "models", "sae", "sound", "evidence"},
+    "stages": {"corpus", "models", "sae", "sound", "evidence", "packing"},
     "report": {"evidence", "stages"},
 }
 # Stages that go on from what another one computes.
