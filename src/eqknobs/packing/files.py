@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
+from eqknobs.packing import notes
+from eqknobs.packing.notes import NAME
 from eqknobs.packing.plan import REST, Plan, require_known
-from eqknobs.packing.quantise import Packed, check, group_count
+from eqknobs.packing.quantise import Packed, check, group_count, places
 
-NAME = "packed.safetensors"
-FORMAT, VERSION = "eqknobs-packed", 1
-NOTES = ("shape", "bits", "group", "axis", "exponent", "symmetric")
 # What a model's folder holds beside weights and belongs to it.
 COMPANIONS = (
     "config.json",
@@ -51,33 +50,45 @@ def pack_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor | Pa
         value = value.detach()
         if name in plan.bits:
             packed[name] = plan.quantise(name, value)
-        elif value.is_floating_point():
-            stored = value.to(REST[plan.rest])
-            if bool((stored.isinf() & ~value.isinf()).any()):
-                raise EqknobsError(f"{name}: has values beyond {plan.rest}; set the plan's rest to float32")
-            packed[name] = stored
         else:
-            packed[name] = value
+            packed[name] = stored(name, value, plan.rest)
     return packed
 
 
-def write_file(path: str | Path, tensors: Mapping[str, Tensor | Packed], plan: Plan) -> None:
-    """Write a packed file, whole or not at all."""
+def stored(name: str, value: Tensor, rest: str) -> Tensor:
+    """A tensor that is not packed in the type of the plan's `rest`; what is not floating point stays as it is.
+
+    Raises EqknobsError, naming the tensor, for values beyond that type.
+    """
+    if not value.is_floating_point():
+        return value
+    kept = value.to(REST[rest])
+    if bool((kept.isinf() & ~value.isinf()).any()):
+        raise EqknobsError(f"{name}: has values beyond {rest}; set the plan's rest to float32")
+    return kept
+
+
+def write_file(path: str | Path, tensors: Mapping[str, Tensor | Packed], plan: Plan | None = None) -> None:
+    """Write a packed file, whole or not at all; plan: by which the tensors were packed, where that is known."""
     data: dict[str, Tensor] = {}
-    notes: dict[str, Any] = {}
-    options = {key: value for key, value in plan.to_json().items() if key not in ("bits", "transposed")}
-    usual = _usual(options)
+    found: dict[str, Any] = {}
+    chosen = {} if plan is None else {"rounding": plan.rounding, "rest": plan.rest}
+    first = next((value for value in tensors.values() if isinstance(value, Packed)), None)
+    form = plan or first
+    options = chosen | {"group": form and form.group, "symmetric": form is None or form.symmetric}
+    common = notes.usual(options)
     for name, value in tensors.items():
         if isinstance(value, Packed):
-            notes[name] = {key: getattr(value, key) for key in NOTES if getattr(value, key) != usual.get(key)}
+            said = {field: getattr(value, field) for field in notes.FIELDS}
+            found[name] = {field: value for field, value in said.items() if value != common.get(field)}
             data |= {f"{name}.{part}": tensor for part, tensor in value.parts().items()}
         else:
             data[name] = value
-    said = json.dumps({"plan": options, "tensors": notes}, sort_keys=True)
+    packing = json.dumps({"version": notes.VERSION, "plan": options, "tensors": found}, sort_keys=True)
     # Clones, as safetensors refuses tensors that share memory.
-    stored = {name: value.detach().cpu().contiguous().clone() for name, value in data.items()}
+    whole = {name: value.detach().cpu().contiguous().clone() for name, value in data.items()}
     with atomic_path(path) as temporary:
-        save_file(stored, temporary, {"format": FORMAT, "version": str(VERSION), "packing": said})
+        save_file(whole, temporary, {notes.KEY: packing})
 
 
 class PackedFile:
@@ -90,27 +101,26 @@ class PackedFile:
         self.path = Path(path)
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu")
-            stored, said = set(self._file.keys()), self._file.metadata() or {}
+            stored, said = set(self._file.keys()), self._file.metadata()
         except Exception as error:  # OSError, SafetensorError
             raise EqknobsError(f"{self.path}: not a readable packed file ({error}); pack or fetch it again") from error
-        if said.get("format") != FORMAT:
-            raise EqknobsError(f"{self.path}: no packed file; make one with eqknobs compress")
-        if said.get("version") != str(VERSION):
-            raise EqknobsError(
-                f"{self.path}: packed in version {said.get('version')} of the format, this program reads {VERSION}; "
-                "pack it again"
-            )
-        with self._whole("metadata"):
-            notes = json.loads(said["packing"])
-            usual = _usual(notes["plan"])
-            self.packed: dict[str, dict[str, Any]] = {name: usual | note for name, note in notes["tensors"].items()}
-            bits = {name: note["bits"] for name, note in self.packed.items()}
-            transposed = [name for name, note in self.packed.items() if note["axis"] == 1]
-            self.plan = Plan.from_json(notes["plan"] | {"bits": bits, "transposed": transposed}, str(self.path))
-            parts = {f"{name}.{part}" for name, note in self.packed.items() for part in _parts(note)}
+        options, self.packed = notes.read_notes(said, str(self.path))
+        bits = {name: note["bits"] for name, note in self.packed.items()}
+        transposed = [name for name, note in self.packed.items() if note["axis"] == 1]
+        self.plan = Plan.from_json(options | {"bits": bits, "transposed": transposed}, str(self.path))
+        parts = {f"{name}.{part}" for name, note in self.packed.items() for part in notes.parts(note)}
         if lacking := sorted(parts - stored):
             raise EqknobsError(f"{self.path}: lacks {lacking[0]}; pack it again")
         self.names = sorted(stored - parts | set(self.packed))
+
+    def __enter__(self) -> "PackedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._file
+
+    def keys(self) -> list[str]:
+        return self.names
 
     def get(self, name: str) -> Tensor | Packed:
         """One tensor as it was written. Raises EqknobsError if its parts do not fit each other."""
@@ -118,7 +128,8 @@ class PackedFile:
             return self._file.get_tensor(name)
         with self._whole(name):
             note = self.packed[name]
-            parts = {part: self._file.get_tensor(f"{name}.{part}") for part in _parts(note)}
+            # Clones: where a tensor lies in the file, its bytes may not be aligned to the words that unpacking reads.
+            parts = {part: self._file.get_tensor(f"{name}.{part}").clone() for part in notes.parts(note)}
             found = Packed(
                 shape=tuple(map(int, note["shape"])),
                 bits=note["bits"],
@@ -129,7 +140,7 @@ class PackedFile:
             )
             check(found.bits, found.group, "nearest", name)
             groups = (found.rows, group_count(found.columns, found.group))
-            wanted = {"codes": (found.bits, -(-found.rows * found.columns // 8)), "scales": groups, "zeros": groups}
+            wanted = {"codes": (found.bits, places(found.rows * found.columns)), "scales": groups, "zeros": groups}
             kinds = {"codes": torch.uint8, "scales": torch.float16, "zeros": torch.uint8}
             for part, tensor in parts.items():
                 if tuple(tensor.shape) != wanted[part] or tensor.dtype != kinds[part]:
@@ -152,15 +163,6 @@ class PackedFile:
             raise EqknobsError(
                 f"{self.path}: {what} cannot be read ({type(error).__name__}: {error}); pack it again"
             ) from error
-
-
-def _usual(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What is noted of a tensor only where it differs."""
-    return {"group": options["group"], "symmetric": options["symmetric"], "axis": 0, "exponent": 0}
-
-
-def _parts(note: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("codes", "scales") if note["symmetric"] else ("codes", "scales", "zeros")
 
 
 def source_state(source: str | Path | nn.Module) -> dict[str, Tensor]:

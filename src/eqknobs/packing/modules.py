@@ -99,6 +99,22 @@ def pack_modules(net: nn.Module, plan: Plan) -> None:
         put_module(net, owner, packed_module(module, plan.quantise(name, net.get_parameter(name))))
 
 
+def unpack_modules(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Replace packed linears and embeddings by plain ones with the weights that they stand for, in place."""
+    modules = {name: module for name, module in net.named_modules() if isinstance(module, PackedModule)}
+    for name, module in modules.items():
+        weight = nn.Parameter(module.packed.dequantise(dtype), requires_grad=False)
+        rows, columns = weight.shape
+        plain: nn.Module
+        if isinstance(module, PackedLinear):
+            plain = nn.Linear(columns, rows, bias=module.bias is not None, device="meta")
+            plain.register_parameter("bias", module.bias)
+        else:
+            plain = nn.Embedding(rows, columns, device="meta")
+        plain.register_parameter("weight", weight)
+        put_module(net, name, plain.train(module.training))
+
+
 @contextmanager
 def faked(net: nn.Module, plan: Plan) -> Iterator[None]:
     """While the block runs, the network has the weights that the plan's packed file would give; then its own again.

@@ -58,9 +58,9 @@ class Plan:
         check(2, self.group, self.rounding, "plan")
         if not isinstance(self.symmetric, bool):
             raise EqknobsError(f"plan: symmetric must be true or false, got {self.symmetric!r}")
-        if self.rest not in REST:
+        if self.rest not in tuple(REST):
             raise EqknobsError(f"plan: rest must be {' or '.join(REST)}, got {self.rest!r}")
-        object.__setattr__(self, "transposed", tuple(self.transposed))
+        object.__setattr__(self, "transposed", tuple(sorted(self.transposed)))
 
     @classmethod
     def uniform(cls, tensors: Iterable[str], bits: int, **options: Any) -> "Plan":

@@ -9,7 +9,8 @@ of two of the whole tensor, so that neither tiny nor huge weights leave float16'
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ LOWEST_CLIP = {2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}  # fewer
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor in packed form: `codes` uint8 [bits, ceil(values / 8)]; `scales` float16, `zeros` uint8 [rows, groups].
+    """A tensor in packed form: `codes` uint8 [bits, m], m = 8 · ceil(values / 64); `scales` float16 and `zeros` uint8
+    [rows, groups].
 
-    Value k of the matrix lies in plane k // m at place k % m, m = ceil(values / 8). Bits b·p to b·(p + 1) - 1 of the b
-    bytes at a place, counted from the lowest bit of the first byte, are the code of plane p.
+    Value k of the matrix lies in plane k // m at place k % m. Bits b·p to b·(p + 1) - 1 of the b bytes at a place,
+    counted from the lowest bit of the first byte, are the code of plane p.
     """
 
     shape: tuple[int, ...]
@@ -74,25 +76,22 @@ class Packed:
         """The tensor that this stands for, in its own shape; computed in float32, then cast."""
         matrix = self._dequantise(self.values(), self.scales, self.zeros)
         others = [size for axis, size in enumerate(self.shape) if axis != self.axis]
-        return matrix.to(dtype).view(self.rows, *others).movedim(0, self.axis).contiguous()
+        return matrix.to(dtype).reshape(self.rows, *others).movedim(0, self.axis).contiguous()
 
     def lookup(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows [..., columns] of a matrix by their numbers [...], without unpacking the others; bit for bit those of
         `dequantise`."""
         if self.axis or len(self.shape) != 2:
             raise EqknobsError(f"only matrices are looked up by rows, not a tensor {list(self.shape)}")
-        rows, places = index.reshape(-1), self.codes.shape[1]
+        rows = index.reshape(-1)
         k = rows[:, None] * self.columns + torch.arange(self.columns, device=index.device)
-        place, bit = k % places, k // places * self.bits
-        byte, shift = bit >> 3, (bit & 7).to(torch.uint8)
-        flat = self.codes.reshape(-1)
-        low = flat[byte * places + place] >> shift
-        # Bits of the next byte; where the code ends within this one, they fall beyond the mask.
-        high = flat[(byte + 1).clamp(max=self.bits - 1) * places + place] << (8 - shift).clamp(max=7)
-        high = torch.where(shift > 0, high, 0)
-        codes = (low | high) & ((1 << self.bits) - 1)
+        count, flat = self.codes.shape[1], self.codes.reshape(-1)
+        bit, place = k // count * self.bits, k % count
+        byte, shift = bit // 8, bit % 8
+        pair = flat[byte * count + place].int() | flat[(byte + 1).clamp(max=self.bits - 1) * count + place].int() << 8
+        codes = (pair >> shift & ((1 << self.bits) - 1)).to(torch.uint8)
         zeros = None if self.zeros is None else self.zeros[rows]
-        return self._dequantise(codes, self.scales[rows], zeros).to(dtype).view(*index.shape, self.columns)
+        return self._dequantise(codes, self.scales[rows], zeros).to(dtype).reshape(*index.shape, self.columns)
 
     def take_rows(self, keep: Tensor) -> "Packed":
         """Some rows of a matrix, in that order [kept], bit for bit as they were."""
@@ -133,18 +132,16 @@ class Packed:
 
     def _dequantise(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Float32 [rows, columns] of codes [rows, columns] with scales and zero points [rows, groups]."""
-        wide = torch.ldexp(scales.float(), torch.tensor(self.exponent, device=scales.device))
-        if zeros is None:
-            signed = codes.float().sub_(1 << (self.bits - 1))
+        wide = _widened(scales, self.exponent)
+        size = self.group or self.columns
+        groups = len(codes), wide.shape[1], size
+        if wide.shape[1] * size != self.columns:  # the last group is shorter
+            codes = torch.nn.functional.pad(codes, (0, wide.shape[1] * size - self.columns))
+        if zeros is None:  # in bytes, a quarter of the memory; the difference wraps round to a signed one
+            signed = (codes - (1 << (self.bits - 1))).view(torch.int8).float().view(groups)
         else:
-            signed = codes.float().sub_(self._spread(zeros.float()))
-        return signed.mul_(self._spread(wide))
-
-    def _spread(self, by_group: Tensor) -> Tensor:
-        """A value a group [rows, groups] as one a column, or one a row for broadcasting."""
-        if by_group.shape[1] == 1:
-            return by_group
-        return by_group.repeat_interleave(self.group or self.columns, dim=1)[:, : self.columns]
+            signed = codes.float().view(groups).sub_(zeros.float()[..., None])
+        return signed.mul_(wide[..., None]).flatten(1)[:, : self.columns]
 
 
 def packed_bytes(shape: Sequence[int], bits: int, group: int | None, symmetric: bool, axis: int = 0) -> int:
@@ -152,7 +149,7 @@ def packed_bytes(shape: Sequence[int], bits: int, group: int | None, symmetric: 
     values = math.prod(shape)
     rows = shape[axis] if shape else 1
     groups = rows * group_count(values // max(1, rows), group)
-    return bits * math.ceil(values / 8) + groups * (2 if symmetric else 3)
+    return bits * places(values) + groups * (2 if symmetric else 3)
 
 
 def group_count(columns: int, group: int | None) -> int:
@@ -160,29 +157,71 @@ def group_count(columns: int, group: int | None) -> int:
     return 1 if group is None else math.ceil(columns / group)
 
 
+def places(values: int) -> int:
+    """Values of a plane, a multiple of 8 (see `Packed`)."""
+    return 8 * math.ceil(values / 64)
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Bytes [bits, ceil(n / 8)] of n codes below 2^bits (uint8, of any shape); see `Packed`."""
-    places = math.ceil(codes.numel() / 8)
-    planes = torch.nn.functional.pad(codes.reshape(-1), (0, 8 * places - codes.numel())).view(8, places)
-    packed = torch.zeros(bits, places, dtype=torch.uint8, device=codes.device)
+    """Bytes [bits, m] of n codes below 2^bits (uint8, of any shape); see `Packed`."""
+    count = places(codes.numel())
+    planes = torch.nn.functional.pad(codes.reshape(-1), (0, 8 * count - codes.numel())).view(8, count)
+    words = planes.view(torch.int64)  # eight bytes at once; masks undo what shifts move from one byte to the next
+    packed = torch.zeros(bits, count // 8, dtype=torch.int64, device=codes.device)
     for plane in range(8):
         byte, shift = divmod(plane * bits, 8)
-        packed[byte] |= planes[plane] << shift
+        packed[byte] |= (words[plane] << shift) & _every_byte(0xFF << shift)
         if shift + bits > 8:
-            packed[byte + 1] |= planes[plane] >> (8 - shift)
-    return packed
+            packed[byte + 1] |= (words[plane] >> (8 - shift)) & _every_byte(0xFF >> (8 - shift))
+    return packed.view(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes, uint8 [count]."""
-    planes = torch.empty(8, packed.shape[1], dtype=torch.uint8, device=packed.device)
-    for plane in range(8):
-        byte, shift = divmod(plane * bits, 8)
-        code = packed[byte] >> shift
-        if shift + bits > 8:
-            code |= packed[byte + 1] << (8 - shift)
-        torch.bitwise_and(code, (1 << bits) - 1, out=planes[plane])
-    return planes.view(-1)[:count]
+    if bits == 8:
+        return packed.reshape(-1)[:count]
+    at, words = _layout(bits, packed.device), packed.view(torch.int64)
+    codes = words[at.first].bitwise_right_shift_(at.right).bitwise_and_(at.low)
+    if 8 % bits:
+        codes |= words[at.second].bitwise_left_shift_(at.left).bitwise_and_(at.high)
+    return codes.view(torch.uint8).view(-1)[:count]
+
+
+def _every_byte(mask: int) -> int:
+    """A mask of one byte repeated in all eight of a word, as a signed number."""
+    return int.from_bytes(bytes([mask & 0xFF]) * 8, "little", signed=True)
+
+
+class _Layout(NamedTuple):
+    """Where the codes of the 8 planes lie, each [8] or [8, 1]: the byte in which they begin, how far to shift it, which
+    bits then are theirs; and the same of the byte after it, for those that go on there."""
+
+    first: Tensor
+    right: Tensor
+    low: Tensor
+    second: Tensor
+    left: Tensor
+    high: Tensor
+
+
+@cache
+def _layout(bits: int, device: torch.device) -> _Layout:
+    begin = [divmod(plane * bits, 8) for plane in range(8)]
+    whole = (1 << bits) - 1
+    low = [_every_byte(whole & (0xFF >> shift)) for _, shift in begin]
+    high = [_every_byte(whole & (0xFF << (8 - shift))) for _, shift in begin]
+
+    def column(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device)[:, None]
+
+    return _Layout(
+        first=torch.tensor([byte for byte, _ in begin], device=device),
+        right=column([shift for _, shift in begin]),
+        low=column(low),
+        second=torch.tensor([min(byte + 1, bits - 1) for byte, _ in begin], device=device),
+        left=column([8 - shift for _, shift in begin]),
+        high=column(high),
+    )
 
 
 @dataclass(frozen=True)
@@ -193,10 +232,6 @@ class _Rounded:
     scales: Tensor  # float16 [rows, groups]
     zeros: Tensor | None  # float32 [rows, groups]
     exponent: int
-
-    @property
-    def wide(self) -> Tensor:
-        return torch.ldexp(self.scales.float(), torch.tensor(self.exponent, device=self.scales.device))
 
 
 def quantise(
@@ -246,7 +281,9 @@ def fake(
     """
     rounded = _round(weight, bits, group, symmetric, rounding, axis)
     rows = weight.shape[axis]
-    matrix = rounded.signed.mul_(rounded.wide[..., None]).flatten(1)[:, : weight.numel() // max(1, rows)]
+    matrix = rounded.signed.mul_(_widened(rounded.scales, rounded.exponent)[..., None]).flatten(1)[
+        :, : weight.numel() // max(1, rows)
+    ]
     others = [size for number, size in enumerate(weight.shape) if number != axis]
     return matrix.to(weight.dtype).reshape(rows, *others).movedim(0, axis).contiguous()
 
@@ -269,15 +306,14 @@ def _round(weight: Tensor, bits: int, group: int | None, symmetric: bool, roundi
         raise EqknobsError(
             f"quantise: takes floating-point tensors with an axis, got {weight.dtype} {list(weight.shape)}"
         )
-    rows = weight.shape[axis]
-    matrix = weight.detach().movedim(axis, 0).reshape(rows, -1).float()
-    columns = matrix.shape[1]
-    size = columns if group is None else min(group, max(1, columns))
-    groups = group_count(columns, group)
     if not weight.numel():
         raise EqknobsError(
             f"quantise: an empty tensor {list(weight.shape)} has nothing to pack; leave it out of the plan"
         )
+    rows = weight.shape[axis]
+    matrix = weight.detach().movedim(axis, 0).reshape(rows, -1).float()
+    columns = matrix.shape[1]
+    size, groups = min(group or columns, columns), group_count(columns, group)
     if groups * size != columns:
         matrix = torch.nn.functional.pad(
             matrix, (0, groups * size - columns)
@@ -295,46 +331,46 @@ def _symmetric(values: Tensor, low: Tensor, high: Tensor, bits: int, rounding: s
     if rounding == "mse":
         # There is one level more below than above: a negative scale gives it to the side that reaches further.
         scale = torch.where(high > -low, -scale, scale)
-        scale = scale * _best_clip(values, scale, bits, bottom, top)
-    scales, exponent = _stored(scale)
-    rounded = _Rounded(values, scales, None, exponent)
-    signed = values / _divisor(rounded.wide)[..., None]
-    return _Rounded(signed.round_().clamp_(bottom, top), scales, None, exponent)
+    scales, exponent = _stored(values, scale, bits, rounding, bottom, top)
+    signed = (values / _divisor(scales, exponent)).round_().clamp_(bottom, top)
+    return _Rounded(signed, scales, None, exponent)
 
 
 def _affine(values: Tensor, low: Tensor, high: Tensor, bits: int, rounding: str) -> _Rounded:
     levels = (1 << bits) - 1
     low, high = low.clamp(max=0), high.clamp(min=0)  # zero stays exact, and zero points fit their bits
     scale = (high - low) / levels
-    zeros = (-low / _divisor(scale)).round_().clamp_(0, levels)
-    if rounding == "mse":
-        scale = scale * _best_clip(values, scale, bits, -zeros[..., None], levels - zeros[..., None])
-    scales, exponent = _stored(scale)
-    rounded = _Rounded(values, scales, None, exponent)
-    signed = (values / _divisor(rounded.wide)[..., None]).round_()
-    signed = torch.minimum(torch.maximum(signed, -zeros[..., None]), levels - zeros[..., None])
+    zeros = (-low / torch.where(scale == 0, 1, scale)).round_().clamp_(0, levels)
+    bottom = -zeros[..., None]
+    scales, exponent = _stored(values, scale, bits, rounding, bottom, levels + bottom)
+    signed = (values / _divisor(scales, exponent)).round_().clamp_(bottom, levels + bottom)
     return _Rounded(signed, scales, zeros, exponent)
 
 
-def _divisor(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 1, scale)
-
-
-def _best_clip(values: Tensor, scale: Tensor, bits: int, bottom: Any, top: Any) -> Tensor:
-    """Of each group, the factor of its scale with the least squared error [rows, groups]."""
-    best = torch.ones_like(scale)
-    least = torch.full_like(scale, math.inf)
-    for ratio in torch.linspace(1, LOWEST_CLIP[bits], CLIPS).tolist():
-        tried = (scale * ratio)[..., None]
-        error = (values / _divisor(tried)).round_().clamp_(bottom, top).mul_(tried).sub_(values).square_().sum(-1)
-        better = error < least
-        best = torch.where(better, ratio, best)
-        least = torch.where(better, error, least)
-    return best
-
-
-def _stored(scale: Tensor) -> tuple[Tensor, int]:
-    """Scales [rows, groups] in float16, and the exponent of the power of two by which they are to be multiplied."""
+def _stored(values: Tensor, scale: Tensor, bits: int, rounding: str, bottom: Any, top: Any) -> tuple[Tensor, int]:
+    """Scales [rows, groups] as stored, float16 and an exponent: those given, or by "mse" the best smaller ones."""
     largest = float(scale.abs().max())
     exponent = math.frexp(largest)[1] - TOP_EXPONENT if largest else 0
-    return torch.ldexp(scale, torch.tensor(-exponent, device=scale.device)).half(), exponent
+    scale = torch.ldexp(scale, torch.tensor(-exponent, device=scale.device))
+    if rounding == "nearest":
+        return scale.half(), exponent
+    best, least = scale.half(), torch.full_like(scale, math.inf)
+    for ratio in torch.linspace(1, LOWEST_CLIP[bits], CLIPS).tolist():
+        tried = (scale * ratio).half()
+        wide = _widened(tried, exponent)[..., None]
+        rounded = (values / _divisor(tried, exponent)).round_().clamp_(bottom, top)
+        error = rounded.mul_(wide).sub_(values).square_().sum(-1)
+        better = error < least
+        best, least = torch.where(better, tried, best), torch.where(better, error, least)
+    return best, exponent
+
+
+def _widened(scales: Tensor, exponent: int) -> Tensor:
+    """Stored scales in float32."""
+    return torch.ldexp(scales.float(), torch.tensor(exponent, device=scales.device))
+
+
+def _divisor(scales: Tensor, exponent: int) -> Tensor:
+    """Of each group what its values are divided by [rows, groups, 1]; 1 where all are 0."""
+    wide = _widened(scales, exponent)
+    return torch.where(wide == 0, 1, wide)[..., None]
