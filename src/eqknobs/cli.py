@@ -125,14 +125,18 @@ def _clean(args: argparse.Namespace) -> None:
 
 def _add_compress(commands: Any) -> None:
     text = "Write a model smaller: weights as packed integers of 2 to 8 bits, with a scale a channel or group."
-    note = "The folder loads as the model did: kind and path suffice. docs/packing.md describes plans and files."
+    note = "The folder loads as the model did, by its path. docs/packing.md describes plans and files."
     parser = commands.add_parser("compress", help=text, description=f"{text} {note}")
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="a folder, a hub id (kyutai/mimi) or a bundled model's name"
     )
-    parser.add_argument("--kind", required=True, metavar="KIND", help="mimi, encodec, dac, hubert, whisper or moshi")
     parser.add_argument("--plan", required=True, metavar="PLAN", help="a plan's JSON file, or uniform:BITS (2 to 8)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--kind",
+        metavar="KIND",
+        help="mimi, encodec, dac, hubert, whisper or moshi; default: what its config.json says",
+    )
     parser.add_argument("--revision", metavar="COMMIT", help="of a hub model")
     uniform = parser.add_argument_group("of uniform plans")
     uniform.add_argument("--group", type=int, metavar="N", help="inputs that share a scale; default: a whole channel")
@@ -156,7 +160,7 @@ def _compress(args: argparse.Namespace) -> None:
     options = {key: value for key, value in given.items() if value is not None}
     if args.zero_points:
         options["symmetric"] = False
-    print(compress(args.model, args.kind, args.plan, args.out, args.keep or (), args.revision, **options))
+    print(compress(args.model, args.plan, args.out, args.kind, args.keep or (), args.revision, **options))
     print(f"wrote {args.out}")
 
 

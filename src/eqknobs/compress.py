@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
 from eqknobs.errors import EqknobsError, counted
@@ -26,17 +27,18 @@ BUNDLED = Path("resources/models")
 
 def compress(
     model: str,
-    kind: str,
     plan: str,
     out: str | Path,
+    kind: str | None = None,
     keep: Sequence[str] = (),
     revision: str | None = None,
     **options: Any,
 ) -> str:
     """Write a packed folder of a model; returns what became smaller, in words.
 
-    model: folder, hub id or the name of a bundled model; kind: as for `load_model`; plan: a JSON file, or
-    `uniform:<bits>` for all that can be packed but what `keep` names (embeddings, codebooks), with `options` of `Plan`.
+    model: folder, hub id or the name of a bundled model; plan: a JSON file, or `uniform:<bits>` for all that can be
+    packed but what `keep` names (embeddings, codebooks), with `options` of `Plan`; kind: as for `load_model`, by
+    default what the model's config.json says.
 
     All but the weights is checked before the model is loaded. Raises EqknobsError: bad or foreign plan, an `out` that
     holds something, a model that cannot be loaded.
@@ -46,13 +48,14 @@ def compress(
     if widths is None and (options or keep):
         raise EqknobsError(f"--plan {plan}: the file says it all; leave out the options of uniform plans")
     chosen = _read_plan(Path(plan)) if widths is None else Plan({}, **options)
-    if kind not in KINDS:
-        raise EqknobsError(f"--kind: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
     path = str(BUNDLED / model) if not Path(model).exists() and (BUNDLED / model).is_dir() else model
     if is_packed_folder(path):
         raise EqknobsError(
             f"--model {path}: is packed already; unpack it first, or take the model that it was made from"
         )
+    kind = kind or _kind(path, revision)
+    if kind not in KINDS:
+        raise EqknobsError(f"--model {path}: is of kind {kind!r}, which is not known; name one of {', '.join(KINDS)}")
     if kind == "moshi":
         files = find_files("model", path, revision)
         lm = load_net(files, _stored_type(files.weights))
@@ -83,8 +86,7 @@ def unpack(folder: str | Path, out: str | Path) -> str:
     if not is_packed_folder(folder):
         raise EqknobsError(f"{folder}: has no {NAME}; give a folder that eqknobs compress wrote")
     target = _new_folder(out)
-    raw = read_raw(folder / "config.json", str(folder))
-    kind = raw.get("model_type", "moshi")
+    kind = _kind(str(folder), None)
     if kind == "moshi":
         files = find_files("model", str(folder))
         moshi = load_net(files)
@@ -101,6 +103,17 @@ def unpack(folder: str | Path, out: str | Path) -> str:
         raise EqknobsError(f"{folder}: config.json is of type {kind!r}; known are {', '.join(KINDS)}")
     before = (folder / NAME).stat().st_size
     return f"{before / 1e6:.2f} MB -> {_bytes(target) / 1e6:.2f} MB"
+
+
+def _kind(path: str, revision: str | None) -> str:
+    """The kind of model that a config.json is of; kyutai's and NVIDIA's have other ways to say it."""
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        with one_line(f"--model {path}: no such folder, and as a hub id it cannot be had; check id and network"):
+            file = Path(hf_hub_download(path, "config.json", revision=revision))
+    raw = read_raw(file, f"--model {path}")
+    found = str(raw.get("model_type", "moshi" if "depformer_dim" in raw else "unnamed"))
+    return "moshi" if found == "personaplex" else found
 
 
 def _stored_type(weights: Path) -> torch.dtype:

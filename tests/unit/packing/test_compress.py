@@ -17,8 +17,8 @@ from helpers import ROOT
 TINY, MOSHI = (ROOT / "resources/models" / name for name in ("tiny-mimi", "tiny-moshi"))
 
 
-def compress(model, kind, plan, out, *options):
-    main(["compress", "--model", str(model), "--kind", kind, "--plan", str(plan), "--out", str(out), *options])
+def compress(model, plan, out, *options):
+    main(["compress", "--model", str(model), "--plan", str(plan), "--out", str(out), *options])
 
 
 def failing(capsys, *args):
@@ -33,7 +33,7 @@ def codec(path):
 
 def test_a_codec_packed_and_unpacked(tmp_path, capsys):
     """The packed folder, the unpacked one and transformers' own reading of that give the same numbers."""
-    compress(TINY, "mimi", "uniform:4", tmp_path / "packed", "--group", "32", "--rounding", "mse")
+    compress(TINY, "uniform:4", tmp_path / "packed", "--group", "32", "--rounding", "mse")
     assert "74 of 74 tensors at 4.00 bits" in capsys.readouterr().out
     assert (tmp_path / "packed" / NAME).stat().st_size < (TINY / "model.safetensors").stat().st_size * 0.3
     assert (tmp_path / "packed/config.json").read_bytes() == (TINY / "config.json").read_bytes()
@@ -58,20 +58,20 @@ def test_a_plan_from_a_file(tmp_path, monkeypatch, capsys):
     plan = Plan.of(shapes, {name: 2 + i % 7 for i, name in enumerate(shapes)}, symmetric=False, rest="float32")
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
     monkeypatch.chdir(ROOT)  # where bundled models are known by their names
-    compress("tiny-mimi", "mimi", tmp_path / "plan.json", tmp_path / "packed")
+    compress("tiny-mimi", tmp_path / "plan.json", tmp_path / "packed")
     assert PackedFile(tmp_path / "packed" / NAME).plan == plan
     assert f"{len(shapes)} of 74 tensors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keep", [["codebooks"], ["embeddings", "codebooks"]])
 def test_what_is_kept_stays(tmp_path, keep):
-    compress(MOSHI, "moshi", "uniform:8", tmp_path / "m", *(x for name in keep for x in ("--keep", name)))
+    compress(MOSHI, "uniform:8", tmp_path / "m", "--kind", "moshi", *(x for name in keep for x in ("--keep", name)))
     names = PackedFile(tmp_path / "m" / NAME).packed
     assert any("emb" in name for name in names) == ("embeddings" not in keep)
 
 
 def test_a_speech_lm_packed_and_unpacked(tmp_path):
-    compress(MOSHI, "moshi", "uniform:4", tmp_path / "deep/packed", "--group", "64", "--zero-points")
+    compress(MOSHI, "uniform:4", tmp_path / "deep/packed", "--group", "64", "--zero-points")
     main(["unpack", str(tmp_path / "deep/packed"), "--out", str(tmp_path / "plain")])
     codes = torch.randint(0, 130, (1, 17, 5), generator=torch.Generator().manual_seed(0))
     files = [find_files("m", str(tmp_path / where)) for where in ("deep/packed", "plain")]
@@ -85,7 +85,10 @@ def test_a_speech_lm_packed_and_unpacked(tmp_path):
 
 def test_errors_come_before_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("eqknobs.compress.load_model", None)  # nothing is loaded
-    base = ["compress", "--model", TINY, "--kind", "mimi", "--plan"]
+    base = ["compress", "--model", TINY, "--plan"]
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "config.json").write_text('{"model_type": "bert"}')
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").write_text("")
@@ -103,7 +106,9 @@ def test_errors_come_before_work(tmp_path, capsys, monkeypatch):
         ([*base, tmp_path / "bad.json", *new], "a: bits must be a whole number, 2 to 8, got 11"),
         ([*base, tmp_path / "bad.json", *new, "--group", "3"], "leave out the options of uniform plans"),
         ([*base, "uniform:4", *new, "--group", "0"], "group must be a whole number above 0"),
-        (["compress", "--model", TINY, "--kind", "mimo", "--plan", "uniform:4", *new], "unknown kind 'mimo'"),
+        ([*base, "uniform:4", *new, "--kind", "mimo"], "kind 'mimo', which is not known; name one of mimi, encodec"),
+        (["compress", "--model", ROOT, "--plan", "uniform:4", *new], "cannot read"),
+        (["compress", "--model", strange, "--plan", "uniform:4", *new], "kind 'bert', which is not known"),
         (["unpack", TINY, *new], "give a folder that eqknobs compress wrote"),
         (["unpack", tmp_path / "none", *new], "give a folder that eqknobs compress wrote"),
     ):
@@ -113,12 +118,12 @@ def test_errors_come_before_work(tmp_path, capsys, monkeypatch):
 
 
 def test_a_packed_folder_is_not_packed_again_and_others_plans_are_refused(tmp_path, capsys):
-    compress(TINY, "mimi", "uniform:8", tmp_path / "packed")
+    compress(TINY, "uniform:8", tmp_path / "packed")
     new = ["--out", tmp_path / "new"]
-    base = ["compress", "--kind", "mimi", "--plan", "uniform:4", *new, "--model"]
+    base = ["compress", "--plan", "uniform:4", *new, "--model"]
     assert "is packed already" in failing(capsys, *base, tmp_path / "packed")
     (tmp_path / "plan.json").write_text('{"bits": {"transformer.layers.0.x": 3}}')
-    message = failing(capsys, "compress", "--model", TINY, "--kind", "mimi", "--plan", tmp_path / "plan.json", *new)
+    message = failing(capsys, "compress", "--model", TINY, "--plan", tmp_path / "plan.json", *new)
     assert "no tensor transformer.layers.0.x" in message and not (tmp_path / "new").exists()
     file = tmp_path / "packed" / NAME
     file.write_bytes(file.read_bytes()[:-5])

@@ -234,7 +234,7 @@ def test_memory_is_planned_with_packed_weights(pair, tmp_path):
 
 def test_other_interventions_on_packed_weights(pair, tmp_path):
     net, _, plan = pair
-    with pytest.raises(EqknobsError, match="is packed; load the model"):
+    with pytest.raises(EqknobsError, match="is packed; unpack the model"):
         fake_quantise(net, 4)
     name = linears(net)[0]
     prune(net, 0.5, [name])

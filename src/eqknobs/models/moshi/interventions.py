@@ -141,8 +141,10 @@ def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[
     names = linears(net, patterns)
     for name in names:
         linear: Linear = net.get_submodule(name)
-        if is_packed(linear) or isinstance(linear, PackedLinear):
-            raise EqknobsError(f"fake_quantise: {name} is packed; load the model without nf4, or unpacked, to round it")
+        if isinstance(linear, PackedLinear):
+            raise EqknobsError(f"fake_quantise: {name} is packed; unpack the model (eqknobs unpack) to round it")
+        if is_packed(linear):
+            raise EqknobsError(f"fake_quantise: {name} is packed in NF4; load the model without nf4 to round it")
         if linear.in_features % block:
             raise EqknobsError(
                 f"fake_quantise: blocks of {block} do not divide the {linear.in_features} inputs of {name}"
