@@ -1,6 +1,6 @@
 """Networks with packed weights: linears and embeddings that unpack when called, and what a network holds in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -80,8 +80,9 @@ def packed_module(module: nn.Module, packed: Packed, dtype: torch.dtype | None =
     raise EqknobsError(f"{type(module).__name__}: only linears and embeddings stay packed in memory")
 
 
-def pack_modules(net: nn.Module, plan: Plan) -> None:
-    """Replace the linears and embeddings whose weights the plan names by packed ones, in place.
+def pack_modules(net: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = None) -> None:
+    """Replace the linears and embeddings whose weights the plan names by packed ones, in place; moments: see
+    `input_moments`.
 
     Raises EqknobsError, before anything is replaced, for a plan of other tensors or of convolutions and codebooks:
     those unpack at load.
@@ -96,7 +97,9 @@ def pack_modules(net: nn.Module, plan: Plan) -> None:
     for name in plan.bits:
         owner = name.removesuffix(".weight")
         module = net.get_submodule(owner)
-        put_module(net, owner, packed_module(module, plan.quantise(name, net.get_parameter(name))))
+        put_module(
+            net, owner, packed_module(module, plan.quantise(name, net.get_parameter(name), (moments or {}).get(name)))
+        )
 
 
 def unpack_modules(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
@@ -116,11 +119,11 @@ def unpack_modules(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 
 @contextmanager
-def faked(net: nn.Module, plan: Plan) -> Iterator[None]:
+def faked(net: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """While the block runs, the network has the weights that the plan's packed file would give; then its own again.
 
     That includes what `rest` does to tensors that stay. What codebooks keep beside their tensors (Mimi's `_embed`) is
-    made anew. Raises EqknobsError for a plan of other tensors, and for NaN or infinity.
+    made anew. moments: see `input_moments`. Raises EqknobsError for a plan of other tensors, and for NaN or infinity.
     """
     kept: list[tuple[Tensor, Tensor]] = []
     try:
@@ -129,7 +132,7 @@ def faked(net: nn.Module, plan: Plan) -> Iterator[None]:
         rest = REST[plan.rest]
         for name, tensor in state.items():
             if name in plan.bits:
-                rounded = plan.fake(name, tensor)
+                rounded = plan.fake(name, tensor, (moments or {}).get(name))
             elif tensor.is_floating_point() and tensor.dtype != rest:
                 rounded = tensor.to(rest)
             else:

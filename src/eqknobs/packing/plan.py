@@ -84,15 +84,18 @@ class Plan:
         """The axis of a tensor's output channels."""
         return int(name in self.transposed)
 
-    def quantise(self, name: str, weight: Tensor) -> Packed:
-        """A tensor of the plan, packed. Raises EqknobsError, naming it, for NaN and the like."""
+    def quantise(self, name: str, weight: Tensor, moments: Tensor | None = None) -> Packed:
+        """A tensor of the plan, packed; moments: of its inputs, for "gptq". Raises EqknobsError, naming the tensor, for
+        NaN and the like."""
         with _named(name):
-            return quantise(weight, self.bits[name], self.group, self.symmetric, self.rounding, self.axis(name))
+            form = self.group, self.symmetric, self.rounding
+            return quantise(weight, self.bits[name], *form, self.axis(name), moments)
 
-    def fake(self, name: str, weight: Tensor) -> Tensor:
-        """What `quantise(name, weight).dequantise()` gives, without packing."""
+    def fake(self, name: str, weight: Tensor, moments: Tensor | None = None) -> Tensor:
+        """What `quantise(name, weight, moments).dequantise()` gives, without packing."""
         with _named(name):
-            return fake(weight, self.bits[name], self.group, self.symmetric, self.rounding, self.axis(name))
+            form = self.group, self.symmetric, self.rounding
+            return fake(weight, self.bits[name], *form, self.axis(name), moments)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON; the inverse of `from_json`."""

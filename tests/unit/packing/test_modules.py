@@ -232,6 +232,20 @@ def test_memory_is_planned_with_packed_weights(pair, tmp_path):
     assert speaks.net.dtype == torch.float32 and torch.equal(logits(speaks.net), logits(load_net(speaks.files)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(pair):
+    """The same weights bit for bit wherever they are unpacked."""
+    net, plain, plan = pair
+    for name in plan.bits:
+        packed = net.get_submodule(name.removesuffix(".weight")).packed
+        assert torch.equal(packed.to("cuda").dequantise().cpu(), packed.dequantise())
+        assert torch.equal(plan.fake(name, plain.get_parameter(name).cuda()).cpu(), packed.dequantise())
+    net.to("cuda"), plain.to("cuda")
+    codes = random_codes(1, 12, net.config.text_card).cuda()
+    with torch.inference_mode():
+        assert torch.equal(net(codes).text, plain(codes).text)
+
+
 def test_other_interventions_on_packed_weights(pair, tmp_path):
     net, _, plan = pair
     with pytest.raises(EqknobsError, match="is packed; unpack the model"):
