@@ -21,6 +21,7 @@ from eqknobs.packing.calibration import compensated
 BITS = range(2, 9)
 ROUNDINGS = ("nearest", "mse", "gptq")
 TOP_EXPONENT = 15  # the largest scale of a tensor is kept just below 2^15, float16's largest power of two
+LOWEST_EXPONENT = -112  # 2^112 is still far from float32's limit
 CLIPS = 20  # ratios that "mse" tries
 LOWEST_CLIP = {2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}  # fewer levels gain by cutting more
 
@@ -134,7 +135,7 @@ class Packed:
     def _dequantise(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Float32 [rows, columns] of codes [rows, columns] with scales and zero points [rows, groups]."""
         wide = _widened(scales, self.exponent)
-        size = self.group or self.columns
+        size = min(self.group or self.columns, self.columns)
         groups = len(codes), wide.shape[1], size
         if wide.shape[1] * size != self.columns:  # the last group is shorter
             codes = torch.nn.functional.pad(codes, (0, wide.shape[1] * size - self.columns))
@@ -257,7 +258,7 @@ def quantise(
     rounded = _round(weight, bits, group, symmetric, rounding, axis, moments)
     offset = 1 << (bits - 1) if rounded.zeros is None else rounded.zeros[..., None]
     rows = weight.shape[axis]
-    columns = weight.numel() // max(1, rows)
+    columns = weight.numel() // rows
     codes = (rounded.signed + offset).to(torch.uint8).flatten(1)[:, :columns]
     return Packed(
         shape=tuple(weight.shape),
@@ -286,9 +287,8 @@ def fake(
     """
     rounded = _round(weight, bits, group, symmetric, rounding, axis, moments)
     rows = weight.shape[axis]
-    matrix = rounded.signed.mul_(_widened(rounded.scales, rounded.exponent)[..., None]).flatten(1)[
-        :, : weight.numel() // max(1, rows)
-    ]
+    wide = _widened(rounded.scales, rounded.exponent)[..., None]
+    matrix = rounded.signed.mul_(wide).flatten(1)[:, : weight.numel() // rows]
     others = [size for number, size in enumerate(weight.shape) if number != axis]
     return matrix.to(weight.dtype).reshape(rows, *others).movedim(0, axis).contiguous()
 
@@ -327,10 +327,8 @@ def _round(
     matrix = weight.detach().movedim(axis, 0).reshape(rows, -1).float()
     columns = matrix.shape[1]
     size, groups = min(group or columns, columns), group_count(columns, group)
-    if groups * size != columns:
-        matrix = torch.nn.functional.pad(
-            matrix, (0, groups * size - columns)
-        )  # zeros round to zeros, whatever the scale
+    if groups * size != columns:  # zeros round to zeros, whatever the scale
+        matrix = torch.nn.functional.pad(matrix, (0, groups * size - columns))
     values = matrix.view(rows, groups, size)
     low, high = values.aminmax(dim=-1)
     if not bool((high - low).isfinite().all()):
@@ -380,7 +378,7 @@ def _affine(values: Tensor, low: Tensor, high: Tensor, bits: int, rounding: str)
 def _stored(values: Tensor, scale: Tensor, bits: int, rounding: str, bottom: Tensor, top: Tensor) -> tuple[Tensor, int]:
     """Scales [rows, groups] as stored, float16 and an exponent: those given, or by "mse" the best smaller ones."""
     largest = float(scale.abs().max())
-    exponent = math.frexp(largest)[1] - TOP_EXPONENT if largest else 0
+    exponent = max(math.frexp(largest)[1] - TOP_EXPONENT, LOWEST_EXPONENT) if largest else 0
     scale = torch.ldexp(scale, torch.tensor(-exponent, device=scale.device))
     if rounding == "nearest":
         return scale.half(), exponent

@@ -136,6 +136,15 @@ def test_size_does_not_matter(factor):
     torch.testing.assert_close(scaled, fake(weight, 5, 8), rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("factor", [1e-44, 1e-39, 1e36])
+def test_at_the_ends_of_float32_nothing_becomes_infinite(factor):
+    weight = drawn(8, 40) * factor
+    for rounding in ROUNDINGS:
+        assert (
+            fake(weight, 5, 8, rounding=rounding) - weight
+        ).abs().max() <= weight.abs().max() / 20 + 2e-43  # a few of the smallest numbers there are
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types_of_weights(dtype):
     weight = drawn(8, 40).to(dtype)
