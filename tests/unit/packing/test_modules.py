@@ -20,6 +20,7 @@ from eqknobs.packing.modules import (
     bytes_resident,
     faked,
     pack_modules,
+    replaced,
     unpack_modules,
 )
 from eqknobs.packing.plan import Plan, packable, plan_bytes
@@ -82,6 +83,20 @@ def test_tied_weights_are_held_once():
     net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
     net[1].weight = net[0].weight
     assert bytes_resident(net) == 4 * 80
+
+
+def test_tied_weights_are_rounded_once_and_come_back(tmp_path):
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)).requires_grad_(False)
+    net[1].weight = net[0].weight
+    before = net[0].weight.clone()
+    plan = Plan.uniform(packable(net), 4)
+    write_packed(tmp_path / "packed", net, plan)
+    with faked(net, plan):
+        assert torch.equal(net[1].weight, read_packed(tmp_path / "packed")["0.weight"])
+    assert torch.equal(net[0].weight, before)
+    with replaced(net, [("0.weight", before * 2), ("1.weight", before * 3)]):
+        assert torch.equal(net[0].weight, before * 3)
+    assert torch.equal(net[0].weight, before)
 
 
 def test_only_linears_and_embeddings_stay_packed():
