@@ -9,8 +9,10 @@ from eqknobs.evidence.stage import TablesCfg
 from eqknobs.models import ModelCfg
 from eqknobs.sae.training import GridCfg, SAECfg
 from eqknobs.schema import resolved, schema
+from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
@@ -31,6 +33,8 @@ TYPED = [
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
+    (ImportanceCfg, ["importance"], PLANNED, OPENED | {"seed"}),
+    (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
     (DropCfg, ["speech_lm_training.drop"], set(), set()),
