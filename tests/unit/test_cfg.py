@@ -13,6 +13,7 @@ from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
+from eqknobs.stages.importance.maps import MapsCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
@@ -21,6 +22,7 @@ from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 JOB = {"seed", "device", "content"}  # what a job may have besides
 OPENED = {"model", "site"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
+MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
 TYPED = [
     (ModelCfg, ["models.*"], set(), {"name", "device"}),
@@ -33,7 +35,8 @@ TYPED = [
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
-    (ImportanceCfg, ["importance"], PLANNED, OPENED | {"seed"}),
+    (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, OPENED | JOB),
+    (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
     (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
