@@ -43,7 +43,7 @@ rule lm_caches:
             lambda wildcards: {
                 "lead": config["lm_layers"]["lead"],
                 "model": model_config(config, wildcards.model),
-                "judges": config["judges"],
+                **{key: config["judges"][key] for key in ("asr", "beam")},
                 "seed": SEED,
                 **config.get("activations", {}),
             },

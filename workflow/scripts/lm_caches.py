@@ -4,11 +4,11 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.stages.lm_layers.turns import cache_turns
+from eqknobs.stages.lm_layers.turns import TurnsCfg, cache_turns
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    cache_turns(inputs.manifest, outputs.turns, outputs.index, {**cfg, **cfg["judges"]}, Pieces())
+def main(inputs: Any, outputs: Any, cfg: TurnsCfg) -> None:
+    cache_turns(inputs.manifest, outputs.turns, outputs.index, cfg, Pieces())
 
 
 if __name__ == "__main__":

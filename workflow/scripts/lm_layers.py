@@ -3,10 +3,10 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.stages.lm_layers.compute import probe_layers
+from eqknobs.stages.lm_layers.compute import LmLayersCfg, probe_layers
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: LmLayersCfg) -> None:
     probe_layers(inputs.turns, inputs.index, inputs.labels, outputs.layers, outputs.clips, outputs.heads, cfg)
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.stages.lm_layers.dictionaries import train_dictionaries
+from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, train_dictionaries
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: DictionariesCfg) -> None:
     folder = Path(outputs.saes[0]).parents[1]
     train_dictionaries(inputs.turns, inputs.index, inputs.labels, folder, outputs.scores, outputs.features, cfg)
 

@@ -512,9 +512,7 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _fill(
-    works: list[_Work], manifest: pd.DataFrame, model: Model, encode: Encode, strict: bool = False
-) -> None:
+def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model, encode: Encode, strict: bool = False) -> None:
     """Encode the utterances that are not in the work files yet, each once for all of them, or copy what is known.
 
     The first work is what was asked for, with `strict` every one is. Another one whose activations are not finite is

@@ -90,7 +90,9 @@ def _moshi(model: dict[str, Any], file: Path | None) -> list[str] | None:
     else:
         return None
     # a layer that lost all its heads has no site `heads.<layer>`
-    layers = [f"{kind}.{i}" for i, left in enumerate(heads) for kind in ("residual", "heads") if left or kind != "heads"]
+    layers = [
+        f"{kind}.{i}" for i, left in enumerate(heads) for kind in ("residual", "heads") if left or kind != "heads"
+    ]
     return ["embeddings", *layers]
 
 

@@ -40,8 +40,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Moshi(Pretrained):
-    """Sites `embeddings`, the sum of the 17 streams' embeddings that the first temporal layer reads, `residual.<layer>`,
-    the output of a temporal layer, and `heads.<layer>`, the input of its output projection [frames, heads * head_dim].
+    """Sites `embeddings`, the sum of the 17 streams' embeddings that the first temporal layer reads,
+    `residual.<layer>`, the output of a temporal layer, and `heads.<layer>`, the input of its output projection [frames,
+    heads * head_dim].
 
     A clip is heard: it is the user's stream, while the agent is silent and says no text (`stream: agent` turns it
     round: the agent speaks the clip, the user's stream is PersonaPlex's sine). Frame t is the column that carries the

@@ -17,7 +17,7 @@ def randomise(net: MoshiNet, seed: int) -> None:
         return values.to(weight.device, weight.dtype)
 
     for embedding in (net.text_emb, *net.emb):
-        weight = embedding.weight.data  # type: ignore[union-attr]
+        weight = embedding.weight.data
         weight.copy_(drawn(weight))
     stack = net.transformer
     for name, module in list(stack.named_modules()):

@@ -26,9 +26,7 @@ def blocks(names: Sequence[str], rows: int, width: int) -> Iterator[list[str]]:
 
 
 @torch.no_grad()
-def told_right(
-    x: Tensor, labels: np.ndarray, truth: np.ndarray, classes: int, frames: LabelledFrames
-) -> np.ndarray:
+def told_right(x: Tensor, labels: np.ndarray, truth: np.ndarray, classes: int, frames: LabelledFrames) -> np.ndarray:
     """Whether the probe of each matrix tells the class of each frame of val and test, bool [G, frames of `scored`].
 
     x: float32 [G, n, width], on the device that is to fit; labels, truth: int [n], what is learnt (maybe shuffled) and

@@ -36,12 +36,14 @@ def check(config: dict[str, Any]) -> None:
 
 def _check_model(config: dict[str, Any], name: str) -> None:
     if name not in config["models"]:
-        raise EqknobsError(
-            f"config: lm_layers.models: names {name!r}, which is not under models ({', '.join(sorted(config['models']))})"
-        )
+        known = ", ".join(sorted(config["models"]))
+        raise EqknobsError(f"config: lm_layers.models: names {name!r}, which is not under models ({known})")
     model = config["models"][name]
     if model["kind"] != "moshi":
         raise EqknobsError(f"config: lm_layers.models: {name} is of kind {model['kind']}, not moshi")
-    layers, deepest = read_facts(Path(model["path"]) / "config.json").get("num_layers"), max(config["lm_layers"]["sae"]["layers"])
+    layers, deepest = (
+        read_facts(Path(model["path"]) / "config.json").get("num_layers"),
+        max(config["lm_layers"]["sae"]["layers"]),
+    )
     if isinstance(layers, int) and deepest >= layers:
         raise EqknobsError(f"config: lm_layers.sae.layers: {name} has layers 0 to {layers - 1}, not {deepest}")

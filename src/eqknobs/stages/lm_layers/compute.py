@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import h5py
 import numpy as np
@@ -74,10 +74,14 @@ class Asked:
         places, chosen = scored(self.frames), self.frames.of("train")
         most = np.bincount(self.labels[chosen], minlength=self.classes).argmax()
         found = {"frames": np.ones(len(places), int), "majority": (self.labels[places] == most).astype(int)}
-        found |= {name: right.astype(int) for (kind, at, name), right in self.right.items() if (kind, at) == (labels, lag)}
+        found |= {
+            name: right.astype(int) for (kind, at, name), right in self.right.items() if (kind, at) == (labels, lag)
+        }
         turns = table.iloc[self.frames.utterance[places]]
         rows = pd.DataFrame({key: turns[key].to_numpy() for key in ("clip", "speaker", "split")} | found)
-        sums = rows.groupby(["clip", "speaker", "split"], as_index=False, sort=True).sum().rename(columns={"clip": "id"})
+        sums = (
+            rows.groupby(["clip", "speaker", "split"], as_index=False, sort=True).sum().rename(columns={"clip": "id"})
+        )
         about = {"stream": self.stream, "property": self.name, "labels": labels, "lag": lag}
         return pd.concat([sums[["id", "speaker", "split"]], sums.iloc[:, 3:].assign(**about)], axis=1)
 
@@ -111,7 +115,9 @@ class Turns:
     def of(self, stream: str, name: str) -> Asked:
         return next(asked for asked in self.asked if (asked.stream, asked.name) == (stream, name))
 
-    def matrices(self, network: str, sites: list[str], device: str, parts: int = 1) -> Iterator[tuple[list[str], Tensor]]:
+    def matrices(
+        self, network: str, sites: list[str], device: str, parts: int = 1
+    ) -> Iterator[tuple[list[str], Tensor]]:
         """(sites, float32 [sites · parts, N, width / parts]) in blocks, z-scored by each cache's train frames."""
         with ExitStack() as stack:
             caches = {site: stack.enter_context(ActivationCache(self.caches[network][site])) for site in sites}
@@ -141,10 +147,10 @@ def probe_layers(
 ) -> None:
     """Probe all layers for all properties, and all heads for the acoustic and the semantic one (`ranking`).
 
-    out_layers_csv: id, speaker, split, frames, `majority`, `logmel`, `embeddings`, `residual.<i>`, `random.residual.<i>`
-    (frames told right), stream (user, agent or both), property, labels (true; shuffled at lag 0), lag; one row a clip.
-    out_clips_csv: likewise with a column `<layer>.<head>` a head, and `half` (all clips, or a and b: probes fitted on
-    every other clip and scored on every other). out_heads_csv: see `ranking.pruning_order`.
+    out_layers_csv, one row a clip: id, speaker, split, frames, and of these told right by `majority`, `logmel`,
+    `embeddings`, `residual.<i>`, `random.residual.<i>`; stream (user, agent or both), property, labels (true; shuffled
+    at lag 0), lag. out_clips_csv: likewise with a column `<layer>.<head>` a head, and `half` (all clips, or a and b:
+    probes fitted on every other clip and scored on every other). out_heads_csv: see `ranking.pruning_order`.
     Raises EqknobsError as `ask`.
     """
     device = pick_device(cfg.get("device") or "cpu")

@@ -95,7 +95,9 @@ def _compared(at: Context, scores: pd.DataFrame, best: list[dict[str, Any]]) -> 
     found = []
     true = scores[(scores["labels"] == "true") & (scores["split"] == "test")]
     for row in best:
-        rows = true[(true["stream"] == row["stream"]) & (true["property"] == row["property"]) & (true["lag"] == row["lag"])]
+        rows = true[
+            (true["stream"] == row["stream"]) & (true["property"] == row["property"]) & (true["lag"] == row["lag"])
+        ]
         for rival, column in _columns(row["layer"]).items():
             own, other = (rows.assign(correct=rows[name]) for name in (f"residual.{row['layer']}", column))
             if record := compare(own, other, ACCURACY, at.cfg):
@@ -196,8 +198,8 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         row = best[record["stream"], record["property"]]
         verdict, words = said(record)
         what = f"{PROPERTIES[record['property']]}, {STREAMS[record['stream']]}"
-        text = f"{what}: the probe on layer {record['layer']} (lag {record['lag']}, both chosen on val) {words} the one on "
-        text += f"{RIVALS[record['b']]}."
+        text = f"{what}: the probe on layer {record['layer']} (lag {record['lag']}, both chosen on val) {words} "
+        text += f"the one on {RIVALS[record['b']]}."
         nulls = f"majority {number(row['majority'])}, shuffled labels {number(row['shuffled'])}"
         cell = (f"best layer over {record['b'].replace('_', ' ')}", what)
         lines.append(
@@ -225,10 +227,14 @@ def _of_features(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         null = random[row["layer"], row["stream"]]
         text = f"Layer {row['layer']}, {STREAMS[row['stream']]}: of {row['features']} SAE features "
-        text += f"{row['high_share']:.0%} {ends(row['high_share_low'], row['high_share_high'])} weigh most for the upper "
+        text += (
+            f"{row['high_share']:.0%} {ends(row['high_share_low'], row['high_share_high'])} weigh most for the upper "
+        )
         text += f"third of centroids; of random features {null['high_share']:.0%}, by a probe of shuffled labels "
         text += f"{row['high_shuffled']:.0%}."
-        detail = f"lower third {row['low_share']:.0%}, random {null['low_share']:.0%}, shuffled {row['low_shuffled']:.0%}"
+        detail = (
+            f"lower third {row['low_share']:.0%}, random {null['low_share']:.0%}, shuffled {row['low_shuffled']:.0%}"
+        )
         cell = (f"SAE of layer {row['layer']}: high-frequency features", STREAMS[row["stream"]])
         lines.append(headline("lm_saes", "measured", text, detail, cell, estimated(row, "high_share")))
     return lines

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import h5py
 import numpy as np
@@ -22,8 +22,10 @@ from tqdm import tqdm
 from eqknobs.audio import read_clip
 from eqknobs.corpus.activations import cache_sites
 from eqknobs.corpus.labels import write_labels
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv, read_json, write_csv, write_json
+from eqknobs.models import Model
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.monologue import monologue
@@ -63,29 +65,40 @@ def cache_turns(
     layer's). The caches are no outputs of the job: a run that was killed goes on.
     Raises EqknobsError as `cache_sites`.
     """
-    model, manifest = Moshi(cfg["model"]), read_csv(manifest_csv)
+    manifest = read_csv(manifest_csv)
     turns = pd.concat([manifest.assign(stream=s, id=manifest["id"] + f".{s}", clip=manifest["id"]) for s in STREAMS])
     write_csv(out_turns, turns.sort_values("id", ignore_index=True))
-    words = {clip.id: word_times(clip, cfg, pieces) for clip in tqdm(list(manifest.itertuples()), desc="words")}
+    words = word_times(manifest, cfg, pieces)
+    with gpu_lock(pick_device(cfg["model"].get("device") or "auto")):
+        write_json(out_index, _cached(Moshi(cfg["model"]), manifest, words, out_turns, Path(out_index).parent, cfg))
+
+
+def _cached(
+    model: Moshi, manifest: pd.DataFrame, words: dict[str, Words], turns_csv: str | Path, home: Path, cfg: TurnsCfg
+) -> dict[str, Any]:
+    """The index of the caches, which it makes below `home`."""
     codes, tokens = _said(model, manifest, words, cfg["lead"])
 
     def encode(turn: Any, sites: list[str]) -> dict[str, np.ndarray]:
         text = torch.tensor(tokens[turn.id]["written"]) if turn.stream == "agent" else None
         return model.activations(model.turn(codes[turn.clip], turn.stream, text), sites)
 
-    folder, networks = Path(out_index).parent / "caches", {"trained": list(model.sites)}
-    networks["random"] = [site for site in model.sites if site.startswith("residual")]
+    networks = {"trained": list(model.sites), "random": [site for site in model.sites if site.startswith("residual")]}
     index: dict[str, dict[str, str]] = {}
     for network, sites in networks.items():
         if network == "random":
             randomise(model.net, cfg["seed"])
-        index[network] = {site: str(folder / f"{network}.{site}.h5") for site in sites}
+        index[network] = {site: str(home / "caches" / f"{network}.{site}.h5") for site in sites}
         made_by = {key: value for key, value in cfg.items() if key in ("frames", "seed", "content")}
         made_by |= {"network": network, "tokens": json.dumps(tokens)}
-        cache_sites(out_turns, index[network], model, cfg["model"], made_by, encode)
+        cache_sites(turns_csv, index[network], cast(Model, model), cfg["model"], made_by, encode)
     silent = [model.config.pad, model.config.epad]  # tokens that stand for no text
-    heads = [list(left) for left in model.net.heads]
-    write_json(out_index, {"caches": index, "heads": heads, "tokens": tokens, "silent": silent})
+    return {
+        "caches": index,
+        "heads": [list(left) for left in model.net.heads],
+        "tokens": tokens,
+        "silent": silent,
+    }
 
 
 def _said(
@@ -106,19 +119,28 @@ def _said(
     return codes, tokens
 
 
-def word_times(clip: Any, cfg: TurnsCfg, pieces: Pieces | None = None) -> Words:
-    """The words of a manifest row and when they are spoken: from the JSON beside the sound, else from the recogniser.
+def word_times(manifest: pd.DataFrame, cfg: TurnsCfg, pieces: Pieces | None = None) -> dict[str, Words]:
+    """The words of each clip and when they are spoken: from the JSON beside the sound, else from the recogniser.
 
     Raises EqknobsError where that JSON does not hold a frame for each word and one for the end.
     """
-    beside = Path(clip.path).with_suffix(".json")
-    if not beside.is_file():
-        judge = Transcriber({"asr": cfg["asr"], "beam": cfg["beam"], "device": cfg.get("device", "auto")}, pieces)
-        return judge.word_times(read_clip(clip, RATE))
-    facts = read_json(beside)
+    judge, found = None, {}
+    for clip in tqdm(list(manifest.itertuples()), desc="words", unit="clip"):
+        beside = Path(str(clip.path)).with_suffix(".json")
+        if beside.is_file():
+            found[str(clip.id)] = _aligned(beside)
+            continue
+        device = cfg["model"].get("device") or "auto"
+        judge = judge or Transcriber({"asr": cfg["asr"], "beam": cfg["beam"], "device": device}, pieces)
+        found[str(clip.id)] = judge.word_times(read_clip(clip, RATE))
+    return found
+
+
+def _aligned(file: Path) -> Words:
+    facts = read_json(file)
     words, frames = str(facts.get("text", "")).split(), facts.get("frames", [])
     if len(frames) != len(words) + 1:
-        raise EqknobsError(f"{beside}: {len(words)} words, {len(frames)} frames; give each word's first and the end")
+        raise EqknobsError(f"{file}: {len(words)} words, {len(frames)} frames; give each word's first and the end")
     return [(word, a / FRAME_RATE, b / FRAME_RATE) for word, a, b in zip(words, frames, frames[1:])]
 
 
