@@ -41,11 +41,14 @@ rule lm_caches:
         cfg=cfg(
             "lm_caches",
             lambda wildcards: {
-                "lead": config["lm_layers"]["lead"],
+                **{
+                    key: config["lm_layers"][key]
+                    for key in ("lead", "frames")
+                    if key in config["lm_layers"]
+                },
                 "model": model_config(config, wildcards.model),
                 **{key: config["judges"][key] for key in ("asr", "beam")},
                 "seed": SEED,
-                **config.get("activations", {}),
             },
             model=lambda wildcards: files_of(wildcards.model),
             words=lambda wildcards: word_files(config["lm_layers"]["corpus"]),

@@ -59,9 +59,11 @@ def _discriminants(x: Tensor, y: Tensor, classes: int) -> Iterator[tuple[Tensor,
     counts = member.sum(0)
     means = centred.transpose(1, 2) @ member / counts.clamp(min=1)
     shares = counts / len(y)
-    within = torch.bmm(centred.transpose(1, 2), centred) / len(y)
-    within -= torch.bmm(means * shares, means.transpose(1, 2))
-    usual = within.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(x.dtype).tiny)
+    total = torch.bmm(centred.transpose(1, 2), centred) / len(y)
+    within = total - torch.bmm(means * shares, means.transpose(1, 2))
+    # Where the classes are all that varies, rounding is what is left within them.
+    usual, least = (matrix.diagonal(dim1=1, dim2=2).mean(1) for matrix in (within, 1e-3 * total))
+    usual = torch.maximum(usual, least).clamp(min=1e-30)
     identity = torch.eye(x.shape[2], device=x.device)
     for shrinkage in SHRINKAGES:
         factor = torch.linalg.cholesky(within + (shrinkage * usual)[:, None, None] * identity)

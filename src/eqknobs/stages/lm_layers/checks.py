@@ -22,6 +22,8 @@ def check(config: dict[str, Any]) -> None:
             raise EqknobsError(f"config: lm_layers.properties: {name!r} is not one of {', '.join(PROPERTIES)}")
     if missing := [name for name in NEEDED if name not in own["properties"]]:
         raise EqknobsError(f"config: lm_layers.properties: must hold {missing[0]!r}, by which heads are ranked")
+    if 0 not in own["lags"]:
+        raise EqknobsError("config: lm_layers.lags: must hold 0, at which shuffled labels are read")
     unit = corpus_config(config, own["corpus"]).get("split_unit", "speaker")
     if "voice" in own["properties"] and unit == "speaker":
         raise EqknobsError(
