@@ -15,12 +15,13 @@ import torch
 import yaml
 from sklearn.linear_model import LogisticRegression
 
+import lm_heads
 from eqknobs.config import validate
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context
-from eqknobs.io import file_sha256, read_csv, read_json
+from eqknobs.io import file_sha256, read_csv
 from eqknobs.models import load_model
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.monologue import monologue
@@ -133,7 +134,7 @@ def make(world: Path, out: Path, **changes: object) -> None:
 
 
 def test_every_site_is_cached_of_both_streams_and_of_a_random_network(world: Path) -> None:
-    index, table = read_json(world / "caches.json"), read_csv(world / "turns.csv")
+    index, table = turns.read_index(world / "caches.json"), read_csv(world / "turns.csv")
     assert set(index["caches"]["random"]) == {"residual.0", "residual.1", "residual.2"}
     assert set(index["caches"]["trained"]) == set(index["caches"]["random"]) | {"embeddings"} | {
         f"heads.{layer}" for layer in range(3)
@@ -340,6 +341,16 @@ def test_saes_of_layers_and_all_tables(world: Path) -> None:
     facts = json.loads(json.dumps(found.facts)) | {"comparisons": compared}
     lines = tables.findings(at, facts)
     assert {line["topic"] for line in lines} == {"lm_layers", "lm_heads", "lm_saes"}
+
+
+def test_the_benchmark_runs_and_the_committed_one_is_fifty_times_as_fast(world: Path, tmp_path: Path) -> None:
+    lm_heads.main([str(world), "--quick", "--out", str(tmp_path / "out.csv")])
+    found, committed = pd.read_csv(tmp_path / "out.csv"), pd.read_csv(ROOT / "benchmarks/results/lm_heads.csv")
+    assert list(found) == list(committed) and list(found["case"]) == list(committed["case"])
+    ours = committed[committed["heads"] == 48]
+    assert (ours["ratio"] >= 50).all() and len(ours) == 4
+    told = ours[ours["case"].str.startswith("agent")]  # neither reads much of the user's stream
+    assert (told["difference"].abs() <= 0.01).all() and len(told) == 2
 
 
 # --- page and configuration

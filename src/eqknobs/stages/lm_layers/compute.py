@@ -21,10 +21,10 @@ from tqdm import tqdm
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.corpus.properties import PROPERTIES
 from eqknobs.device import gpu_lock, pick_device
-from eqknobs.io import read_csv, read_json, write_csv
+from eqknobs.io import read_csv, write_csv
 from eqknobs.stages.lm_layers.batched import blocks, scored, told_right
 from eqknobs.stages.lm_layers.ranking import ACOUSTIC, HALVES, SEMANTIC, accuracies, pruning_order
-from eqknobs.stages.lm_layers.turns import STREAMS
+from eqknobs.stages.lm_layers.turns import STREAMS, read_index
 from eqknobs.stages.probes.compute import LabelledFrames, ask
 
 BOTH = "both"  # the stream of what is asked of user and agent together
@@ -66,7 +66,7 @@ class Asked:
         said = self.labels if labels == "true" else self.shuffled
         for lag in lags:
             rows = torch.from_numpy(self.frames.rows - lag).to(matrices.device)
-            found = told_right(matrices[:, rows], said, self.labels, self.classes, self.frames)
+            found = told_right(matrices.index_select(1, rows), said, self.labels, self.classes, self.frames)
             self.right |= {(labels, lag, name): right for name, right in zip(names, found, strict=True)}
 
     def counts(self, table: pd.DataFrame, labels: str, lag: int) -> pd.DataFrame:
@@ -90,7 +90,7 @@ class Turns:
     """The caches of a model's sites, opened, with what is asked of their frames."""
 
     def __init__(self, turns_csv: str | Path, index_json: str | Path, labels_h5: str | Path, cfg: LmLayersCfg):
-        index = read_json(index_json)
+        index = read_index(index_json)
         self.caches, self.heads = index["caches"], index["heads"]
         self.cfg, self.labels_h5, self.turns_csv = cfg, labels_h5, turns_csv
         with ActivationCache(self.caches["trained"]["embeddings"]) as cache:

@@ -16,11 +16,11 @@ import scipy.sparse
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import pick_device
-from eqknobs.io import read_csv, read_json, write_csv
+from eqknobs.io import read_csv, write_csv
 from eqknobs.sae import train_sae
 from eqknobs.stages.lm_layers.compute import BINNING
 from eqknobs.stages.lm_layers.ranking import ACOUSTIC
-from eqknobs.stages.lm_layers.turns import STREAMS
+from eqknobs.stages.lm_layers.turns import STREAMS, read_index
 from eqknobs.stages.probes.compute import SCORED, Question, Tasks, ask, fit_softmax, times
 from eqknobs.stages.probes.spaces import Matrix, make_spaces
 
@@ -72,7 +72,7 @@ def train_dictionaries(
     where it does not fire there), `classes`.
     """
     device, sae = pick_device(cfg.get("device") or "cpu"), dict(cfg["sae"])
-    caches, turns = read_json(index_json)["caches"]["trained"], read_csv(turns_csv).set_index("id")
+    caches, turns = read_index(index_json)["caches"]["trained"], read_csv(turns_csv).set_index("id")
     variant = {"variant": "topk", "dead_epochs": 2, **{key: sae[key] for key in sae if key != "layers"}}
     scores: list[pd.DataFrame] = []
     features: list[pd.DataFrame] = []

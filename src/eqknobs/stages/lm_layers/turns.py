@@ -59,7 +59,7 @@ def cache_turns(
     """Cache every residual layer, the summed embeddings and all heads of a model, and the layers of a random network.
 
     out_turns: the manifest with a row for each clip and stream, `id` `<clip>.<stream>`. out_index: JSON, `caches`
-    (network, trained or random -> site -> HDF5 file as `cache_activations` writes it, below `caches/` beside the index)
+    (network, trained or random -> site -> HDF5 file as `cache_activations` writes it, as seen from the index's folder)
     and `tokens` (turn -> `spoken`, the piece of text that sounds in each frame, or null, and `written`, the text tokens
     of the monologue; of the user none), `silent` (those of them that stand for no text), `heads` (the numbers of each
     layer's). The caches are no outputs of the job: a run that was killed goes on.
@@ -88,10 +88,11 @@ def _cached(
     for network, sites in networks.items():
         if network == "random":
             randomise(model.net, cfg["seed"])
-        index[network] = {site: str(home / "caches" / f"{network}.{site}.h5") for site in sites}
+        index[network] = {site: f"caches/{network}.{site}.h5" for site in sites}
         made_by = {key: value for key, value in cfg.items() if key in ("frames", "seed", "content")}
         made_by |= {"network": network, "tokens": json.dumps(tokens)}
-        cache_sites(turns_csv, index[network], cast(Model, model), cfg["model"], made_by, encode)
+        outs = {site: home / file for site, file in index[network].items()}
+        cache_sites(turns_csv, outs, cast(Model, model), cfg["model"], made_by, encode)
     silent = [model.config.pad, model.config.epad]  # tokens that stand for no text
     return {
         "caches": index,
@@ -99,6 +100,13 @@ def _cached(
         "tokens": tokens,
         "silent": silent,
     }
+
+
+def read_index(index_json: str | Path) -> dict[str, Any]:
+    """The index that `cache_turns` writes, with the places of its caches as they are seen from here."""
+    index, home = read_json(index_json), Path(index_json).parent
+    places = {network: {site: str(home / file) for site, file in of.items()} for network, of in index["caches"].items()}
+    return {**index, "caches": places}
 
 
 def _said(
@@ -162,7 +170,7 @@ def label_turns(turns_csv: str | Path, index_json: str | Path, out_h5: str | Pat
     token: code of the piece of text that sounds, of the `cfg["tokens"]` most frequent ones of train, else −1; who:
     user, agent or nobody (frames that are not energetic); written: whether the monologue has a token of text there.
     """
-    index, turns = read_json(index_json), read_csv(turns_csv).set_index("id")
+    index, turns = read_index(index_json), read_csv(turns_csv).set_index("id")
     cache = index["caches"]["trained"]["embeddings"]
     with atomic_path(out_h5) as unfinished:
         write_labels(turns_csv, cache, unfinished, cfg)
