@@ -23,9 +23,7 @@ from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, read_csv
 from eqknobs.models import load_model
-from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.monologue import monologue
-from eqknobs.schema import schema
 from eqknobs.stages.lm_layers import dictionaries, tables, turns
 from eqknobs.stages.lm_layers.batched import scored, told_right
 from eqknobs.stages.lm_layers.compute import Asked, LmLayersCfg, probe_layers
@@ -34,7 +32,7 @@ from eqknobs.stages.lm_layers.section import heatmap
 from eqknobs.stages.probes.compute import LabelledFrames
 from eqknobs.stages.speech_lm_training.data import Sequences
 from helpers import ROOT
-from helpers.moshi_world import KYUTAI, write_codec, write_kyutai
+from helpers.moshi_world import write_codec, write_kyutai
 
 SENTENCES = ["good morning jane", "the lazy dog", "the quick fox", "you help the bank", "the dog jumps", "good fox"] * 2
 SPLITS = ["train"] * 6 + ["val"] * 3 + ["test"] * 3
@@ -361,17 +359,6 @@ def test_a_heat_map_tells_its_values_where_one_points() -> None:
     drawn = heatmap("Heads", "caption", rows, "accuracy")["svg"]
     assert drawn.count("<rect ") == 3 and "<title>layer 1, head 1: 0.350</title>" in drawn
     assert 'fill-opacity="1.000"' in drawn and 'fill-opacity="0.060"' in drawn
-
-
-def test_the_typed_configurations_have_the_keys_of_the_schema() -> None:
-    section = schema()["properties"]["lm_layers"]
-    ours = {"seed", "device", "content"}
-    assert set(dictionaries.SaeCfg.__annotations__) == set(section["properties"]["sae"]["properties"])
-    for typed in (LmLayersCfg, dictionaries.DictionariesCfg, turns.TurnsCfg):
-        rest = set(typed.__annotations__) - ours - {"model", "asr", "beam"}
-        assert rest <= set(section["properties"])
-        assert typed.__required_keys__ - ours - {"model", "asr", "beam"} <= set(section["required"])
-    assert FRAME_RATE == 12.5 and KYUTAI.heads == 4
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip
-from eqknobs.corpus.activations import cache_sites
-from eqknobs.corpus.labels import write_labels
+from eqknobs.corpus.activations import ActivationsCfg, cache_sites
+from eqknobs.corpus.labels import LabelsCfg, write_labels
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv, read_json, write_csv, write_json
-from eqknobs.models import Model
+from eqknobs.models import Model, ModelCfg
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.monologue import monologue
@@ -43,7 +43,7 @@ Words = list[tuple[str, float, float]]  # each with the seconds in which it begi
 class TurnsCfg(TypedDict):
     """model: see `load_model`; lead: frames; frames: a budget (see `cache_activations`), absent for all of them."""
 
-    model: dict[str, Any]
+    model: ModelCfg
     asr: str
     beam: int
     lead: int
@@ -51,6 +51,19 @@ class TurnsCfg(TypedDict):
     frames: NotRequired[int]
     device: NotRequired[str]
     content: NotRequired[dict[str, str]]
+
+
+class CachesCfg(ActivationsCfg, total=False):
+    """What decides the caches besides model and site."""
+
+    network: str  # trained | random
+    tokens: str  # what is written and spoken
+
+
+class TurnLabelsCfg(LabelsCfg):
+    """Those of frames, and how many text tokens are told apart."""
+
+    tokens: int
 
 
 def cache_turns(
@@ -89,8 +102,11 @@ def _cached(
         if network == "random":
             randomise(model.net, cfg["seed"])
         index[network] = {site: f"caches/{network}.{site}.h5" for site in sites}
-        made_by = {key: value for key, value in cfg.items() if key in ("frames", "seed", "content")}
-        made_by |= {"network": network, "tokens": json.dumps(tokens)}
+        made_by: CachesCfg = {"seed": cfg["seed"], "network": network, "tokens": json.dumps(tokens)}
+        if "frames" in cfg:
+            made_by["frames"] = cfg["frames"]
+        if "content" in cfg:
+            made_by["content"] = cfg["content"]
         outs = {site: home / file for site, file in index[network].items()}
         cache_sites(turns_csv, outs, cast(Model, model), cfg["model"], made_by, encode)
     silent = [model.config.pad, model.config.epad]  # tokens that stand for no text
@@ -164,7 +180,7 @@ def spoken_tokens(words: Sequence[Sequence[int]], times: Sequence[tuple[float, f
     return found
 
 
-def label_turns(turns_csv: str | Path, index_json: str | Path, out_h5: str | Path, cfg: dict[str, Any]) -> None:
+def label_turns(turns_csv: str | Path, index_json: str | Path, out_h5: str | Path, cfg: TurnLabelsCfg) -> None:
     """Label the frames of the turns: as `write_labels`, and `token`, `who` and `written`.
 
     token: code of the piece of text that sounds, of the `cfg["tokens"]` most frequent ones of train, else −1; who:
