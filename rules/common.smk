@@ -22,6 +22,7 @@ from eqknobs.plan import (
     corpus_config,
     corpus_of,
     model_config,
+    on_corpus,
     parse_target,
     reference_saes,
     sae_home,
@@ -61,6 +62,7 @@ TABLE_INPUTS = []  # what tables and report read
 REPORT_INPUTS = []  # what only the report reads
 SAE_SCORES = []  # what the milestone `dictionaries` stops at
 PROBES = []  # and `probings`
+LISTENING = []  # models on corpora that a stage lets them hear, as targets are called
 SECTIONS = (
     {}
 )  # stage -> what of the run it works on: targets, and what else its section needs to know
@@ -286,6 +288,19 @@ def speech_lm_files(wildcards):
         *(file for folder in folders for file in Path(folder).glob("*")),
         *clip_files(training["speech"]),
     ]
+
+
+def word_files(corpus):
+    """What tells when the words of a corpus are spoken, where it lies beside the sound."""
+    data = corpus_config(config, corpus)
+    parts = [corpus_config(config, part) for part in data.get("of", [])] or [data]
+    folders = [Path(part["path"]) for part in parts if part["source"] == "folder"]
+    return sorted(
+        str(file)
+        for folder in folders
+        for file in folder.rglob("*.json")
+        if file.name != "corpus.json"
+    )
 
 
 def clip_files(folder):

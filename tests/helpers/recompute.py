@@ -337,3 +337,97 @@ def _check_comparisons(
             same(record["p_holm"], p, f"{record['family']} p_holm")
             assert record["compared"] == len(members)
     return cells
+
+
+def check_layers(run: Path, model: str, cfg: dict[str, Any], facts: dict[str, Any]) -> int:
+    """Recompute the tables of a speech LM's layers, heads and SAEs; returns how many cells were compared."""
+    parts = ("lm_layers", "lm_heads.clips", "lm_saes", "lm_features")
+    layers, heads, saes, features = (read(run / f"scores/{model}.{part}.csv") for part in parts)
+    return (
+        _check_layers(run, model, cfg, facts, layers)
+        + _check_heads(run, model, heads)
+        + _check_dictionaries(run, model, cfg, saes, features)
+    )
+
+
+def _table(run: Path, name: str, model: str) -> pd.DataFrame:
+    rows = read(run / f"tables/{name}.csv")
+    return rows[rows["model"] == model]
+
+
+def _check_layers(run: Path, model: str, cfg: dict[str, Any], facts: dict[str, Any], raw: pd.DataFrame) -> int:
+    count = 0
+    for row in _table(run, "lm_layers", model).to_dict("records"):
+        where = f"lm_layers {row['stream']} {row['property']} {row['lag']} {row['split']} {row['layer']}"
+        rows = pick(raw[raw["labels"] == "true"], row, ["stream", "property", "lag", "split"])
+        null = pick(raw[raw["labels"] == "shuffled"], row, ["stream", "property", "split"])
+        own = rows.assign(correct=rows[f"residual.{row['layer']}"])
+        columns = {"majority": "majority", "logmel": "logmel", "embeddings": "embeddings"}
+        columns |= {"accuracy": "correct", "random_network": f"random.residual.{row['layer']}"}
+        for name, column in columns.items():
+            same(row[name], own[column].sum() / own["frames"].sum(), f"{where} {name}")
+        same(row["shuffled"], null[f"residual.{row['layer']}"].sum() / null["frames"].sum(), f"{where} shuffled")
+        same(row["frames"], own["frames"].sum(), f"{where} frames")
+        count += 7
+        if row["lag"] == 0 and row["split"] == "test":
+            _, low, high = estimate(own, "accuracy", cfg)
+            same(row["accuracy_low"], low, f"{where} low")
+            same(row["accuracy_high"], high, f"{where} high")
+    test = raw[(raw["labels"] == "true") & (raw["split"] == "test")]
+    rivals = {"embeddings": "embeddings", "logmel": "logmel", "random_network": "random.residual.{layer}"}
+    for record in facts["comparisons"]:
+        if record["family"].startswith("lm layers minus"):
+            rows = pick(test, record, ["stream", "property", "lag"])
+            mine, other = f"residual.{record['layer']}", rivals[record["b"]].format(**record)
+            found = compared(*(rows.assign(correct=rows[column]) for column in (mine, other)), "accuracy", cfg)
+            for name, value in found.items():
+                same(record[name], value, f"{record['family']} {name}")
+    return count
+
+
+def _check_heads(run: Path, model: str, raw: pd.DataFrame) -> int:
+    table, count = _table(run, "lm_heads", model), 0
+    true = raw[raw["labels"] == "true"]
+    for row in table.to_dict("records"):
+        rows, column = pick(true, row, ["stream", "property", "split"]), f"{row['layer']}.{row['head']}"
+        for half, name in (("all", "accuracy"), ("a", "half_a"), ("b", "half_b")):
+            part = rows[rows["half"] == half]
+            same(row[name], part[column].sum() / part["frames"].sum(), f"lm_heads {column} {name}")
+            count += 1
+        sides = []
+        for name in ("centroid", "token"):
+            part = pick(true, row, ["stream", "split"])
+            part = part[(part["property"] == name) & (part["half"] == "all")]
+            least = part["majority"].sum() / part["frames"].sum()
+            sides.append((part[column].sum() / part["frames"].sum() - least) / (1 - least))
+        same(row["selectivity"], sides[0] - sides[1], f"lm_heads {column} selectivity")
+    for row in _table(run, "lm_stability", model).to_dict("records"):
+        mine = pick(table, row, ["stream", "property", "split"])
+        same(row["spearman"], mine["half_a"].corr(mine["half_b"], method="spearman"), "lm_stability")
+    order = read(run / f"scores/{model}.lm_heads.csv")
+    val = table[(table["stream"] == "agent") & (table["split"] == "val")]
+    assert np.allclose(order.to_dict("list")["selectivity"], val["selectivity"], rtol=1e-6), "what pruning reads"
+    return count
+
+
+def _check_dictionaries(run: Path, model: str, cfg: dict[str, Any], raw: pd.DataFrame, features: pd.DataFrame) -> int:
+    count = 0
+    for row in _table(run, "lm_saes", model).to_dict("records"):
+        where = f"lm_saes {row['layer']} {row['space']} {row['stream']} {row['split']}"
+        for name, value in zip(
+            ("accuracy", "accuracy_low", "accuracy_high"),
+            estimate(pick(raw, row, ["layer", "space", "stream", "split"]), "accuracy", cfg),
+            strict=True,
+        ):
+            same(row[name], value, f"{where} {name}")
+        own = pick(features, row, ["layer", "space"])
+        alive = own[own[f"{row['stream']}_class"].notna()]
+        for kind, suffix in (("class", "share"), ("shuffled", "shuffled")):
+            place = alive[f"{row['stream']}_{kind}"] / alive["classes"]
+            same(row[f"low_{suffix}"], (place < 1 / 3).mean(), f"{where} low {kind}")
+            same(row[f"high_{suffix}"], (place >= 2 / 3).mean(), f"{where} high {kind}")
+        same(row["text_tagged"], (own["text_share"] >= 0.8).mean(), f"{where} text")
+        count += 8
+    tagged = _table(run, "lm_features", model)
+    assert len(tagged) == (features["space"] == "sae").sum()
+    return count

@@ -14,6 +14,9 @@ from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
+from eqknobs.stages.lm_layers.compute import LmLayersCfg
+from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
+from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
@@ -21,6 +24,7 @@ from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 
 JOB = {"seed", "device", "content"}  # what a job may have besides
 OPENED = {"model", "site"}
+OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
 MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
@@ -39,6 +43,11 @@ TYPED = [
     (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
     (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
+    (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),
+    (DictionariesCfg, ["lm_layers"], OPENED_LM - {"sae", "bins", "l2", "epochs"}, JOB),
+    (LayerSaesCfg, ["lm_layers.sae"], set(), set()),
+    (TurnLabelsCfg, ["labels", "lm_layers"], OPENED_LM - {"tokens"}, set()),
+    (TurnsCfg, ["lm_layers", "judges"], OPENED_LM - {"lead", "frames"}, JOB | {"model"}),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
     (DropCfg, ["speech_lm_training.drop"], set(), set()),
     (ScoresCfg, ["speech_lm_training.scores"], set(), set()),

@@ -17,7 +17,12 @@ ROOMS = {  # room -> the rooms that it may import
     "report": {"evidence", "stages"},
 }
 # Stages that go on from what another one computes.
-AFTER = {"importance": {"probes"}, "steering": {"probes"}, "speech_lm": {"speech_lm_training"}}
+AFTER = {
+    "importance": {"probes"},
+    "lm_layers": {"probes"},
+    "speech_lm": {"speech_lm_training"},
+    "steering": {"probes"},
+}
 ENTRIES = {"cli.py", "compress.py", "talk.py"}  # commands stand above the rooms
 # Foundations that reach into a room, and the only files there that they may.
 REACH = {"config.py": ("checks.py", "sites.py"), "provenance.py": ("files.py",)}
