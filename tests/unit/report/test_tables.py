@@ -17,11 +17,13 @@ from eqknobs.evidence.stage import Context
 from eqknobs.evidence.stats import holm as library_holm
 from eqknobs.evidence.words import words_rule
 from eqknobs.plan import voice_records
+from eqknobs.report.findings import matrix
 from eqknobs.report.tables import COLUMNS, write_tables
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
+from eqknobs.stages.speech_lm import tables as speech_lm
 from eqknobs.stages.steering import tables as steering
 from helpers import ROOT
 from helpers.recompute import check_maps, check_summary, check_table, holm, read
@@ -146,6 +148,29 @@ def test_without_the_codec_stage_the_steering_stages_own_reference_decides_on_wo
     facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
     assert facts["words"]["wer"] == pytest.approx(rows["errors"].sum() / rows["words"].sum())
     assert not [h for h in facts["headlines"] if h["topic"] == "codec"]
+
+
+def test_without_a_quantiser_the_codec_is_said_to_have_none(results):
+    at = context(*results, "codec", word_codebooks=None)
+    words, clips = words_rule(at), at.inputs.scores(TARGET, "codec")
+    clips = clips[(clips["path"] == "unquantized") & (clips["split"] == "test")]
+    assert words["wer"] == clips["errors"].sum() / clips["words"].sum() != words_rule(context(*results, "codec"))["wer"]
+    (line,) = codec.findings(at, {"words": words})
+    assert line["text"].startswith("The codec alone, without its quantiser, costs a word error rate of ")
+
+
+def test_what_a_speech_lm_says_stands_beside_what_is_heard_of_it():
+    row = {"codec_wer": 0.1, "voice_right": 0.75, "answers": 8, "seeds": 1, "speakers": 2}
+    for name, value in (("wer_monologue", 0.2), ("wer_prompt", 0.3)):
+        row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+    rows = [row | {"condition": name} for name in ("intact", "forced", "heads_zeroed_.5")]
+    found = matrix(speech_lm.findings(None, {"answers": rows}))
+    assert [row["name"] for row in found["rows"]] == ["intact", "heads off, share .5"] and not found["sentences"]
+    assert found["columns"] == ["WER, heard against monologue", "WER, monologue against prompt"]
+    assert [[cell["value"] for cell in row["cells"]] for row in found["rows"]] == [[0.2, 0.3]] * 2
+    assert found["rows"][1]["cells"][1]["text"].startswith(
+        "With 50% of its heads off the model writes what it was told"
+    )
 
 
 def test_arms_that_miss_the_shift_keep_their_row_and_no_rank(results):
