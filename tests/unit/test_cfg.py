@@ -11,6 +11,8 @@ from eqknobs.sae.training import GridCfg, SAECfg
 from eqknobs.schema import resolved, schema
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.importance.compute import ImportanceCfg
+from eqknobs.stages.importance.maps import MapsCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
@@ -19,6 +21,7 @@ from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 JOB = {"seed", "device", "content"}  # what a job may have besides
 OPENED = {"model", "site"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
+MAKING_MAPS = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
 TYPED = [
     (ModelCfg, ["models.*"], set(), {"name", "device"}),
@@ -31,6 +34,8 @@ TYPED = [
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
+    (MapsCfg, ["importance"], PLANNED | {"clips", "word_removed", "random_sets", "modes"}, OPENED | {"seed"}),
+    (ImportanceCfg, ["importance"], PLANNED | MAKING_MAPS, OPENED | {"seed"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
     (DropCfg, ["speech_lm_training.drop"], set(), set()),

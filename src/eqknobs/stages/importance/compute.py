@@ -2,7 +2,6 @@
 test clips, and measure."""
 
 from pathlib import Path
-from typing import Any, NotRequired
 
 import numpy as np
 
@@ -27,7 +26,6 @@ class ImportanceCfg(OpenedCfg):
     word_random_sets: int
     modes: list[str]  # mean | zero
     seed: int
-    content: NotRequired[Any]  # digests, which decide when to render again, not how
 
 
 def importance_conditions(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,6 @@ class MapsCfg(OpenedCfg):
     removed: list[float]  # shares of the width
     word_random_sets: int
     seed: int
-    content: NotRequired[Any]  # digests, which decide when to compute again, not how
 
 
 @dataclass(frozen=True)
