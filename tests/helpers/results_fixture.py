@@ -231,15 +231,21 @@ def _ablated() -> list[Rendered]:
     return ablations
 
 
-def _maps_on_val(
-    rng: np.random.Generator, run: Path, val: pd.DataFrame, oracle: list[float], others: list[str]
-) -> None:
-    """What importance maps are chosen by: the variance map is the best of them, `others` follow in this order."""
+def _mapped(run: Path, val: pd.DataFrame, rng: np.random.Generator) -> None:
+    """The maps, their oracle and their curves on val."""
+    spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
+    values = rng.permutation(np.concatenate(spread)).tolist()
+    maps = {"composition": values, "raw_probe": values[::-1], "variance": values, "ablation": values[::-1]}
+    about = {"chosen": "variance", "absent": {"fisher": "model x gives no gradients"}}
+    write_json(
+        run / "importance" / f"{TARGET}.json",
+        {"counts": COUNTS, "thresholds": {"expendable": 0.3, "critical": 0.7}, "maps": maps, **about},
+    )
     parts: dict[str, list[pd.DataFrame]] = {"oracle": [], "val": []}
     for clip in val[["id", "speaker", "split"]].to_dict("records"):
-        effects = pd.DataFrame({**clip, "dimension": range(WIDTH), "mel_change": np.array(oracle)})
+        effects = pd.DataFrame({**clip, "dimension": range(WIDTH), "mel_change": np.array(values[::-1])})
         parts["oracle"].append(effects.assign(mel_change=effects["mel_change"] + rng.gamma(2, 0.1, WIDTH)))
-        for i, name in enumerate(["none", "variance", *others, "random", "random"]):
+        for i, name in enumerate(["none", "variance", *sorted(set(maps) - {"variance"}), "random", "random"]):
             for removed in (0,) if name == "none" else (0.25, 0.5):
                 columns = {"map": name, "seed": i - 5 if name == "random" else NAN, "removed": removed}
                 columns |= {"removed_dims": round(removed * WIDTH), "mel_distance": 3 + i * removed + rng.random() / 9}
@@ -291,16 +297,7 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
     write_json(run / "steering" / TARGET / "calibration.json", {"target_hz_ratio": 0.75, "arms": calibration})
 
     stage("importance", _ablated())
-    spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
-    values = rng.permutation(np.concatenate(spread)).tolist()
-    maps = {"composition": values, "raw_probe": values[::-1], "variance": values, "ablation": values[::-1]}
-    about = {"chosen": "variance", "absent": {"fisher": "model x gives no gradients"}}
-    write_json(
-        run / "importance" / f"{TARGET}.json",
-        {"counts": COUNTS, "thresholds": {"expendable": 0.3, "critical": 0.7}, "maps": maps, **about},
-    )
-    _maps_on_val(rng, run, val, values[::-1], sorted(set(maps) - {"variance"}))
-
+    _mapped(run, val, rng)
     speakers = sorted(test["speaker"].unique())
     write_json(root / "model" / "training.json", {"voices_heard": speakers[:2], "voices_unheard": speakers[2:3]})
     return {
