@@ -23,6 +23,7 @@ STAGES = [
     "steering",
     "importance",
     "speech_lm",
+    "lm_layers",
 ]
 for stage in STAGES:
     if config[stage]:
@@ -50,7 +51,7 @@ WORKED_ON = list(
         [*TARGETS, *(t for stage in SECTIONS.values() for t in stage["targets"])]
     )
 )
-CORPORA = corpora_used(config, WORKED_ON)
+CORPORA = corpora_used(config, WORKED_ON + LISTENING)
 config["worked_on"] = WORKED_ON  # for jobs that serve several; no part of any slice
 
 

@@ -22,6 +22,7 @@ from eqknobs.plan import (
     corpus_config,
     corpus_of,
     model_config,
+    on_corpus,
     parse_target,
     reference_saes,
     sae_home,
@@ -59,11 +60,13 @@ FINAL = f"{RUN}/report/index.html"  # a training has another end
 
 # What the rule files of the stages add to, each its own; judges, tables and report read them.
 SOUNDS = {}  # what makes sound -> its targets
+RATED = set()  # of these, what DNSMOS rates too (column `dnsmos`)
 TABLES = []  # names of tables
 TABLE_INPUTS = []  # what tables and report read
 REPORT_INPUTS = []  # what only the report reads
 SAE_SCORES = []  # what the milestone `dictionaries` stops at
 PROBES = []  # and `probings`
+LISTENING = []  # models on corpora that a stage lets them hear, as targets are called
 SECTIONS = (
     {}
 )  # stage -> what of the run it works on: targets, and what else its section needs to know
@@ -116,12 +119,14 @@ def opened(wildcards):
 
 
 def probes_slice(wildcards):
-    """The slice of a probe of one property: a category has neither bins nor lags."""
+    """The slice of a probe of one property, on one SAE's code or on the spaces that none makes: a category has neither
+    bins nor lags."""
     category = REGISTERED[wildcards.property].kind == "category"
     keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
     return {
         **{key: config["probes"][key] for key in keys},
         "property": wildcards.property,
+        "parts": ["sae" if wildcards.get("sae") else "base"],
         "seed": SEED,
     }
 
@@ -249,11 +254,27 @@ def files_of(name):
     return ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
 
 
+def tables_slice():
+    """What tables and report share (`eqknobs.evidence.stage.TablesCfg`)."""
+    return {
+        **config["tables"],
+        "seed": SEED,
+        "targets": WORKED_ON,
+        "stages": SECTIONS,
+        "word_codebooks": word_codebooks(config),
+    }
+
+
 def training_records(wildcards):
     """Which voices a bundled model heard in its own training."""
     names = {parse_target(target)[0] for target in WORKED_ON}
     records = sorted(training_record(config, name) for name in names)
     return ancient([record for record in records if Path(record).is_file()])
+
+
+def every_core(wildcards):
+    """All cores that Snakemake was given, on this machine; on a cluster what the configuration says."""
+    return max(config["hardware"]["threads"], workflow.cores or 1)
 
 
 def asr_files(wildcards):
@@ -303,6 +324,19 @@ def speech_lm_files(wildcards):
         *(file for folder in folders for file in Path(folder).glob("*")),
         *clip_files(training["speech"]),
     ]
+
+
+def word_files(corpus):
+    """What tells when the words of a corpus are spoken, where it lies beside the sound."""
+    data = corpus_config(config, corpus)
+    parts = [corpus_config(config, part) for part in data.get("of", [])] or [data]
+    folders = [Path(part["path"]) for part in parts if part["source"] == "folder"]
+    return sorted(
+        str(file)
+        for folder in folders
+        for file in folder.rglob("*.json")
+        if file.name != "corpus.json"
+    )
 
 
 def clip_files(folder):

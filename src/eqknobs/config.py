@@ -21,6 +21,7 @@ import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
+import eqknobs.stages.lm_layers.checks
 import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
@@ -50,6 +51,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
     eqknobs.stages.speech_lm.checks.check,
+    eqknobs.stages.lm_layers.checks.check,
 )
 
 

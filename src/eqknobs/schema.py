@@ -36,6 +36,7 @@ PARTS = (
     "stages/steering",
     "stages/importance",
     "stages/speech_lm",
+    "stages/lm_layers",
     "sound",
     "report",
     "stages/codec_training",

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
+from helpers.slices import misfits, recorded, taken
 from helpers.workflow import copy_workflow, snakemake, write_config
 
 TARGET = "tiny-mimi.encoder_transformer"
@@ -19,12 +20,13 @@ PROPERTIES = ["centroid", "pitch", "rms"]
 SAES = ["rms_l1", "topk"]
 
 TABLES = {("tables", ""), ("report", "")}
-CODEC = {("codec_renders", ""), ("judgements", "codec")}
-STEERING_RENDERS = {("steering_renders", ""), ("judgements", "steering")}
+JUDGED = {("judgements", "")}  # of all sounds; of those that did not change it writes what it knows
+CODEC = {("codec_renders", "")} | JUDGED
+STEERING_RENDERS = {("steering_renders", "")} | JUDGED
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
-IMPORTANCE = {("importance_renders", ""), ("judgements", "importance")}
-JUDGEMENTS = {("originals", ""), *(("judgements", stage) for stage in ("codec", "steering", "importance"))}
-JUDGED = JUDGEMENTS - {("originals", "")}
+ABLATIONS = {("importance_renders", "")} | JUDGED
+IMPORTANCE = {("importance_maps", "")} | ABLATIONS
+JUDGEMENTS = {("originals", "")} | JUDGED
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
 PROBES = BASE_PROBES.union(*SAE_PROBES.values())
@@ -33,6 +35,9 @@ SAE_ROWS = {("sae_scores", ""), ("stability", "")}
 SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
+LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")}
+LM = {("lm_caches", "")} | LM_READ
+SENTENCES = {("corpus_manifest", "")} | LM
 ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
 FROM_CACHE = (
     {("activations", ""), ("labels", "")} | ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES
@@ -53,10 +58,10 @@ def planned(folder: Path) -> set[tuple[str, str]]:
             "sae_grid": r"saes/[^/]+/(\w+)/grid/",
             "probes": r"(?:\.|/)(\w+)\.(?:npz|csv)$",
             "sae_probes": r"(?:probes\.|ridge\.|/)(\w+)(?:\.|/)(\w+)\.(?:npz|csv)$",
-            "judgements": r"\.(codec|steering|importance)\.words\.csv$",
         }.get(rule)
         label = " ".join(re.search(wildcards, path).groups()) if wildcards else ""
-        other = "" if TARGET in path or not re.search(r"\.encoder_", path) else " (new target)"
+        shared = TARGET in path or rule == "judgements" or not re.search(r"\.encoder_", path)
+        other = "" if shared else " (new target)"
         found.add((rule, label + other))
     return found
 
@@ -128,8 +133,9 @@ def new_target(config: dict) -> None:
 
 
 ADDED_TARGET = {
-    (rule, f"{wildcards} (new target)" if wildcards else " (new target)") for rule, wildcards in FROM_CACHE - TABLES
-} | TABLES
+    (rule, f"{wildcards} (new target)" if wildcards else " (new target)")
+    for rule, wildcards in FROM_CACHE - JUDGED - TABLES
+} | (JUDGED | TABLES)
 
 EXTRA = {"variant": "rms_l1", "d_sae": 64, "l1": 0.1, "l1_on": "h", "lr": 0.001, "batch_size": 256, "epochs": 1}
 
@@ -153,7 +159,7 @@ def order(config: dict) -> None:
     for section, names in {
         "probes": ("properties", "lags", "l2"),
         "steering": ("saes", "alphas", "clamp_features"),
-        "importance": ("removed", "modes"),
+        "importance": ("maps", "removed", "modes"),
     }.items():
         for name in names:
             config[section][name].reverse()
@@ -203,14 +209,27 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "steering clip count": (edit_config(lambda c: c["steering"].update(clips=3)), STEERING_RENDERS | TABLES),
     "calibrated shift": (edit_config(lambda c: c["steering"].update(shift=0.8)), STEERING | TABLES),
-    "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | TABLES),
-    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), IMPORTANCE | TABLES),
+    "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | LM | TABLES),
+    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
+    "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
+    "library: the ablations": (edit_file("src/eqknobs/stages/importance/compute.py", CODE), ABLATIONS | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
-        {("labels", "")} | PROBES | STEERING | IMPORTANCE | TABLES,
+        {("labels", "")} | PROBES | STEERING | IMPORTANCE | LM_READ | TABLES,
     ),
-    "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING),
+    "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
+    "lags of a speech LM's layers": (
+        edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
+        {("lm_layers", "")} | TABLES,
+    ),
+    "SAEs of a speech LM": (edit_config(lambda c: c["lm_layers"]["sae"].update(k=9)), {("lm_saes", "")} | TABLES),
+    "text tokens told apart": (edit_config(lambda c: c["lm_layers"].update(tokens=9)), LM_READ | TABLES),
+    "how far a monologue leads": (edit_config(lambda c: c["lm_layers"].update(lead=1)), LM | TABLES),
+    "when a word is spoken": (
+        replace("resources/sentences/joe/00000.json", lambda data: data.replace(b"[5, ", b"[6, ")),
+        SPOKEN | LM | TABLES,
+    ),
     "order that means nothing": (edit_config(order), set()),
     "other spellings of paths": (edit_config(spelling), set()),
     "keys of other sources": (edit_config(lambda c: c["data"].update(subset="dev-clean")), set()),
@@ -223,10 +242,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         {("report", "")},
     ),
     "a limit of minutes that binds": (edit_config(lambda c: c["data"].update(max_minutes=1)), EVERYTHING),
-    "no codec stage": (edit_config(lambda c: c.update(codec=None)), TABLES),
-    "no steering": (edit_config(lambda c: c.update(steering=None)), TABLES),
-    "no importance": (edit_config(lambda c: c.update(importance=None)), TABLES),
-    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), TABLES),
+    "no codec stage": (edit_config(lambda c: c.update(codec=None)), JUDGED | TABLES),
+    "no steering": (edit_config(lambda c: c.update(steering=None)), JUDGED | TABLES),
+    "no importance": (edit_config(lambda c: c.update(importance=None)), JUDGED | TABLES),
+    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), JUDGED | TABLES),
     "no SAEs": (
         edit_config(lambda c: c.update(saes=None, importance=None) or c["steering"].update(saes=[])),
         CODEC | BASE_PROBES | STEERING | TABLES,
@@ -245,6 +264,8 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "the word threshold": (edit_config(lambda c: c["tables"].update(unmeasurable_wer=0.4)), TABLES),
     "a check": (edit_file("src/eqknobs/stages/steering/checks.py", CODE), set()),
+    "library: the judges": (edit_file("src/eqknobs/sound/judges.py", CODE), JUDGEMENTS | SPOKEN | TABLES),
+    "library: a judge that no stage asks for": (edit_file("src/eqknobs/sound/quality.py", CODE), JUDGEMENTS | TABLES),
     "the schema": (edit_file("src/eqknobs/schema.py", CODE), set()),
     "a target added": (edit_config(new_target), ADDED_TARGET),
     "library: steering": (edit_file("src/eqknobs/stages/steering/compute.py", CODE), STEERING | TABLES),
@@ -252,9 +273,9 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: a stage's tables": (edit_file("src/eqknobs/stages/steering/tables.py", CODE), TABLES),
     "library: a stage's figures": (edit_file("src/eqknobs/stages/steering/section.py", CODE), {("report", "")}),
     "a stage's text": (edit_file("src/eqknobs/stages/importance/section.html.j2", "<p>x</p>"), {("report", "")}),
-    "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING),
-    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED | SPOKEN),
-    "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | TABLES),
+    "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING | SENTENCES),
+    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED | SPOKEN | LM),
+    "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | LM | TABLES),
     "another θ": (
         edit_config(lambda c: c["stability"].update(thetas=[0.4])),
         {("stability", "")} | TABLES,
@@ -266,7 +287,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
-        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | {("lm_layers", ""), ("lm_saes", "")} | TABLES,
     ),
     "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
     "code, time kept": (
@@ -435,6 +456,13 @@ def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run
         assert {folder + link for link in links} == names - {"report/report.html"}
         sound = packed.read(folder + min(sounds))
     assert sound == (finished_run / "results/small/report" / min(sounds)).read_bytes()
+
+
+def test_the_slices_of_jobs_are_what_their_scripts_say_that_they_take(finished_run: Path) -> None:
+    slices = recorded(finished_run)
+    assert len(slices) > 15
+    scripts = {rule: {"sae_probes": "probes"}.get(rule, rule) for rule in slices}
+    assert [text for rule, found in slices.items() for text in misfits(found, taken(scripts[rule]), rule)] == []
 
 
 def test_a_page_that_is_gone_is_written_again(pristine: Path) -> None:

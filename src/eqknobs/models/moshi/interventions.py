@@ -1,6 +1,6 @@
 """What can be done to a network: activations edited, heads zeroed or removed, weights pruned or rounded, streams muted.
 
-Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed in NF4 everywhere.
+Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed everywhere.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.base import checked
 from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import Linear, is_packed, put_module, weight_of, with_weight
+from eqknobs.models.moshi.quantise import Linear, cut, is_packed, put_module, weight_of, with_weight
+from eqknobs.packing.modules import PackedLinear
 
 Heads = Mapping[int, Sequence[int]]
 
@@ -34,20 +35,23 @@ def _places(net: MoshiNet, heads: Heads) -> dict[int, list[int]]:
 
 @contextmanager
 def editing(net: MoshiNet, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, the network goes on from `edit(activations)` at `residual.<layer>` or `heads.<layer>`.
+    """While the block runs, the network goes on from `edit(activations)` at `embeddings`, `residual.<layer>` or
+    `heads.<layer>`.
 
     The edit gets [batch, columns, width]: all columns of a clip that is heard or of a prompt, then one a frame. A
     `heads` site is head after head, of those that are left. Raises EqknobsError for another site, and on running if the
     shape changes.
     """
-    kind, _, number = site.partition(".")
+    kind, _, number = ("embeddings", "", "0") if site == "embeddings" else site.partition(".")
     layer = net.layers[int(number)] if number.isdecimal() and int(number) < len(net.layers) else None
     out = None if layer is None else layer.self_attn.out_proj  # none where no head is left
-    if layer is None or kind not in ("residual", "heads") or (kind == "heads" and out is None):
+    if layer is None or kind not in ("embeddings", "residual", "heads") or (kind == "heads" and out is None):
         raise EqknobsError(
-            f"a Moshi of {len(net.layers)} layers has no site {site!r} (residual.<layer>, heads.<layer>)"
+            f"a Moshi of {len(net.layers)} layers has no site {site!r} (embeddings, residual.<layer>, heads.<layer>)"
         )
-    if out is None or kind == "residual":
+    if kind == "embeddings":
+        hook = layer.register_forward_pre_hook(lambda _module, inputs: (checked(edit, inputs[0], site), *inputs[1:]))
+    elif out is None or kind == "residual":
         hook = layer.register_forward_hook(lambda _module, _inputs, acts: checked(edit, acts, site))
     else:
         hook = out.register_forward_pre_hook(lambda _module, inputs: (checked(edit, inputs[0], site),))
@@ -79,8 +83,8 @@ def remove_heads(net: MoshiNet, heads: Heads) -> None:
 
     What remains computes what it did with those heads zeroed, but for rounding: shorter sums are added up in another
     order. In NF4 the rest is unpacked, cut and packed again, which gives the same values unless scales are doubled or
-    head_dim is no multiple of the block. A KV cache made before does not fit any more. Raises EqknobsError for heads
-    that are not there.
+    head_dim is no multiple of the block; packed integers keep all that is left as it was. A KV cache made before does
+    not fit any more. Raises EqknobsError for heads that are not there.
     """
     for layer, places in _places(net, heads).items():
         if not places:
@@ -88,16 +92,16 @@ def remove_heads(net: MoshiNet, heads: Heads) -> None:
         attention, dim = net.layers[layer].self_attn, net.config.head_dim
         count = len(attention.heads)
         keep = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=net.device)
-        rows = weight_of(attention.in_proj).view(3, count, dim, -1)[:, keep].flatten(0, 2)
-        columns = weight_of(attention.out_proj).view(-1, count, dim)[:, keep].flatten(1)
+        columns = torch.arange(count * dim, device=net.device).view(count, dim)[keep].flatten()
+        rows = torch.cat([columns + part * count * dim for part in range(3)])  # of q, k and v
         attention.heads = tuple(attention.heads[i] for i in keep.tolist())
-        attention.in_proj = with_weight(attention.in_proj, rows) if len(keep) else None
-        attention.out_proj = with_weight(attention.out_proj, columns) if len(keep) else None
+        attention.in_proj = cut(attention.in_proj, rows=rows) if len(keep) else None
+        attention.out_proj = cut(attention.out_proj, columns=columns) if len(keep) else None
 
 
 def linears(net: MoshiNet, patterns: Iterable[str] = TEMPORAL_LINEARS) -> list[str]:
     """Names of the linears that match any pattern. Raises EqknobsError if a pattern matches none."""
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
     found = []
     for pattern in patterns:
         if not (matching := [name for name in names if fnmatchcase(name, pattern)]):
@@ -140,6 +144,8 @@ def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[
     names = linears(net, patterns)
     for name in names:
         linear: Linear = net.get_submodule(name)
+        if isinstance(linear, PackedLinear):
+            raise EqknobsError(f"fake_quantise: {name} is packed; unpack the model (eqknobs unpack) to round it")
         if is_packed(linear):
             raise EqknobsError(f"fake_quantise: {name} is packed in NF4; load the model without nf4 to round it")
         if linear.in_features % block:
