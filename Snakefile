@@ -19,6 +19,7 @@ STAGES = [
     "probes",
     "phones",
     "label_search",
+    "features",
     "codec",
     "steering",
     "importance",

@@ -19,6 +19,7 @@ import eqknobs.corpus.checks
 import eqknobs.models.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
+import eqknobs.stages.features.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
@@ -47,6 +48,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.probes.checks.check,
     eqknobs.stages.phones.checks.check,
     eqknobs.stages.label_search.checks.check,
+    eqknobs.stages.features.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,

@@ -23,6 +23,7 @@ from eqknobs.report import players
 from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
+from eqknobs.stages.features import section as features
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.lm_layers import section as lm_layers
@@ -41,6 +42,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     probes,
     phones,
     label_search,
+    features,
     steering,
     importance,
     speech_lm,
@@ -49,6 +51,7 @@ SECTIONS: tuple[SectionModule, ...] = (
 
 HERE = Path(__file__).parent
 MAX_PAGE = 25e6  # bytes
+CONFIG = "config.yaml"  # what made the run, for who looks into it later (`eqknobs.explore`)
 # Kind of a model that comes with this project -> what it is, and the published one that it is not.
 BUNDLED_KINDS = {"mimi": ("codec", "kyutai's Mimi"), "moshi": ("speech LM", "kyutai's Moshi")}
 PACKAGES = "eqknobs torch transformers snakemake scikit-learn librosa faster-whisper resemblyzer torchcrepe".split()
@@ -178,7 +181,8 @@ def _playing(made: dict[str, list[dict[str, Any]]], media: dict[str, str]) -> di
 
 
 def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
-    """Write `out_dir/index.html`, a page a stage beside it (`<stage>.html`) and `out_dir/audio/`.
+    """Write `out_dir/index.html`, a page a stage beside it (`<stage>.html`), those that sections add, `out_dir/audio/`
+    and `out_dir/config.yaml`.
 
     The pages are self-contained but for links to one another and to the lossless sounds in `audio/`.
     Raises EqknobsError if a page would be larger than 25 MB.
@@ -228,7 +232,20 @@ def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
             files=[group for group in files if group["stage"] == stage],
         )
         _write(out_dir / f"{stage}.html", page)
+        _write_more(environment, section, [at[stage] for at in contexts.values() if stage in at], frame, out_dir)
     _write(out_dir / "index.html", _overview(environment, inputs, cfg, frame, _playing(_first(made), media)))
+    with atomic_path(out_dir / CONFIG) as unfinished:
+        unfinished.write_text(_config_text(config), encoding="utf-8")
+
+
+def _write_more(
+    environment: jinja2.Environment, section: SectionModule, at: list[Context], frame: dict[str, Any], out_dir: Path
+) -> None:
+    """The pages that a section adds to its own."""
+    for context in at if hasattr(section, "pages") else []:
+        for page in section.pages(context):
+            shown = {**frame, "here": section.STAGE, "title": page.title, "playing": _playing({}, {}), **page.shown}
+            _write(out_dir / page.file, environment.get_template(page.template).render(**shown), section.STAGE)
 
 
 def _first(made: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -254,7 +271,7 @@ def _overview(
         here="index",
         cfg=config,
         models={name: {**config["models"][name], "sites": sites} for name, sites in opened.items()},
-        config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
+        config_text=_config_text(config),
         findings=strongest(lines),
         tally=tally(lines),
         corpora=_corpora(inputs, cfg),
@@ -264,12 +281,16 @@ def _overview(
     )
 
 
-def _write(path: Path, page: str) -> None:
+def _write(path: Path, page: str, stage: str = "report") -> None:
     size = len(page.encode())
     if size > MAX_PAGE:
-        raise EqknobsError(f"report: {path.name} has {size / 1e6:.0f} MB, more than 25; lower report.clips")
+        raise EqknobsError(f"report: {path.name} has {size / 1e6:.0f} MB, more than 25; lower {stage}.clips")
     with atomic_path(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _script_json(value: Any) -> str:
