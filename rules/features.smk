@@ -9,6 +9,7 @@ TABLE_INPUTS += [
     *expand(f"{RUN}/features/{{target}}.json", target=PAGED),
 ]
 REPORT_INPUTS += [
+    *expand(f"{RUN}/features/{{target}}.npz", target=PAGED),
     *expand(f"{RUN}/renders/{{target}}/features/index.csv", target=PAGED),
     *ancient(caption_files(config)),
 ]
@@ -27,6 +28,7 @@ rule features:
     output:
         scores=f"{RUN}/scores/{{target}}.features.csv",
         found=f"{RUN}/features/{{target}}.json",
+        maps=f"{RUN}/features/{{target}}.npz",
         index=f"{RUN}/renders/{{target}}/features/index.csv",
     log:
         f"{RUN}/logs/features.{{target}}.log",

@@ -180,6 +180,28 @@ def _playing(made: dict[str, list[dict[str, Any]]], media: dict[str, str]) -> di
     }
 
 
+def environment() -> jinja2.Environment:
+    """Where the pages' templates are: of the report and of the stages."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([HERE, HERE.parent / "stages"]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def frame_of(run: str) -> dict[str, Any]:
+    """What every page is given: the run's name, style and script, and helpers of wording."""
+    return {
+        "run": run,
+        "style": (HERE / "page.css").read_text(),
+        "script": (HERE / "page.js").read_text(),
+        "counted": counted,
+        "number": number,
+        "ends": ends,
+    }
+
+
 def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
     """Write `out_dir/index.html`, a page a stage beside it (`<stage>.html`), those that sections add, `out_dir/audio/`
     and `out_dir/config.yaml`.
@@ -192,28 +214,18 @@ def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
     contexts = {target: _contexts(inputs, cfg, summary[target], target) for target in targets}
     made, media, files = _listening(inputs, cfg, contexts, out_dir)
     speakers = set(inputs.csv("manifest/manifest.csv")["speaker"])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([HERE, HERE.parent / "stages"]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     about = {
         "published_source": PUBLISHED_SOURCE,
         "bundled_models": _bundled_models(inputs, cfg, speakers),
-        "counted": counted,
-        "number": number,
-        "ends": ends,
+        **frame_of(config["run"]["name"]),
     }
-    html = {target: _shown(environment, at, about) for target, at in contexts.items()}
+    templates = environment()
+    html = {target: _shown(templates, at, about) for target, at in contexts.items()}
     sections = [section for section in SECTIONS if any(section.STAGE in at for at in contexts.values())]
     frame = {
         **about,
-        "run": config["run"]["name"],
         "pages": _shows(sections, summary),
         "several": len(targets) > 1,
-        "style": (HERE / "page.css").read_text(),
-        "script": (HERE / "page.js").read_text(),
     }
     for section in sections:
         stage = section.STAGE
@@ -223,7 +235,7 @@ def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
             for name, parts in html.items()
             if stage in parts
         ]
-        page = environment.get_template("page.stage.html.j2").render(
+        page = templates.get_template("page.stage.html.j2").render(
             **frame,
             here=stage,
             title=section.TITLE,
@@ -232,8 +244,8 @@ def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
             files=[group for group in files if group["stage"] == stage],
         )
         _write(out_dir / f"{stage}.html", page)
-        _write_more(environment, section, [at[stage] for at in contexts.values() if stage in at], frame, out_dir)
-    _write(out_dir / "index.html", _overview(environment, inputs, cfg, frame, _playing(_first(made), media)))
+        _write_more(templates, section, [at[stage] for at in contexts.values() if stage in at], frame, out_dir)
+    _write(out_dir / "index.html", _overview(templates, inputs, cfg, frame, _playing(_first(made), media)))
     with atomic_path(out_dir / CONFIG) as unfinished:
         unfinished.write_text(_config_text(config), encoding="utf-8")
 

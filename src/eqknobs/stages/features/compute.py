@@ -52,6 +52,16 @@ class FeaturesCfg(TypedDict):
     content: NotRequired[dict[str, str]]
 
 
+class Out(NamedTuple):
+    """Where `page_features` writes: raw scores (CSV), what is known of each feature (JSON), mean mel maps (npz) and the
+    index of the windows, which lie beside it."""
+
+    scores: str | Path
+    found: str | Path
+    maps: str | Path
+    index: str | Path
+
+
 class Activity(NamedTuple):
     """How each feature fires in each clip.
 
@@ -157,12 +167,10 @@ class MelMaps:
             if frames:
                 self.rows.append({**about, "kind": kind, "frames": frames, "right": float(right)})
 
-    def means(self) -> dict[str, list[list[float]] | None]:
-        """kind -> mean window, a list a band, lowest first, of dB above the floor; None without a frame."""
-        return {
-            kind: (self.total[kind] / self.frames[kind]).T.round(1).tolist() if self.frames[kind] else None
-            for kind in KINDS
-        }
+    def means(self) -> np.ndarray:
+        """Mean window of each kind, bands from the lowest, dB above the floor, float32 [3, 80, 51]; 0 without frames."""
+        means = [(self.total[kind] / max(self.frames[kind], 1)).T for kind in KINDS]
+        return np.array(means, np.float32)
 
 
 def centres(
@@ -376,7 +384,6 @@ def _record(page: _Page, why: str, activity: Activity, labels: dict[str, pd.Seri
         "max": float(activity.peak[:, j].max()),
         "in_clips": int((fires > 0).sum()),
         "clips": [page.clips[place] for place in page.shown],
-        "maps": page.maps.means(),
         "map_frames": page.maps.frames,
         "firing": firing_by_label(fires, activity.clips, labels),
         "labels": names.labels.get(j, []),
@@ -392,21 +399,19 @@ def page_features(
     cache_h5: str | Path,
     sae_dirs: dict[str, Path],
     names: dict[str, Names],
-    out_csv: str | Path,
-    out_json: str | Path,
-    index_csv: str | Path,
+    out: Out,
     cfg: FeaturesCfg,
 ) -> None:
     """Choose features of a target's SAEs and gather what their pages show.
 
-    names: SAE -> what other stages say. out_csv: SCORES, one row a (feature, kind of frames, clip): `right` sums, over
-    `frames` windows, the share of energy right of the centre. out_json: by SAE the features (`_record`), and how many
-    there are. index_csv: SHOWN, one row a (feature, clip); the windows lie beside it as FLAC. Raises EqknobsError for
-    clips that changed or splits without clips.
+    names: SAE -> what other stages say. Written are: scores: SCORES, one row a (feature, kind of frames, clip); `right`
+    sums, over `frames` windows, the share of energy right of the centre. found: by SAE the features (`_record`), and
+    how many there are. maps: by SAE their mean mel maps, float32 [features, 3 (KINDS), 80, 51]. index: SHOWN, one row a
+    (feature, clip). Raises EqknobsError for clips that changed or splits without clips.
     """
     manifest = read_csv(manifest_csv).set_index("id", drop=False)
-    scores, shown, found = [], [], {}
-    with ActivationCache(cache_h5) as cache, atomic_path(Path(index_csv).parent) as folder:
+    scores, shown, found, maps = [], [], {}, {}
+    with ActivationCache(cache_h5) as cache, atomic_path(Path(out.index).parent) as folder:
         folder.mkdir()
         sounds = _Sounds(folder)
         for name, path in sorted(sae_dirs.items()):
@@ -414,16 +419,20 @@ def page_features(
             activity = clip_activity(cache, sae, cfg["splits"])
             chosen = choose(activity, reasons(names[name]), cfg)
             labels = _labels(activity.clips, manifest)
-            records = []
+            records, means = [], []
             for page in _gather(cache, sae, manifest, activity, chosen, sounds, cfg):
                 about = {"sae": name, "feature": page.feature}
                 records.append(_record(page, chosen[page.feature], activity, labels, names[name]))
+                means.append(page.maps.means())
                 scores += [{**about, **row} for row in page.maps.rows]
                 shown += [{**about, **page.clips[place]} for place in page.shown]
+            maps[name] = np.array(means, np.float32).reshape(-1, len(KINDS), 80, 2 * HALF + 1)
             alive = int((activity.fires.sum(0) >= cfg["min_firings"]).sum())
             about = {"d_sae": int(activity.peak.shape[1]), "alive": alive, "features": records}
             about |= {"clips": len(activity.clips), "frames": int(activity.clips["frames"].sum())}
             found[name] = about | {"speakers": int(activity.clips["speaker"].nunique())}
         write_csv(folder / "index.csv", pd.DataFrame(shown, columns=SHOWN))
-    write_csv(out_csv, pd.DataFrame(scores, columns=SCORES))
-    write_json(out_json, {"cell": CELL, "floor_db": FLOOR_DB, "splits": cfg["splits"], "saes": found})
+    write_csv(out.scores, pd.DataFrame(scores, columns=SCORES))
+    with atomic_path(out.maps) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, **maps)
+    write_json(out.found, {"cell": CELL, "floor_db": FLOOR_DB, "splits": cfg["splits"], "saes": found})

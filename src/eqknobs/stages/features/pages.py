@@ -17,6 +17,7 @@ WHY = {
     "strong": "largest activation",
     "random": "drawn at random",
 }
+PARTS = {"split": "Part of the corpus", "domain": "Domain"}  # what comes first of all labels
 MAPS = {"feature": "where it fires", "random": "random frames", "matched": "frames of the same level"}
 MAP_SIZE = (204, 120)  # pixels
 
@@ -49,9 +50,9 @@ def clips_of(record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _maps(record: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+def _maps(record: dict[str, Any], row: dict[str, Any], means: np.ndarray) -> list[dict[str, Any]]:
     """The three mean mel maps, all in one scale of colours, with the share of energy right of the centre."""
-    drawn = {kind: np.array(own) for kind, own in record["maps"].items() if own is not None}
+    drawn = {kind: own for kind, own in zip(MAPS, means, strict=True) if record["map_frames"][kind]}
     if not drawn:
         return []
     low, high = min(own.min() for own in drawn.values()), max(own.max() for own in drawn.values())
@@ -72,10 +73,10 @@ def _firing(record: dict[str, Any]) -> list[dict[str, Any]]:
     most = max((own["rate"] for values in record["firing"].values() for own in values.values()), default=0) or 1
     return [
         {
-            "name": PROPERTIES.get(name, name),
+            "name": PARTS.get(name, PROPERTIES.get(name, name)),
             "rows": [{"value": value, "bar": 100 * own["rate"] / most, **own} for value, own in values.items()],
         }
-        for name, values in record["firing"].items()
+        for name, values in sorted(record["firing"].items(), key=lambda item: (item[0] not in PARTS, item[0]))
     ]
 
 
@@ -86,8 +87,11 @@ def badges(record: dict[str, Any]) -> list[str]:
     return [*labels, *phone, *([record["domain"]] if record["domain"] else [])]
 
 
-def entry(record: dict[str, Any], row: dict[str, Any], folder: Path, captions: list[str]) -> dict[str, Any]:
-    """Everything that a page shows of a feature. row: of `features.csv`; folder: where its windows lie."""
+def entry(
+    record: dict[str, Any], row: dict[str, Any], means: np.ndarray, folder: Path, captions: list[str]
+) -> dict[str, Any]:
+    """Everything that a page shows of a feature. row: of `features.csv`; means: its mean mel maps, [3, bands, cells] in
+    the order of MAPS; folder: where its windows lie."""
     said = badges(record)
     words = [str(record["feature"]), WHY[record["why"]], *said, *captions]
     return {
@@ -98,6 +102,6 @@ def entry(record: dict[str, Any], row: dict[str, Any], folder: Path, captions: l
         "captions": captions,
         "words": " ".join(words).lower(),
         "clips": clips_of(record, folder),
-        "maps": _maps(record, row),
+        "maps": _maps(record, row, means),
         "firing": _firing(record),
     }

@@ -1,6 +1,5 @@
 """Features: the section of the report, and a page an SAE beside it."""
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,6 +13,7 @@ from eqknobs.io import read_text_csv, require_renders
 from eqknobs.stages.features.pages import WHY, entry
 
 STAGE, TITLE, SOUNDS = "features", "Features", False
+TEMPLATE = "features/pages.html.j2"
 ABOUT = (
     "Single features to hear: their strongest moments, the sound around the frames they fire on, what others call them."
 )
@@ -94,34 +94,25 @@ def pages(at: Context) -> list[Page]:
     """A page an SAE, with an entry a feature."""
     about = at.inputs.json(f"features/{at.target}.json")["saes"]
     index = f"renders/{at.target}/features/index.csv"
-    folder = at.inputs.path(index).parent
-    require_renders(folder / "index.csv", at.inputs.csv(index)["file"])
-    table = at.inputs.csv("tables/features.csv")
-    table = table[table["target"] == at.target]
+    require_renders(at.inputs.path(index), at.inputs.csv(index)["file"])
     path = at.own["captions"]
     captions = _captions(str(at.inputs.path(path)) if path else None, at.target)
     return [
-        Page(
-            page_file(at.target, sae),
-            f"Features of {sae}",
-            f"{STAGE}/page.html.j2",
-            _shown(at, sae, one, table, folder, captions),
-        )
+        Page(page_file(at.target, sae), f"Features of {sae}", TEMPLATE, _shown(at, sae, one, captions))
         for sae, one in sorted(about.items())
     ]
 
 
-def _shown(
-    at: Context,
-    sae: str,
-    one: dict[str, Any],
-    table: pd.DataFrame,
-    folder: Path,
-    captions: dict[tuple[str, str], list[str]],
-) -> dict[str, Any]:
-    rows = {int(row["feature"]): row for row in table[table["sae"] == sae].to_dict("records")}
+def _shown(at: Context, sae: str, one: dict[str, Any], captions: dict[tuple[str, str], list[str]]) -> dict[str, Any]:
+    """What the page of an SAE shows."""
+    table = at.inputs.csv("tables/features.csv")
+    table = table[(table["target"] == at.target) & (table["sae"] == sae)]
+    rows = {int(row["feature"]): row for row in table.to_dict("records")}
+    folder = at.inputs.path(f"renders/{at.target}/features/index.csv").parent
+    with np.load(at.inputs.path(f"features/{at.target}.npz")) as kept:
+        maps = kept[sae]
     entries = [
-        entry(record, rows[record["feature"]], folder, captions.get((sae, str(record["feature"])), []))
-        for record in one["features"]
+        entry(record, rows[record["feature"]], means, folder, captions.get((sae, str(record["feature"])), []))
+        for record, means in zip(one["features"], maps, strict=True)
     ]
     return {"target": at.target, "sae": sae, "entries": entries, "about": one}
