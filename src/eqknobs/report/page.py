@@ -6,7 +6,7 @@ What a stage shows is told by its own module; here are the frame, the players an
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import yaml
 
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.evidence.inputs import Inputs
-from eqknobs.evidence.stage import Context, ReportCfg, SectionModule
+from eqknobs.evidence.stage import Context, Page, ReportCfg, SectionModule
 from eqknobs.evidence.wording import ends, number
 from eqknobs.io import atomic_path
 from eqknobs.report import players
@@ -254,8 +254,9 @@ def _write_more(
     environment: jinja2.Environment, section: SectionModule, at: list[Context], frame: dict[str, Any], out_dir: Path
 ) -> None:
     """The pages that a section adds to its own."""
-    for context in at if hasattr(section, "pages") else []:
-        for page in section.pages(context):
+    pages: Callable[[Context], list[Page]] | None = getattr(section, "pages", None)
+    for context in at if pages else []:
+        for page in pages(context):
             shown = {**frame, "here": section.STAGE, "title": page.title, "playing": _playing({}, {}), **page.shown}
             _write(out_dir / page.file, environment.get_template(page.template).render(**shown), section.STAGE)
 

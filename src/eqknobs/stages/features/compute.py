@@ -52,7 +52,8 @@ class FeaturesCfg(TypedDict):
     content: NotRequired[dict[str, str]]
 
 
-class Out(NamedTuple):
+@dataclass(frozen=True)
+class Out:
     """Where `page_features` writes: raw scores (CSV), what is known of each feature (JSON), mean mel maps (npz) and the
     index of the windows, which lie beside it."""
 
@@ -66,7 +67,7 @@ class Activity(NamedTuple):
     """How each feature fires in each clip.
 
     peak: largest activation, float32 [clips, m]; fires: frames on which it is on, int64 [clips, m]; clips: id, speaker,
-    split, start (its first row in the cache) and frames.
+    split, start (its first frame in the cache), frames and row (its place among the cache's utterances).
     """
 
     peak: np.ndarray
@@ -91,7 +92,7 @@ class Names:
 def clip_activity(cache: ActivationCache, sae: SAE, splits: Iterable[str]) -> Activity:
     """How features fire, clip by clip, by the SAE's own rule. Raises EqknobsError if no clip is of these splits."""
     clips = cache.utterances[cache.utterances["split"].isin(list(splits)) & (cache.utterances["frames"] > 0)]
-    clips = clips.sort_values("id").reset_index(drop=True)
+    clips = clips.sort_values("id").rename_axis("row").reset_index()
     if clips.empty:
         raise EqknobsError(f"features: no clips of {', '.join(splits)} in the activation cache; mend features.splits")
     peak, fires = [], []
@@ -114,7 +115,8 @@ def choose(activity: Activity, named: dict[str, list[int]], cfg: FeaturesCfg) ->
     drawn = np.random.default_rng([cfg["seed"], 41]).permutation(alive)[: cfg["random"]].tolist()
     lists = {**named, "frequent": np.argsort(-fires, kind="stable").tolist()}
     lists["strong"] = np.argsort(-activity.peak.max(0), kind="stable").tolist()
-    taken, living, found = set(drawn), set(alive.tolist()), {}
+    taken, living = set(drawn), set(alive.tolist())
+    found: dict[int, str] = {}
     queues = [[(j, why) for j in own if j in living and j not in taken] for why, own in lists.items()]
     for turn in zip_longest(*queues):
         for feature, why in (one for one in turn if one is not None):
@@ -127,12 +129,51 @@ def choose(activity: Activity, named: dict[str, list[int]], cfg: FeaturesCfg) ->
 
 def top_clips(peak: np.ndarray, speakers: list[str], count: int) -> list[int]:
     """The clips in which a feature is strongest, each of another speaker, the strongest first; peak: [clips]."""
-    found, heard = [], set()
+    found: list[int] = []
+    heard: set[str] = set()
     for place in np.argsort(-peak, kind="stable"):
-        if peak[place] > 0 and speakers[place] not in heard and len(found) < count:
+        if len(found) == count or peak[place] <= 0:
+            break
+        if speakers[place] not in heard:
             found.append(int(place))
             heard.add(speakers[place])
     return found
+
+
+def strongest_clips(activity: Activity, count: int) -> np.ndarray:
+    """`top_clips` of every feature as rows of the cache's utterances, int32 [m, count], −1 where there are fewer."""
+    speakers, rows = activity.clips["speaker"].tolist(), activity.clips["row"].to_numpy()
+    found = np.full((activity.peak.shape[1], count), -1, np.int32)
+    for feature, own in enumerate(found):
+        places = top_clips(activity.peak[:, feature], speakers, count)
+        own[: len(places)] = rows[places]
+    return found
+
+
+def moment(clip: Any, on: np.ndarray, times: np.ndarray, total: float, seconds: float) -> dict[str, Any]:
+    """The window around a feature's peak in a clip, and its activation there.
+
+    clip: its id, speaker and split; on: activations [frames]; times: of the frames, s; total: length of the clip, s.
+    """
+    peak = int(on.argmax())
+    start, end = window(float(times[peak]), total, seconds)
+    inside = (times >= start) & (times < end)
+    return {
+        "id": clip.id,
+        "speaker": clip.speaker,
+        "split": clip.split,
+        "start": round(start, 4),
+        "seconds": round(end - start, 4),
+        "peak": round(float(times[peak]), 4),
+        "activation": float(on[peak]),
+        "curve": [[round(float(t - start), 3), round(float(v), 4)] for t, v in zip(times[inside], on[inside])],
+    }
+
+
+def cut(wav: np.ndarray, rate: int, found: dict[str, Any]) -> np.ndarray:
+    """The samples of a `moment` of a clip."""
+    first = round(found["start"] * rate)
+    return wav[first : first + round(found["seconds"] * rate)]
 
 
 def window(peak: float, total: float, seconds: float) -> tuple[float, float]:
@@ -168,7 +209,7 @@ class MelMaps:
                 self.rows.append({**about, "kind": kind, "frames": frames, "right": float(right)})
 
     def means(self) -> np.ndarray:
-        """Mean window of each kind, bands from the lowest, dB above the floor, float32 [3, 80, 51]; 0 without frames."""
+        """Mean window of each kind, bands from the lowest, dB above the floor, float32 [3, 80, 51]; 0 of none."""
         means = [(self.total[kind] / max(self.frames[kind], 1)).T for kind in KINDS]
         return np.array(means, np.float32)
 
@@ -289,14 +330,16 @@ class _Sounds:
     """Windows of clips as files of a folder, each once, whichever features share it."""
 
     def __init__(self, folder: Path):
-        self.folder, self.names, self.kept = folder, set(), {}
+        self.folder = folder
+        self.names: set[str] = set()
+        self.kept: dict[str, str] = {}
 
-    def add(self, clip: str, wav: np.ndarray, rate: int, start: float, end: float) -> str:
-        first, last = round(start * rate), round(end * rate)
-        key = f"{clip}.{first}-{last}"
+    def add(self, found: dict[str, Any], wav: np.ndarray, rate: int) -> str:
+        """The file of a `moment` of a clip [samples]."""
+        key = f"{found['id']}.{found['start']:.2f}+{found['seconds']:.2f}"
         if key not in self.kept:
             self.kept[key] = unused_name(f"{key}.flac", self.names)
-            write_flac(self.folder / self.kept[key], wav[first:last], rate)
+            write_flac(self.folder / self.kept[key], cut(wav, rate, found), rate)
         return self.kept[key]
 
 
@@ -310,33 +353,6 @@ class _Page:
     rng: np.random.Generator
     maps: MelMaps = field(default_factory=MelMaps)
     clips: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-
-def _heard(
-    page: _Page,
-    place: int,
-    clip: Any,
-    at: tuple[np.ndarray, np.ndarray],
-    sound: tuple[np.ndarray, int],
-    folder: _Sounds,
-    seconds: float,
-) -> None:
-    """Cut a window around the peak of a feature in a clip; at: its activations and the frames' times."""
-    (on, times), (wav, rate) = at, sound
-    peak = int(on.argmax())
-    start, end = window(float(times[peak]), len(wav) / rate, seconds)
-    inside = (times >= start) & (times < end)
-    page.clips[place] = {
-        "id": clip.id,
-        "speaker": clip.speaker,
-        "split": clip.split,
-        "start": round(start, 4),
-        "seconds": round(end - start, 4),
-        "peak": round(float(times[peak]), 4),
-        "activation": float(on[peak]),
-        "file": folder.add(clip.id, wav, rate, start, end),
-        "curve": [[round(float(t - start), 3), round(float(v), 4)] for t, v in zip(times[inside], on[inside])],
-    }
 
 
 def _gather(
@@ -366,7 +382,8 @@ def _gather(
         for page in pages:
             on = code[:, page.feature]
             if place in page.shown:
-                _heard(page, place, clip, (on, times), (wav, rate), folder, cfg["seconds"])
+                found = moment(clip, on, times, len(wav) / rate, cfg["seconds"])
+                page.clips[place] = found | {"file": folder.add(found, wav, rate)}
             if place in page.mapped:
                 about = {"id": clip.id, "speaker": clip.speaker, "split": clip.split}
                 page.maps.add(power, centres(on, times, power, cfg["map_frames"], page.rng), about)
@@ -406,11 +423,13 @@ def page_features(
 
     names: SAE -> what other stages say. Written are: scores: SCORES, one row a (feature, kind of frames, clip); `right`
     sums, over `frames` windows, the share of energy right of the centre. found: by SAE the features (`_record`), and
-    how many there are. maps: by SAE their mean mel maps, float32 [features, 3 (KINDS), 80, 51]. index: SHOWN, one row a
+    how many there are. maps: by SAE their mean mel maps, float32 [features, 3 (KINDS), 80, 51], and as
+    `<sae>.clips` the strongest clips of every feature of the SAE (`strongest_clips`). index: SHOWN, one row a
     (feature, clip). Raises EqknobsError for clips that changed or splits without clips.
     """
     manifest = read_csv(manifest_csv).set_index("id", drop=False)
-    scores, shown, found, maps = [], [], {}, {}
+    scores, shown, found = [], [], {}
+    maps: dict[str, Any] = {}
     with ActivationCache(cache_h5) as cache, atomic_path(Path(out.index).parent) as folder:
         folder.mkdir()
         sounds = _Sounds(folder)
@@ -426,9 +445,15 @@ def page_features(
                 means.append(page.maps.means())
                 scores += [{**about, **row} for row in page.maps.rows]
                 shown += [{**about, **page.clips[place]} for place in page.shown]
+            maps[f"{name}.clips"] = strongest_clips(activity, cfg["clips"])
             maps[name] = np.array(means, np.float32).reshape(-1, len(KINDS), 80, 2 * HALF + 1)
             alive = int((activity.fires.sum(0) >= cfg["min_firings"]).sum())
-            about = {"d_sae": int(activity.peak.shape[1]), "alive": alive, "features": records}
+            about = {
+                "d_sae": int(activity.peak.shape[1]),
+                "alive": alive,
+                "features": records,
+                "seconds": cfg["seconds"],
+            }
             about |= {"clips": len(activity.clips), "frames": int(activity.clips["frames"].sum())}
             found[name] = about | {"speakers": int(activity.clips["speaker"].nunique())}
         write_csv(folder / "index.csv", pd.DataFrame(shown, columns=SHOWN))

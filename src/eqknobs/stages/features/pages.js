@@ -21,7 +21,8 @@
   addEventListener("hashchange", open);
   open();
   document.querySelectorAll(".moment").forEach((moment) => {
-    const audio = moment.querySelector("audio"), line = moment.querySelector(".picture i");
+    const audio = moment.querySelector("audio") || document.getElementById("heard");
+    const picture = moment.querySelector(".picture"), line = picture.querySelector("i");
     const follow = () => {
       line.hidden = false;
       line.style.left = `${100 * audio.currentTime / (audio.duration || 1)}%`;
@@ -32,5 +33,12 @@
       follow();
     });
     audio.addEventListener("seeked", follow);
+    picture.addEventListener("click", (event) => {
+      const box = picture.getBoundingClientRect(), share = (event.clientX - box.left) / box.width;
+      const jump = () => { audio.currentTime = share * audio.duration; };
+      if (audio.readyState) jump();
+      else audio.addEventListener("loadedmetadata", jump, { once: true });
+      audio.play().catch(() => {});
+    });
   });
 })();

@@ -37,17 +37,19 @@ def sounding(wav: np.ndarray, rate: int) -> dict[str, str]:
     return {"sound": data_uri("audio/mpeg", mp3(wav, rate)), "picture": data_uri("image/jpeg", picture)}
 
 
+def moment_shown(found: dict[str, Any], wav: np.ndarray, rate: int, most: float) -> dict[str, Any]:
+    """A feature's moment: who speaks, where, the sound [samples], its spectrogram and the activation's curve.
+
+    found: of `compute.moment`; most: the activation at the top of the picture.
+    """
+    about = {name: found[name] for name in ("id", "speaker", "split", "start", "seconds", "activation")}
+    return about | sounding(wav, rate) | {"curve": curve(found["curve"], found["seconds"], most)}
+
+
 def clips_of(record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """A feature's windows: who speaks, where, the sound, its spectrogram and the activation's curve."""
-    found = []
-    for clip in record["clips"]:
-        wav, rate = sf.read(folder / clip["file"], dtype="float32")
-        found.append(
-            {name: clip[name] for name in ("id", "speaker", "split", "start", "seconds", "activation")}
-            | sounding(wav, rate)
-            | {"curve": curve(clip["curve"], clip["seconds"], record["max"])}
-        )
-    return found
+    """The moments of a feature whose windows were kept."""
+    sounds = [(clip, *sf.read(folder / clip["file"], dtype="float32")) for clip in record["clips"]]
+    return [moment_shown(clip, wav, rate, record["max"]) for clip, wav, rate in sounds]
 
 
 def _maps(record: dict[str, Any], row: dict[str, Any], means: np.ndarray) -> list[dict[str, Any]]:

@@ -42,9 +42,9 @@ def _row(at: Context, sae: str, record: dict[str, Any], rows: pd.DataFrame) -> d
             row |= {key.replace("onset_share", name): value for key, value in found.items()}
     if "onset_share" in row:
         row["offset_share"] = 1 - row["onset_share"]
-    if len(own["feature"]) and (found := compare(own["feature"], own["matched"], ONSET, at.cfg)):
+    if len(own["feature"]) and (paired := compare(own["feature"], own["matched"], ONSET, at.cfg)):
         keys = {"onset_difference": "difference", "onset_difference_low": "low", "onset_difference_high": "high"}
-        row |= {name: found[key] for name, key in keys.items()}
+        row |= {name: paired[key] for name, key in keys.items()}
     return row | _said(record)
 
 
