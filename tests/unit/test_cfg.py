@@ -12,6 +12,7 @@ from eqknobs.schema import resolved, schema
 from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.features.compute import FeaturesCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
 from eqknobs.stages.lm_layers.compute import LmLayersCfg
@@ -36,6 +37,7 @@ TYPED = [
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
+    (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),

@@ -23,7 +23,7 @@ AFTER = {
     "speech_lm": {"speech_lm_training"},
     "steering": {"probes"},
 }
-ENTRIES = {"cli.py", "compress.py", "talk.py"}  # commands stand above the rooms
+ENTRIES = {"cli.py", "compress.py", "explore.py", "talk.py"}  # commands stand above the rooms
 # Foundations that reach into a room, and the only files there that they may.
 REACH = {"config.py": ("checks.py", "sites.py"), "provenance.py": ("files.py",)}
 

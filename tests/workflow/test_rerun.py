@@ -31,7 +31,9 @@ BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
 PROBES = BASE_PROBES.union(*SAE_PROBES.values())
 TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
-SAE_ROWS = {("sae_scores", ""), ("stability", "")}
+PAGES = {("features", "")}
+FOUND_AGAIN = {("stability", "")} | PAGES  # a page says what a feature's twin is
+SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN
 SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
@@ -278,12 +280,21 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | LM | TABLES),
     "another θ": (
         edit_config(lambda c: c["stability"].update(thetas=[0.4])),
-        {("stability", "")} | TABLES,
+        FOUND_AGAIN | TABLES,
     ),
     "library: overlap of features": (
         edit_file("src/eqknobs/stages/stability/compute.py", CODE),
-        {("stability", "")} | TABLES,
+        FOUND_AGAIN | TABLES,
     ),
+    "fewer pages of features": (edit_config(lambda c: c["features"].update(count=1)), PAGES | TABLES),
+    "library: what features hear": (edit_file("src/eqknobs/stages/features/compute.py", CODE), PAGES | TABLES),
+    "library: pages of features": (edit_file("src/eqknobs/stages/features/pages.py", CODE), {("report", "")}),
+    "the text of pages of features": (
+        edit_file("src/eqknobs/stages/features/pages.html.j2", "<p>x</p>"),
+        {("report", "")},
+    ),
+    "a window of a feature lost": (remove(f"results/small/renders/{TARGET}/features/*.flac"), PAGES | TABLES),
+    "no pages of features": (edit_config(lambda c: c.update(features=None)), TABLES),
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),

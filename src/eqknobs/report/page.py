@@ -254,8 +254,8 @@ def _write_more(
     environment: jinja2.Environment, section: SectionModule, at: list[Context], frame: dict[str, Any], out_dir: Path
 ) -> None:
     """The pages that a section adds to its own."""
-    pages: Callable[[Context], list[Page]] | None = getattr(section, "pages", None)
-    for context in at if pages else []:
+    pages: Callable[[Context], list[Page]] = getattr(section, "pages", lambda _at: [])
+    for context in at:
         for page in pages(context):
             shown = {**frame, "here": section.STAGE, "title": page.title, "playing": _playing({}, {}), **page.shown}
             _write(out_dir / page.file, environment.get_template(page.template).render(**shown), section.STAGE)
