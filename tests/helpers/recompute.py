@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from eqknobs.evidence.stats import bootstrap_weights
 
@@ -27,6 +28,7 @@ KEYS = {
     "codec": ["path", "codebooks", "voices", "split", "sae"],
     "steering": ["property", "arm", "alpha", "alpha_raw", "calibrated", "split"],
     "importance": ["map", "mode", "removed", "removed_dims", "seed", "split"],
+    "importance_maps": ["map", "split"],
     "sae": ["sae", "seed", "split"],
     "probes": ["property", "space", "binning", "split"],
 }
@@ -189,6 +191,46 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
     return cells
 
 
+def check_maps(run: Path, target: str, cfg: dict[str, Any]) -> int:
+    """Recompute every cell of `importance_maps.csv`, and the choice of a map; returns how many were compared."""
+    table = read(run / "tables" / "importance_maps.csv")
+    table = table[table["target"] == target]
+    oracle, val = (read(run / "scores" / f"{target}.importance_maps.{part}.csv") for part in ("oracle", "val"))
+    about = json.loads((run / "importance" / f"{target}.json").read_text())
+    maps = {name: pd.Series(values) for name, values in about["maps"].items()}
+    assert set(table["map"]) == set(val["map"]) and set(maps) <= set(table["map"])
+    measured = val[val["map"].isin(set(maps) - {"inverted"})].groupby("map")["mel_distance"].mean()
+    assert measured[about["chosen"]] == pytest.approx(measured.min(), rel=1e-8)
+    effects = oracle.pivot(index="dimension", columns="id", values="mel_change")
+    speakers = oracle.drop_duplicates("id").set_index("id")["speaker"]
+    cells = 0
+    for row in table.to_dict("records"):
+        rows = val[val["map"] == row["map"]]
+        clips = rows.groupby(["id", "speaker"], as_index=False)["mel_distance"].mean()
+        names = ("val_mel_distance", "val_mel_distance_low", "val_mel_distance_high")
+        wanted = dict(zip(names, estimate(clips, "mel_distance", cfg)))
+        wanted |= {"clips": clips["id"].nunique(), "speakers": clips["speaker"].nunique()}
+        wanted |= {"oracle_clips": len(speakers), "oracle_speakers": speakers.nunique()}
+        wanted |= {"chosen": int(row["map"] == about["chosen"]), "split": "val"}
+        names = ("spearman_oracle", "spearman_oracle_low", "spearman_oracle_high")
+        if row["map"] == "none" or not len(oracle):
+            wanted |= dict.fromkeys(names, math.nan)
+        elif row["map"] == "random":  # of chance, so it is only known where it must lie: 1.96 / √(width − 1)
+            band = 1.96 / math.sqrt(len(effects) - 1)
+            assert abs(row[names[0]]) < band / 2
+            assert -row[names[1]] == pytest.approx(band, rel=0.35) and row[names[2]] == pytest.approx(band, rel=0.35)
+        else:
+            drawn = bootstrap_weights([speakers[i] for i in effects], cfg["bootstrap"], cfg["seed"]) @ effects.T
+            found = [maps[row["map"]].corr(draw, method="spearman") for _, draw in drawn.iterrows()]
+            whole = maps[row["map"]].corr(effects.mean(axis=1), method="spearman")
+            wanted |= dict(zip(names, (whole, *np.percentile(found, [2.5, 97.5]))))
+        for key, value in wanted.items():
+            same(row[key], value, f"importance_maps {row['map']} {key}")
+            cells += 1
+        assert set(table) <= {*wanted, *names, "target", "map"}
+    return cells
+
+
 def available(rows: pd.DataFrame) -> set[str]:
     return {m for m, columns in RATIOS.items() if set(columns) <= set(rows)} | (set(MEANS) & set(rows))
 
@@ -222,7 +264,16 @@ def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any])
 def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, Any]) -> int:
     """Recompute every number of the summary of one target; returns how many were compared."""
     facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][target]
-    assert set(facts) == {"words", "sae", "probes", "steering", "importance", "comparisons", "headlines"}
+    assert set(facts) == {
+        "words",
+        "sae",
+        "probes",
+        "steering",
+        "importance",
+        "importance_maps",
+        "comparisons",
+        "headlines",
+    }
     cells = 0
     if facts["words"]:
         wer, rows = round_trip_wer(run, target, cfg, model)
@@ -247,8 +298,8 @@ def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, 
         wanted["moderate"] = len(values) - wanted["expendable"] - wanted["critical"]
         assert wanted == facts["importance"]
         cells += 4
-    for part, name in (("sae", "sae"), ("probes", "probes"), ("steering", "steering")):
-        table = read(run / "tables" / f"{name}.csv")
+    for name in ("sae", "probes", "steering", "importance_maps"):
+        part, table = name, read(run / "tables" / f"{name}.csv")
         for row in facts[part]:
             found = pick(table[table["target"] == target], row, KEYS[name])
             assert len(found) == 1, f"summary {part}: {row} is not one row of the table"

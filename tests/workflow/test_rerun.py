@@ -22,7 +22,8 @@ TABLES = {("tables", ""), ("report", "")}
 CODEC = {("codec_renders", ""), ("judgements", "codec")}
 STEERING_RENDERS = {("steering_renders", ""), ("judgements", "steering")}
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
-IMPORTANCE = {("importance_renders", ""), ("judgements", "importance")}
+ABLATIONS = {("importance_renders", ""), ("judgements", "importance")}
+IMPORTANCE = {("importance_maps", ""), *ABLATIONS}
 JUDGEMENTS = {("originals", ""), *(("judgements", stage) for stage in ("codec", "steering", "importance"))}
 JUDGED = JUDGEMENTS - {("originals", "")}
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
@@ -152,7 +153,7 @@ def order(config: dict) -> None:
     for section, names in {
         "probes": ("properties", "lags", "l2"),
         "steering": ("saes", "alphas", "clamp_features"),
-        "importance": ("removed", "modes"),
+        "importance": ("maps", "removed", "modes"),
     }.items():
         for name in names:
             config[section][name].reverse()
@@ -203,7 +204,9 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "steering clip count": (edit_config(lambda c: c["steering"].update(clips=3)), STEERING_RENDERS | TABLES),
     "calibrated shift": (edit_config(lambda c: c["steering"].update(shift=0.8)), STEERING | TABLES),
     "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | TABLES),
-    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), IMPORTANCE | TABLES),
+    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
+    "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
+    "library: the ablations": (edit_file("src/eqknobs/stages/importance/compute.py", CODE), ABLATIONS | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),

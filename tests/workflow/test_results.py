@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
-from helpers.recompute import check_summary, check_table, read, round_trip_wer
+from helpers.recompute import check_maps, check_summary, check_table, read, round_trip_wer
 
 RUN = Path(os.environ.get("EQKNOBS_RESULTS", ROOT / "results" / "demo"))
 if not (RUN / "tables" / "summary.json").is_file():
@@ -57,6 +57,11 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
     if SUMMARY["targets"][target]["words"]:
         measurable = round_trip_wer(RUN, target, CFG, model_of(target))[0] <= CFG["unmeasurable_wer"]
     assert check_table(RUN, target, stage, CFG, model_of(target), measurable) > 20
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["importance"]])
+def test_how_maps_agree_with_the_oracle_is_recomputed_from_clips(target):
+    assert check_maps(RUN, target, CFG) > 20
 
 
 @pytest.mark.parametrize("model", SPEAKING)

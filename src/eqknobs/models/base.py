@@ -213,7 +213,7 @@ class Pretrained(ABC):
     sites: dict[str, Site]
     n_codebooks = 0
     min_codebooks = 1
-    decodes = False
+    decodes = gradients = False
 
     def __init__(self, cfg: dict):
         self.name = cfg["name"]
@@ -268,6 +268,9 @@ class Pretrained(ABC):
     def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
 
+    def decode_batch(self, acts: Tensor, site: str, codebooks: int | None = None) -> Tensor:
+        raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
+
     def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
 
@@ -288,6 +291,13 @@ class Pretrained(ABC):
             raise EqknobsError(f"{self.name}.{site} takes activations [frames, {width}], got {list(np.shape(acts))}")
         return torch.as_tensor(np.ascontiguousarray(acts, dtype=np.float32), device=self.device)[None]
 
+    def _batch(self, acts: Tensor, site: str) -> Tensor:
+        """[batch, frames, width] on the device."""
+        width = self.site(site).width
+        if acts.ndim != 3 or acts.shape[2] != width:
+            raise EqknobsError(f"{self.name}.{site} takes batches [batch, frames, {width}], got {list(acts.shape)}")
+        return acts.to(self.device, torch.float32)
+
     def _codebooks(self, codebooks: int | None) -> int:
         count = self.n_codebooks if codebooks is None else codebooks
         if not self.min_codebooks <= count <= self.n_codebooks:
@@ -300,7 +310,7 @@ class Pretrained(ABC):
 class ConvCodec(Pretrained):
     """A codec whose only site is `encoder`, the output [frames, width] of its convolutional encoder."""
 
-    decodes = True
+    decodes = gradients = True
     chunk_seconds = 20.0
 
     def _set_site(self, hop: int, context: float) -> None:
@@ -358,6 +368,14 @@ class ConvCodec(Pretrained):
             if codebooks is not None:
                 latents = self._quantise(latents, self._codebooks(codebooks))[0]
             return fit(self.net.decoder(latents)[0, 0], samples)
+
+    def decode_batch(self, acts: Tensor, site: str, codebooks: int | None = None) -> Tensor:
+        # cuDNN has gradients of recurrent layers (EnCodec's LSTM) in training only.
+        with gpu_memory(), torch.backends.cudnn.flags(enabled=not acts.requires_grad):
+            latents = self._batch(acts, site).transpose(1, 2)
+            if codebooks is not None:
+                latents = self._quantise(latents.detach(), self._codebooks(codebooks))[0]
+            return self.net.decoder(latents)[:, 0]
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():
