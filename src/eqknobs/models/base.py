@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.models import Site
+from eqknobs.packing.files import is_packed_folder, read_packed
+from eqknobs.packing.notes import NAME as PACKED
 
 if TYPE_CHECKING:
     from eqknobs.models import SiteEdit
@@ -27,10 +29,20 @@ UNUSED_KEYS = {"masked_spec_embed"}
 
 
 def folder_weights(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a model folder; raises EqknobsError if it has none, or no config."""
+    """The safetensors files of a model folder, or the packed one (docs/packing.md).
+
+    Raises EqknobsError if it has none, both kinds, or no config.
+    """
     if not (folder / "config.json").is_file():
         raise EqknobsError(f"models.{name}.path: {folder} has no config.json; give a whole model folder")
-    if weights := sorted(folder.glob("model*.safetensors")):
+    weights = sorted(folder.glob("model*.safetensors"))
+    if is_packed_folder(folder):
+        if weights:
+            raise EqknobsError(
+                f"models.{name}.path: {folder} holds {PACKED} beside {weights[0].name}; move one of them elsewhere"
+            )
+        return [folder / PACKED]
+    if weights:
         return weights
     if pickled := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
         raise EqknobsError(
@@ -75,10 +87,13 @@ def load_pretrained(cls: Any, cfg: dict) -> tuple[Any, str]:
             f"models.{name}.kind: {where} is of type {config.get('model_type')!r}, not {cfg['kind']!r}; "
             "mend kind or path"
         )
+    given: dict[str, Any] = {"pretrained_model_name_or_path": path, "revision": revision, "use_safetensors": True}
+    if folder.is_dir() and is_packed_folder(folder):
+        given = {"pretrained_model_name_or_path": None, "state_dict": read_packed(folder)}
+        with one_line(f"models.{name}: cannot read config.json of {where}"):
+            given["config"] = cls.config_class.from_pretrained(path)
     with one_line(f"models.{name}: cannot load the safetensors weights of {where}"):
-        net, info = cls.from_pretrained(
-            path, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        net, info = cls.from_pretrained(**given, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(key for key in info["missing_keys"] if key.split(".")[-1] not in UNUSED_KEYS):
         # transformers would go on with random values in their place
         raise EqknobsError(

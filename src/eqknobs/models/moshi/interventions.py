@@ -1,6 +1,6 @@
 """What can be done to a network: activations edited, heads zeroed or removed, weights pruned or rounded, streams muted.
 
-Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed in NF4 everywhere.
+Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed everywhere.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.base import checked
 from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import Linear, is_packed, put_module, weight_of, with_weight
+from eqknobs.models.moshi.quantise import Linear, cut, is_packed, weight_of, with_weight
+from eqknobs.packing.modules import PackedLinear, put_module
 
 Heads = Mapping[int, Sequence[int]]
 
@@ -79,8 +80,8 @@ def remove_heads(net: MoshiNet, heads: Heads) -> None:
 
     What remains computes what it did with those heads zeroed, but for rounding: shorter sums are added up in another
     order. In NF4 the rest is unpacked, cut and packed again, which gives the same values unless scales are doubled or
-    head_dim is no multiple of the block. A KV cache made before does not fit any more. Raises EqknobsError for heads
-    that are not there.
+    head_dim is no multiple of the block; packed integers keep all that is left as it was. A KV cache made before does
+    not fit any more. Raises EqknobsError for heads that are not there.
     """
     for layer, places in _places(net, heads).items():
         if not places:
@@ -88,16 +89,16 @@ def remove_heads(net: MoshiNet, heads: Heads) -> None:
         attention, dim = net.layers[layer].self_attn, net.config.head_dim
         count = len(attention.heads)
         keep = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=net.device)
-        rows = weight_of(attention.in_proj).view(3, count, dim, -1)[:, keep].flatten(0, 2)
-        columns = weight_of(attention.out_proj).view(-1, count, dim)[:, keep].flatten(1)
+        columns = torch.arange(count * dim, device=net.device).view(count, dim)[keep].flatten()
+        rows = torch.cat([columns + part * count * dim for part in range(3)])  # of q, k and v
         attention.heads = tuple(attention.heads[i] for i in keep.tolist())
-        attention.in_proj = with_weight(attention.in_proj, rows) if len(keep) else None
-        attention.out_proj = with_weight(attention.out_proj, columns) if len(keep) else None
+        attention.in_proj = cut(attention.in_proj, rows=rows) if len(keep) else None
+        attention.out_proj = cut(attention.out_proj, columns=columns) if len(keep) else None
 
 
 def linears(net: MoshiNet, patterns: Iterable[str] = TEMPORAL_LINEARS) -> list[str]:
     """Names of the linears that match any pattern. Raises EqknobsError if a pattern matches none."""
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
     found = []
     for pattern in patterns:
         if not (matching := [name for name in names if fnmatchcase(name, pattern)]):
@@ -140,6 +141,8 @@ def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[
     names = linears(net, patterns)
     for name in names:
         linear: Linear = net.get_submodule(name)
+        if isinstance(linear, PackedLinear):
+            raise EqknobsError(f"fake_quantise: {name} is packed; unpack the model (eqknobs unpack) to round it")
         if is_packed(linear):
             raise EqknobsError(f"fake_quantise: {name} is packed in NF4; load the model without nf4 to round it")
         if linear.in_features % block:
