@@ -55,6 +55,7 @@ FINAL = f"{RUN}/report/index.html"  # a training has another end
 
 # What the rule files of the stages add to, each its own; judges, tables and report read them.
 SOUNDS = {}  # what makes sound -> its targets
+RATED = set()  # of these, what DNSMOS rates too (column `dnsmos`)
 TABLES = []  # names of tables
 TABLE_INPUTS = []  # what tables and report read
 REPORT_INPUTS = []  # what only the report reads
@@ -218,6 +219,11 @@ def training_records(wildcards):
     names = {parse_target(target)[0] for target in WORKED_ON}
     records = sorted(training_record(config, name) for name in names)
     return ancient([record for record in records if Path(record).is_file()])
+
+
+def every_core(wildcards):
+    """All cores that Snakemake was given, on this machine; on a cluster what the configuration says."""
+    return max(config["hardware"]["threads"], workflow.cores or 1)
 
 
 def asr_files(wildcards):

@@ -19,13 +19,13 @@ PROPERTIES = ["centroid", "pitch", "rms"]
 SAES = ["rms_l1", "topk"]
 
 TABLES = {("tables", ""), ("report", "")}
-CODEC = {("codec_renders", ""), ("judgements", "codec")}
-STEERING_RENDERS = {("steering_renders", ""), ("judgements", "steering")}
+JUDGED = {("judgements", "")}  # of all sounds; of those that did not change it writes what it knows
+CODEC = {("codec_renders", "")} | JUDGED
+STEERING_RENDERS = {("steering_renders", "")} | JUDGED
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
-ABLATIONS = {("importance_renders", ""), ("judgements", "importance")}
-IMPORTANCE = {("importance_maps", ""), *ABLATIONS}
-JUDGEMENTS = {("originals", ""), *(("judgements", stage) for stage in ("codec", "steering", "importance"))}
-JUDGED = JUDGEMENTS - {("originals", "")}
+ABLATIONS = {("importance_renders", "")} | JUDGED
+IMPORTANCE = {("importance_maps", "")} | ABLATIONS
+JUDGEMENTS = {("originals", "")} | JUDGED
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
 PROBES = BASE_PROBES.union(*SAE_PROBES.values())
@@ -53,10 +53,10 @@ def planned(folder: Path) -> set[tuple[str, str]]:
             "sae_grid": r"saes/[^/]+/(\w+)/grid/",
             "probes": r"(?:\.|/)(\w+)\.(?:npz|csv)$",
             "sae_probes": r"(?:probes\.|ridge\.|/)(\w+)(?:\.|/)(\w+)\.(?:npz|csv)$",
-            "judgements": r"\.(codec|steering|importance)\.words\.csv$",
         }.get(rule)
         label = " ".join(re.search(wildcards, path).groups()) if wildcards else ""
-        other = "" if TARGET in path or not re.search(r"\.encoder_", path) else " (new target)"
+        shared = TARGET in path or rule == "judgements" or not re.search(r"\.encoder_", path)
+        other = "" if shared else " (new target)"
         found.add((rule, label + other))
     return found
 
@@ -128,8 +128,9 @@ def new_target(config: dict) -> None:
 
 
 ADDED_TARGET = {
-    (rule, f"{wildcards} (new target)" if wildcards else " (new target)") for rule, wildcards in FROM_CACHE - TABLES
-} | TABLES
+    (rule, f"{wildcards} (new target)" if wildcards else " (new target)")
+    for rule, wildcards in FROM_CACHE - JUDGED - TABLES
+} | (JUDGED | TABLES)
 
 EXTRA = {"variant": "rms_l1", "d_sae": 64, "l1": 0.1, "l1_on": "h", "lr": 0.001, "batch_size": 256, "epochs": 1}
 
@@ -225,10 +226,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         {("report", "")},
     ),
     "a limit of minutes that binds": (edit_config(lambda c: c["data"].update(max_minutes=1)), EVERYTHING),
-    "no codec stage": (edit_config(lambda c: c.update(codec=None)), TABLES),
-    "no steering": (edit_config(lambda c: c.update(steering=None)), TABLES),
-    "no importance": (edit_config(lambda c: c.update(importance=None)), TABLES),
-    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), TABLES),
+    "no codec stage": (edit_config(lambda c: c.update(codec=None)), JUDGED | TABLES),
+    "no steering": (edit_config(lambda c: c.update(steering=None)), JUDGED | TABLES),
+    "no importance": (edit_config(lambda c: c.update(importance=None)), JUDGED | TABLES),
+    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), JUDGED | TABLES),
     "no SAEs": (
         edit_config(lambda c: c.update(saes=None, importance=None) or c["steering"].update(saes=[])),
         CODEC | BASE_PROBES | STEERING | TABLES,
@@ -247,6 +248,8 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "the word threshold": (edit_config(lambda c: c["tables"].update(unmeasurable_wer=0.4)), TABLES),
     "a check": (edit_file("src/eqknobs/stages/steering/checks.py", CODE), set()),
+    "library: the judges": (edit_file("src/eqknobs/sound/judges.py", CODE), JUDGEMENTS | SPOKEN | TABLES),
+    "library: a judge that no stage asks for": (edit_file("src/eqknobs/sound/quality.py", CODE), JUDGEMENTS | TABLES),
     "the schema": (edit_file("src/eqknobs/schema.py", CODE), set()),
     "a target added": (edit_config(new_target), ADDED_TARGET),
     "library: steering": (edit_file("src/eqknobs/stages/steering/compute.py", CODE), STEERING | TABLES),

@@ -28,7 +28,7 @@ from eqknobs.models.moshi.generate import Sampling, generate
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.pieces import Pieces
-from eqknobs.sound.judges import SpeakerEncoder, Transcriber, similarity, word_errors
+from eqknobs.sound.judges import JudgesCfg, SpeakerEncoder, Transcriber, similarity, word_errors
 from eqknobs.stages.speech_lm_training.data import SPECIAL, Clip, Sequences, encode_speech, read_clips
 
 VOICE_FRAMES = 25  # of the voice prompt: two seconds
@@ -61,7 +61,7 @@ class Speaker:
             raise EqknobsError("speech LM: no clip of the part to be scored, or none of its voices to compare with")
         self.model, self.clips, self.cfg = model, clips, cfg
         self.sequences = Sequences(known, model.tokeniser(), model.config)
-        judge = {"asr": cfg["asr"], "beam": cfg["beam"], "device": "cpu"}
+        judge = JudgesCfg(asr=cfg["asr"], beam=cfg["beam"], device="cpu")
         self.transcriber, self.encoder = Transcriber(judge, pieces), SpeakerEncoder(pieces)
         self.frames = max(clip.codes.shape[2] for clip in clips) + round(FRAME_RATE)
         self.voices = {}
