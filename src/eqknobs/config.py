@@ -20,6 +20,7 @@ import eqknobs.models.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.probes.checks
+import eqknobs.stages.quantisation.checks
 import eqknobs.stages.saes.checks
 import eqknobs.stages.speech_lm.checks
 import eqknobs.stages.steering.checks
@@ -41,6 +42,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
+    eqknobs.stages.quantisation.checks.check,
     eqknobs.stages.speech_lm.checks.check,
 )
 

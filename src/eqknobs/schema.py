@@ -31,6 +31,7 @@ PARTS = (
     "stages/codec",
     "stages/steering",
     "stages/importance",
+    "stages/quantisation",
     "stages/speech_lm",
     "sound",
     "report",

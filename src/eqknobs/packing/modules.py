@@ -1,6 +1,6 @@
 """Networks with packed weights: linears and embeddings that unpack when called, and what a network holds in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -116,32 +116,42 @@ def unpack_modules(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 
 @contextmanager
-def faked(net: nn.Module, plan: Plan) -> Iterator[None]:
-    """While the block runs, the network has the weights that the plan's packed file would give; then its own again.
-
-    That includes what `rest` does to tensors that stay. What codebooks keep beside their tensors (Mimi's `_embed`) is
-    made anew. Raises EqknobsError for a plan of other tensors, and for NaN or infinity.
-    """
+def replaced(net: nn.Module, values: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """While the block runs, tensors of the network, by their names in its state dict, have these values; then their own
+    again. What codebooks keep beside their tensors (Mimi's `_embed`) is made anew."""
     kept: list[tuple[Tensor, Tensor]] = []
+    state = net.state_dict()
     try:
-        state = net.state_dict()
-        require_known(plan, state)
-        rest = REST[plan.rest]
-        for name, tensor in state.items():
-            if name in plan.bits:
-                rounded = plan.fake(name, tensor)
-            elif tensor.is_floating_point() and tensor.dtype != rest:
-                rounded = tensor.to(rest)
-            else:
-                continue
-            kept.append((tensor, tensor.clone()))
-            tensor.copy_(rounded)
+        for name, value in values:
+            kept.append((state[name], state[name].clone()))
+            state[name].copy_(value)
         _forget(net)
         yield
     finally:
         for tensor, value in kept:
             tensor.copy_(value)
         _forget(net)
+
+
+@contextmanager
+def faked(net: nn.Module, plan: Plan) -> Iterator[None]:
+    """While the block runs, the network has the weights that the plan's packed file would give; then its own again.
+
+    That includes what `rest` does to tensors that stay. Raises EqknobsError for a plan of other tensors, and for NaN or
+    infinity.
+    """
+    state, rest = net.state_dict(), REST[plan.rest]
+    require_known(plan, state)
+
+    def rounded() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in state.items():
+            if name in plan.bits:
+                yield name, plan.fake(name, tensor)
+            elif tensor.is_floating_point() and tensor.dtype != rest:
+                yield name, tensor.to(rest)
+
+    with replaced(net, rounded()):
+        yield
 
 
 def _forget(net: nn.Module) -> None:

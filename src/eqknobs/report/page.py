@@ -24,6 +24,7 @@ from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.probes import section as probes
+from eqknobs.stages.quantisation import section as quantisation
 from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
 from eqknobs.stages.steering import section as steering
@@ -34,6 +35,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     probes,
     steering,
     importance,
+    quantisation,
     speech_lm,
 )  # in the order of the pages
 

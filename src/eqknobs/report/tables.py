@@ -16,6 +16,7 @@ from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.probes import tables as probes
+from eqknobs.stages.quantisation import tables as quantisation
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
 from eqknobs.stages.steering import tables as steering
@@ -26,6 +27,7 @@ STAGES: tuple[TablesModule, ...] = (
     probes,
     steering,
     importance,
+    quantisation,
     speech_lm,
 )  # in the order of the findings
 COLUMNS = {name: columns for stage in STAGES for name, columns in stage.COLUMNS.items()}
