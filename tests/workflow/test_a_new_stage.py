@@ -156,7 +156,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text.replace(old, new))
 
     def only_toy(config: dict) -> None:
-        config.update(saes=None, probes=None, codec=None, steering=None, importance=None, speech_lm=None)
+        config.update(
+            saes=None, probes=None, codec=None, steering=None, importance=None, quantisation=None, speech_lm=None
+        )
         config["toy"] = {"longest": 3.0}
 
     write_config(folder, only_toy)
