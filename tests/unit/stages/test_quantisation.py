@@ -17,7 +17,7 @@ from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, read_csv, write_json
 from eqknobs.models import load_model
-from eqknobs.packing.files import write_packed
+from eqknobs.packing.files import companions_of, write_packed
 from eqknobs.packing.modules import bytes_resident, pack_modules
 from eqknobs.packing.plan import Plan, Shape, mean_bits, packable, plan_bytes
 from eqknobs.pieces import Pieces
@@ -206,7 +206,7 @@ def test_a_condition_is_bit_for_bit_the_codec_that_its_packed_folder_loads_as(ma
     index = read_csv(made / "plans/index.csv").set_index("condition")
     signal = read_csv(made / "signal.csv")
     plan = Plan.from_json(json.loads((made / "plans" / index.loc["codec.guided.3.mse", "file"]).read_text()))
-    path = write_packed(tmp_path / "packed", world.root / "model", plan)
+    path = write_packed(tmp_path / "packed", world.model().net, plan, companions_of(world.root / "model"))
     loaded = load_model(world.cfg["model"] | {"path": str(tmp_path / "packed")})
     rows = signal[signal["condition"] == "codec.guided.3.mse"]
     assert (rows["bytes"] == path.stat().st_size).all()

@@ -250,7 +250,7 @@ def _words(at: Context, curve: pd.DataFrame, full: pd.DataFrame, needed: float) 
     if heard.empty:
         return {}
     record = compare(heard[heard["budget"] == heard["budget"].min()], full, WER, at.cfg)
-    if record is None:
+    if record is None or record["clips"] < FEWEST:
         return {}
     names = ("wer_difference", "wer_difference_low", "wer_difference_high")
     found = dict(zip(names, (record["difference"], record["low"], record["high"]), strict=True))
