@@ -107,6 +107,11 @@ def _plan(row: dict[str, Any]) -> str:
     return PLANS[row["plan"]] + seed + rounding
 
 
+def _range(row: dict[str, Any]) -> str:
+    low, high = (megabytes(row[f"bytes_needed_{end}"]) for end in ("low", "high"))
+    return low if low == high else f"{low} to {high}"
+
+
 def show(at: Context) -> dict[str, Any]:
     """Rate and quality of each part, bytes at equal quality, sounds to compare, all conditions."""
     rows, needed = (at.inputs.csv(f"tables/{name}.csv") for name in ("quantisation", "quantisation_equal_quality"))
@@ -128,7 +133,7 @@ def show(at: Context) -> dict[str, Any]:
         "part": lambda r: PARTS[r["part"]],
         "plan": lambda r: PLANS[r["plan"]],
         "bytes needed": size("bytes_needed"),
-        "95 %": lambda r: f"{megabytes(r['bytes_needed_low'])} to {megabytes(r['bytes_needed_high'])}",
+        "95 %": _range,
         "by mel distance": size("bytes_needed_mel"),
         "by similarity": size("bytes_needed_similarity"),
         "WER added": ("wer_difference", 3),

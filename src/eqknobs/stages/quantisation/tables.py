@@ -294,12 +294,14 @@ def _needed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             text += f"({megabytes(own[0]['bytes_full'])}) needs {listed(told)}."
         else:
             text += "is not small by any plan: none stays so near at the widths that were tried."
-        missed = [PLANS[row["plan"]] for row in own if row["bytes_needed"] is None]
-        detail = (
-            [f"not reached by what was tried{' or heard' if judged else ''}: {listed(missed)}"]
-            if missed and reached
-            else []
-        )
+        missed = [row for row in own if row["bytes_needed"] is None]
+        detail = []
+        if missed and reached:
+            names = listed(PLANS[row["plan"]] for row in missed)
+            detail.append(f"not reached by what was tried{' or heard' if judged else ''}: {names}")
+        if near := [row for row in missed if row["bytes_needed_mel"] is not None]:
+            alone = listed(f"{PLANS[row['plan']]} {megabytes(row['bytes_needed_mel'])}" for row in near)
+            detail.append(f"by mel distance alone: {alone}")
         detail += [
             f"95 % of {PLANS[row['plan']]}: "
             + " to ".join(megabytes(row[f"bytes_needed_{end}"]) for end in ("low", "high"))
