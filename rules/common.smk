@@ -113,12 +113,14 @@ def opened(wildcards):
 
 
 def probes_slice(wildcards):
-    """The slice of a probe of one property: a category has neither bins nor lags."""
+    """The slice of a probe of one property, on one SAE's code or on the spaces that none makes: a category has neither
+    bins nor lags."""
     category = REGISTERED[wildcards.property].kind == "category"
     keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
     return {
         **{key: config["probes"][key] for key in keys},
         "property": wildcards.property,
+        "parts": ["sae" if wildcards.get("sae") else "base"],
         "seed": SEED,
     }
 
@@ -212,6 +214,17 @@ def files_of(name):
         or file.name.endswith(".index.json")
     ]
     return ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
+
+
+def tables_slice():
+    """What tables and report share (`eqknobs.evidence.stage.TablesCfg`)."""
+    return {
+        **config["tables"],
+        "seed": SEED,
+        "targets": WORKED_ON,
+        "stages": SECTIONS,
+        "word_codebooks": word_codebooks(config),
+    }
 
 
 def training_records(wildcards):

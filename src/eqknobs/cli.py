@@ -89,6 +89,7 @@ def _add_talk(commands: Any) -> None:
 
 
 def _talk(args: argparse.Namespace) -> None:
+    from eqknobs.models import ModelCfg
     from eqknobs.models.moshi.generate import GREEDY, Sampling
     from eqknobs.talk import talk
 
@@ -101,7 +102,7 @@ def _talk(args: argparse.Namespace) -> None:
         if not 0 < args.temperature < float("inf"):
             raise EqknobsError(f"--temperature: must be above 0, got {args.temperature:g}; --greedy is 0")
         sampling = Sampling(temperature=args.temperature, text_temperature=args.temperature, seed=args.seed)
-    model = {"name": "model", "kind": "moshi", "path": args.model, "revision": None, "device": args.device}
+    model: ModelCfg = {"name": "model", "kind": "moshi", "path": args.model, "revision": None, "device": args.device}
     model |= {"codec": args.codec, "nf4": args.nf4}
     talk(model, args.audio, args.out, args.text_prompt, args.voice, args.seconds, sampling)
     print(f"wrote {args.out}")

@@ -48,6 +48,8 @@ def compress(
     if widths is None and (options or keep):
         raise EqknobsError(f"--plan {plan}: the file says it all; leave out the options of uniform plans")
     chosen = _read_plan(Path(plan)) if widths is None else Plan({}, **options)
+    if chosen.rounding == "gptq":
+        raise EqknobsError(f"--plan {plan}: gptq needs calibration data, which only Python gives it; take mse")
     path = str(BUNDLED / model) if not Path(model).exists() and (BUNDLED / model).is_dir() else model
     if is_packed_folder(path):
         raise EqknobsError(

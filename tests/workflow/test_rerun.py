@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
+from helpers.slices import misfits, recorded, taken
 from helpers.workflow import copy_workflow, snakemake, write_config
 
 TARGET = "tiny-mimi.encoder_transformer"
@@ -439,6 +440,13 @@ def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run
         assert {folder + link for link in links} == names - {"report/report.html"}
         sound = packed.read(folder + min(sounds))
     assert sound == (finished_run / "results/small/report" / min(sounds)).read_bytes()
+
+
+def test_the_slices_of_jobs_are_what_their_scripts_say_that_they_take(finished_run: Path) -> None:
+    slices = recorded(finished_run)
+    assert len(slices) > 15
+    scripts = {rule: {"sae_probes": "probes"}.get(rule, rule) for rule in slices}
+    assert [text for rule, found in slices.items() for text in misfits(found, taken(scripts[rule]), rule)] == []
 
 
 def test_a_page_that_is_gone_is_written_again(pristine: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -106,13 +106,24 @@ KINDS = {
 }
 
 
-def load_model(cfg_model: dict) -> Model:
-    """Load a model from a folder or from the hub.
+class ModelCfg(TypedDict):
+    """What `load_model` reads: an entry of `models`, its name and the device."""
 
-    cfg_model: `{name, kind, path, revision, device}`; kind mimi, encodec, dac, hubert, whisper or moshi (which takes
-    more keys, see `eqknobs.models.moshi.adapter`); path a folder with `config.json` and safetensors weights, or a hub
-    id; revision pins a hub model (or, if given, the folder's weights); device auto, cpu or cuda. Weights become
-    float32 (Moshi's: as asked), in evaluation mode.
+    name: str
+    kind: str  # of `KINDS`
+    path: str  # a folder with `config.json` and safetensors weights, or a hub id
+    revision: NotRequired[str | None]  # pins a hub model, or the weights of the folder
+    device: NotRequired[str | None]  # auto | cpu | cuda
+    # Of a moshi (`eqknobs.models.moshi.adapter`):
+    codec: NotRequired[str]
+    codec_revision: NotRequired[str | None]
+    dtype: NotRequired[str]
+    nf4: NotRequired[bool | dict[str, Any]]
+    stream: NotRequired[str]
+
+
+def load_model(cfg_model: ModelCfg) -> Model:
+    """Load a model from a folder or from the hub. Weights become float32 (Moshi's: as asked), in evaluation mode.
 
     Raises EqknobsError: unknown kind, no such folder or hub model, folder without weights, pickled weights,
     weights that do not fit the architecture, no GPU.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.models import Site
+from eqknobs.models import ModelCfg, Site
 from eqknobs.packing.files import is_packed_folder, read_packed
 from eqknobs.packing.notes import NAME as PACKED
 
@@ -62,7 +62,7 @@ def weights_hash(weights: list[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_pretrained(cls: Any, cfg: dict) -> tuple[Any, str]:
+def load_pretrained(cls: Any, cfg: ModelCfg) -> tuple[Any, str]:
     """Load a network of class `cls` and its revision; see `load_model` for cfg and errors."""
     name, path, pinned = cfg["name"], str(cfg["path"]), cfg.get("revision")
     folder = Path(path)
@@ -230,7 +230,7 @@ class Pretrained(ABC):
     min_codebooks = 1
     decodes = gradients = False
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         self.name = cfg["name"]
         self.device = pick_device(cfg.get("device") or "auto")
         self.net, self.revision = load_pretrained(self.net_class, cfg)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import MimiModel
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models import Site
+from eqknobs.models import ModelCfg, Site
 from eqknobs.models.base import Pretrained, captured, convolution_reach, fit, gpu_memory, inference, substituted
 
 
@@ -25,7 +25,7 @@ class Mimi(Pretrained):
     decodes = gradients = True
     chunk_seconds = 20.0
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         super().__init__(cfg)
         config = self.config
         if config.audio_channels != 1 or not config.use_causal_conv or config.latent_stride < 2:

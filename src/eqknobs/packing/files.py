@@ -39,8 +39,10 @@ def is_packed_folder(folder: str | Path) -> bool:
     return (Path(folder) / NAME).is_file()
 
 
-def pack_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor | Packed]:
-    """A state dict with the plan's tensors packed and the rest stored as it says.
+def pack_state(
+    state: Mapping[str, Tensor], plan: Plan, moments: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor | Packed]:
+    """A state dict with the plan's tensors packed and the rest stored as it says; moments: see `input_moments`.
 
     Raises EqknobsError: a plan of other tensors, NaN or infinity in what is packed, values that `rest` cannot hold.
     """
@@ -49,7 +51,7 @@ def pack_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor | Pa
     for name, value in state.items():
         value = value.detach()
         if name in plan.bits:
-            packed[name] = plan.quantise(name, value)
+            packed[name] = plan.quantise(name, value, (moments or {}).get(name))
         else:
             packed[name] = stored(name, value, plan.rest)
     return packed
@@ -194,17 +196,22 @@ def source_state(source: str | Path | nn.Module) -> dict[str, Tensor]:
 
 
 def write_packed(
-    folder: str | Path, source: str | Path | nn.Module, plan: Plan, companions: Iterable[Path] | None = None
+    folder: str | Path,
+    source: str | Path | nn.Module,
+    plan: Plan,
+    companions: Iterable[Path] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a packed folder, whole or not at all; returns its packed file.
 
     source: a network (the plan then names tensors as its state dict does) or a model folder (as its file does).
     companions: files to put beside the weights, by default config, preprocessor and tokeniser of a source folder, or a
-    transformers network's own config. An earlier folder there is replaced.
+    transformers network's own config; moments: of the weights' inputs, for rounding "gptq". An earlier folder there is
+    replaced.
 
     Raises EqknobsError: see `pack_state` and `source_state`.
     """
-    tensors = pack_state(source_state(source), plan)
+    tensors = pack_state(source_state(source), plan, moments)
     folder = Path(folder)
     if companions is None:
         companions = [] if isinstance(source, nn.Module) else companions_of(source)

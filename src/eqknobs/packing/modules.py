@@ -1,12 +1,13 @@
 """Networks with packed weights: linears and embeddings that unpack when called, and what a network holds in memory."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
+from eqknobs.packing.files import source_state
 from eqknobs.packing.plan import REST, Plan, require_known
 from eqknobs.packing.quantise import Packed
 
@@ -80,8 +81,9 @@ def packed_module(module: nn.Module, packed: Packed, dtype: torch.dtype | None =
     raise EqknobsError(f"{type(module).__name__}: only linears and embeddings stay packed in memory")
 
 
-def pack_modules(net: nn.Module, plan: Plan) -> None:
-    """Replace the linears and embeddings whose weights the plan names by packed ones, in place.
+def pack_modules(net: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = None) -> None:
+    """Replace the linears and embeddings whose weights the plan names by packed ones, in place; moments: see
+    `input_moments`.
 
     Raises EqknobsError, before anything is replaced, for a plan of other tensors or of convolutions and codebooks:
     those unpack at load.
@@ -96,7 +98,9 @@ def pack_modules(net: nn.Module, plan: Plan) -> None:
     for name in plan.bits:
         owner = name.removesuffix(".weight")
         module = net.get_submodule(owner)
-        put_module(net, owner, packed_module(module, plan.quantise(name, net.get_parameter(name))))
+        put_module(
+            net, owner, packed_module(module, plan.quantise(name, net.get_parameter(name), (moments or {}).get(name)))
+        )
 
 
 def unpack_modules(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
@@ -128,25 +132,25 @@ def replaced(net: nn.Module, values: Iterable[tuple[str, Tensor]]) -> Iterator[N
         _forget(net)
         yield
     finally:
-        for tensor, value in kept:
+        for tensor, value in reversed(kept):  # tied ones were changed twice
             tensor.copy_(value)
         _forget(net)
 
 
 @contextmanager
-def faked(net: nn.Module, plan: Plan) -> Iterator[None]:
+def faked(net: nn.Module, plan: Plan, moments: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """While the block runs, the network has the weights that the plan's packed file would give; then its own again.
 
-    That includes what `rest` does to tensors that stay. Raises EqknobsError for a plan of other tensors, and for NaN or
-    infinity.
+    That includes what `rest` does to tensors that stay. moments: see `input_moments`. Raises EqknobsError for a plan of
+    other tensors, and for NaN or infinity.
     """
-    state, rest = net.state_dict(), REST[plan.rest]
+    state, rest = source_state(net), REST[plan.rest]
     require_known(plan, state)
 
     def rounded() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in state.items():
             if name in plan.bits:
-                yield name, plan.fake(name, tensor)
+                yield name, plan.fake(name, tensor, (moments or {}).get(name))
             elif tensor.is_floating_point() and tensor.dtype != rest:
                 yield name, tensor.to(rest)
 

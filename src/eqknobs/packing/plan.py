@@ -84,15 +84,18 @@ class Plan:
         """The axis of a tensor's output channels."""
         return int(name in self.transposed)
 
-    def quantise(self, name: str, weight: Tensor) -> Packed:
-        """A tensor of the plan, packed. Raises EqknobsError, naming it, for NaN and the like."""
+    def quantise(self, name: str, weight: Tensor, moments: Tensor | None = None) -> Packed:
+        """A tensor of the plan, packed; moments: of its inputs, for "gptq". Raises EqknobsError, naming the tensor, for
+        NaN and the like."""
         with _named(name):
-            return quantise(weight, self.bits[name], self.group, self.symmetric, self.rounding, self.axis(name))
+            form = self.group, self.symmetric, self.rounding
+            return quantise(weight, self.bits[name], *form, self.axis(name), moments)
 
-    def fake(self, name: str, weight: Tensor) -> Tensor:
-        """What `quantise(name, weight).dequantise()` gives, without packing."""
+    def fake(self, name: str, weight: Tensor, moments: Tensor | None = None) -> Tensor:
+        """What `quantise(name, weight, moments).dequantise()` gives, without packing."""
         with _named(name):
-            return fake(weight, self.bits[name], self.group, self.symmetric, self.rounding, self.axis(name))
+            form = self.group, self.symmetric, self.rounding
+            return fake(weight, self.bits[name], *form, self.axis(name), moments)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON; the inverse of `from_json`."""
@@ -131,32 +134,31 @@ def packable(net: nn.Module, embeddings: bool = True, codebooks: bool = True) ->
     """
     found: dict[str, Shape] = {}
     seen: set[int] = set()
-    for name, tensor, axis in _candidates(net, embeddings, codebooks):
-        if id(tensor) not in seen and tensor.numel() and tensor.is_floating_point():  # tied weights count once
-            seen.add(id(tensor))
+    for name, tensor, axis, wanted in _candidates(net, embeddings, codebooks):
+        if id(tensor) not in seen and tensor.numel() and tensor.is_floating_point() and wanted:
             found[name] = Shape.of(tensor, axis)
+        seen.add(id(tensor))  # tied weights count once, and go with the first
     return found
 
 
-def _candidates(net: nn.Module, embeddings: bool, codebooks: bool) -> Iterator[tuple[str, Tensor, int]]:
+def _candidates(net: nn.Module, embeddings: bool, codebooks: bool) -> Iterator[tuple[str, Tensor, int, bool]]:
+    """Name, tensor, axis of the output channels, whether it is wanted."""
     for name, module in net.named_modules():
         stem = f"{name}." if name else ""
         if name.endswith("codebook"):
-            if codebooks:
-                tensors = [*module.named_parameters(stem[:-1]), *module.named_buffers(stem[:-1])]
-                kept = module.state_dict()
-                yield from ((key, t, 0) for key, t in tensors if t.dim() == 2 and key[len(stem) :] in kept)
+            tensors = [*module.named_parameters(stem[:-1]), *module.named_buffers(stem[:-1])]
+            kept = module.state_dict()
+            yield from ((key, t, 0, codebooks) for key, t in tensors if t.dim() == 2 and key[len(stem) :] in kept)
         elif isinstance(module, nn.Embedding):
-            if embeddings:
-                yield f"{stem}weight", module.weight, 0
+            yield f"{stem}weight", module.weight, 0, embeddings
         elif isinstance(module, nn.RNNBase):
-            yield from ((f"{stem}{k}", p, 0) for k, p in module.named_parameters() if k.startswith("weight"))
+            yield from ((f"{stem}{k}", p, 0, True) for k, p in module.named_parameters() if k.startswith("weight"))
         elif isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
             parameters = dict(module.named_parameters())
             for leaf in ("parametrizations.weight.original1", "weight"):
                 # bitsandbytes' weights are packed already
                 if leaf in parameters and not hasattr(parameters[leaf], "quant_state"):
-                    yield f"{stem}{leaf}", parameters[leaf], int(isinstance(module, TRANSPOSED))
+                    yield f"{stem}{leaf}", parameters[leaf], int(isinstance(module, TRANSPOSED)), True
 
 
 def plan_bytes(shapes: Mapping[str, Any], plan: Plan) -> int:

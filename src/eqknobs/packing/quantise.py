@@ -10,16 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eqknobs.errors import EqknobsError
+from eqknobs.packing.calibration import compensated
 
 BITS = range(2, 9)
-ROUNDINGS = ("nearest", "mse")
+ROUNDINGS = ("nearest", "mse", "gptq")
 TOP_EXPONENT = 15  # the largest scale of a tensor is kept just below 2^15, float16's largest power of two
+LOWEST_EXPONENT = -112  # 2^112 is still far from float32's limit
 CLIPS = 20  # ratios that "mse" tries
 LOWEST_CLIP = {2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}  # fewer levels gain by cutting more
 
@@ -133,7 +135,7 @@ class Packed:
     def _dequantise(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Float32 [rows, columns] of codes [rows, columns] with scales and zero points [rows, groups]."""
         wide = _widened(scales, self.exponent)
-        size = self.group or self.columns
+        size = min(self.group or self.columns, self.columns)
         groups = len(codes), wide.shape[1], size
         if wide.shape[1] * size != self.columns:  # the last group is shorter
             codes = torch.nn.functional.pad(codes, (0, wide.shape[1] * size - self.columns))
@@ -241,19 +243,22 @@ def quantise(
     symmetric: bool = True,
     rounding: str = "nearest",
     axis: int = 0,
+    moments: Tensor | None = None,
 ) -> Packed:
     """Pack a floating-point tensor of one axis or more.
 
     group: columns that share a scale, None: a whole output channel; rounding: "nearest" takes the scale that reaches
     the group's largest value, "mse" the one of `CLIPS` smaller ones (what they do not reach is clipped) with the least
-    squared error of the group; axis: of the output channels.
+    squared error of the group; "gptq" takes those scales and rounds so that errors make up for each other on inputs
+    with second `moments` [columns, columns] (`eqknobs.packing.calibration`; without them it is "mse"); axis: of the
+    output channels.
 
     Raises EqknobsError: bits not 2 to 8, group below 1, unknown rounding, NaN or infinity, integers.
     """
-    rounded = _round(weight, bits, group, symmetric, rounding, axis)
+    rounded = _round(weight, bits, group, symmetric, rounding, axis, moments)
     offset = 1 << (bits - 1) if rounded.zeros is None else rounded.zeros[..., None]
     rows = weight.shape[axis]
-    columns = weight.numel() // max(1, rows)
+    columns = weight.numel() // rows
     codes = (rounded.signed + offset).to(torch.uint8).flatten(1)[:, :columns]
     return Packed(
         shape=tuple(weight.shape),
@@ -274,16 +279,16 @@ def fake(
     symmetric: bool = True,
     rounding: str = "nearest",
     axis: int = 0,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """What `quantise(...).dequantise()` gives, bit for bit and in the weight's type, without packing.
 
     Raises as `quantise`.
     """
-    rounded = _round(weight, bits, group, symmetric, rounding, axis)
+    rounded = _round(weight, bits, group, symmetric, rounding, axis, moments)
     rows = weight.shape[axis]
-    matrix = rounded.signed.mul_(_widened(rounded.scales, rounded.exponent)[..., None]).flatten(1)[
-        :, : weight.numel() // max(1, rows)
-    ]
+    wide = _widened(rounded.scales, rounded.exponent)[..., None]
+    matrix = rounded.signed.mul_(wide).flatten(1)[:, : weight.numel() // rows]
     others = [size for number, size in enumerate(weight.shape) if number != axis]
     return matrix.to(weight.dtype).reshape(rows, *others).movedim(0, axis).contiguous()
 
@@ -300,7 +305,15 @@ def check(bits: int, group: int | None, rounding: str, where: str = "quantise") 
         raise EqknobsError(f"{where}: rounding must be {' or '.join(ROUNDINGS)}, got {rounding!r}")
 
 
-def _round(weight: Tensor, bits: int, group: int | None, symmetric: bool, rounding: str, axis: int) -> _Rounded:
+def _round(
+    weight: Tensor,
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    rounding: str,
+    axis: int,
+    moments: Tensor | None,
+) -> _Rounded:
     check(bits, group, rounding)
     if not weight.is_floating_point() or weight.dim() < 1:
         raise EqknobsError(
@@ -314,43 +327,58 @@ def _round(weight: Tensor, bits: int, group: int | None, symmetric: bool, roundi
     matrix = weight.detach().movedim(axis, 0).reshape(rows, -1).float()
     columns = matrix.shape[1]
     size, groups = min(group or columns, columns), group_count(columns, group)
-    if groups * size != columns:
-        matrix = torch.nn.functional.pad(
-            matrix, (0, groups * size - columns)
-        )  # zeros round to zeros, whatever the scale
+    if groups * size != columns:  # zeros round to zeros, whatever the scale
+        matrix = torch.nn.functional.pad(matrix, (0, groups * size - columns))
     values = matrix.view(rows, groups, size)
     low, high = values.aminmax(dim=-1)
     if not bool((high - low).isfinite().all()):
         raise EqknobsError("quantise: the tensor holds NaN or infinity (or values too large for float32)")
-    return _symmetric(values, low, high, bits, rounding) if symmetric else _affine(values, low, high, bits, rounding)
+    grid = (_symmetric if symmetric else _affine)(values, low, high, bits, rounding)
+    divisor = _divisor(grid.scales, grid.exponent)
+    if rounding == "gptq" and moments is not None:
+        if moments.shape != (columns, columns):
+            raise EqknobsError(f"quantise: moments must be {[columns, columns]}, got {list(moments.shape)}")
+        beyond = matrix.shape[1] - columns
+        padded = torch.nn.functional.pad(moments, (0, beyond, 0, beyond))
+        scale, bottom, top = (value.expand(values.shape).flatten(1) for value in (divisor, grid.bottom, grid.top))
+        signed = compensated(matrix, scale, bottom, top, padded).view(values.shape)
+    else:
+        signed = (values / divisor).round_().clamp_(grid.bottom, grid.top)
+    return _Rounded(signed, grid.scales, grid.zeros, grid.exponent)
 
 
-def _symmetric(values: Tensor, low: Tensor, high: Tensor, bits: int, rounding: str) -> _Rounded:
-    bottom, top = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+class _Grid(NamedTuple):
+    """The levels of every group: scales as stored, lowest and highest multiple [rows, groups, 1] or one of all."""
+
+    scales: Tensor
+    exponent: int
+    zeros: Tensor | None
+    bottom: Tensor
+    top: Tensor
+
+
+def _symmetric(values: Tensor, low: Tensor, high: Tensor, bits: int, rounding: str) -> _Grid:
+    bottom, top = (torch.tensor(level, device=values.device) for level in (-(1 << (bits - 1)), (1 << (bits - 1)) - 1))
     scale = torch.maximum(high, -low) / top
-    if rounding == "mse":
+    if rounding != "nearest":
         # There is one level more below than above: a negative scale gives it to the side that reaches further.
         scale = torch.where(high > -low, -scale, scale)
-    scales, exponent = _stored(values, scale, bits, rounding, bottom, top)
-    signed = (values / _divisor(scales, exponent)).round_().clamp_(bottom, top)
-    return _Rounded(signed, scales, None, exponent)
+    return _Grid(*_stored(values, scale, bits, rounding, bottom, top), None, bottom, top)
 
 
-def _affine(values: Tensor, low: Tensor, high: Tensor, bits: int, rounding: str) -> _Rounded:
+def _affine(values: Tensor, low: Tensor, high: Tensor, bits: int, rounding: str) -> _Grid:
     levels = (1 << bits) - 1
     low, high = low.clamp(max=0), high.clamp(min=0)  # zero stays exact, and zero points fit their bits
     scale = (high - low) / levels
     zeros = (-low / torch.where(scale == 0, 1, scale)).round_().clamp_(0, levels)
     bottom = -zeros[..., None]
-    scales, exponent = _stored(values, scale, bits, rounding, bottom, levels + bottom)
-    signed = (values / _divisor(scales, exponent)).round_().clamp_(bottom, levels + bottom)
-    return _Rounded(signed, scales, zeros, exponent)
+    return _Grid(*_stored(values, scale, bits, rounding, bottom, levels + bottom), zeros, bottom, levels + bottom)
 
 
-def _stored(values: Tensor, scale: Tensor, bits: int, rounding: str, bottom: Any, top: Any) -> tuple[Tensor, int]:
+def _stored(values: Tensor, scale: Tensor, bits: int, rounding: str, bottom: Tensor, top: Tensor) -> tuple[Tensor, int]:
     """Scales [rows, groups] as stored, float16 and an exponent: those given, or by "mse" the best smaller ones."""
     largest = float(scale.abs().max())
-    exponent = math.frexp(largest)[1] - TOP_EXPONENT if largest else 0
+    exponent = max(math.frexp(largest)[1] - TOP_EXPONENT, LOWEST_EXPONENT) if largest else 0
     scale = torch.ldexp(scale, torch.tensor(-exponent, device=scale.device))
     if rounding == "nearest":
         return scale.half(), exponent

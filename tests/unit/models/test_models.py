@@ -32,6 +32,7 @@ from transformers import (
 from eqknobs.device import gpu_lock
 from eqknobs.errors import EqknobsError
 from eqknobs.models import load_model
+from eqknobs.models.checks import check_codebooks
 from helpers import ROOT
 
 BUNDLED = ROOT / "resources/models/tiny-mimi"
@@ -328,6 +329,22 @@ def test_bundled_codec():
 
 
 # EnCodec and DAC
+
+
+@pytest.mark.parametrize("kind", ["mimi", "encodec", "dac"])
+def test_codebooks_are_counted_before_a_codec_is_loaded(folders, kind):
+    config = {"models": {"c": {"kind": kind, "path": str(folders / kind), "revision": None}}}
+    most = load(folders / kind).n_codebooks
+    check_codebooks(config, "codec.codebooks", most, ["c.encoder"])
+    with pytest.raises(EqknobsError, match=rf"codec.codebooks: {most + 1} is more than the {most} codebooks of c"):
+        check_codebooks(config, "codec.codebooks", most + 1, ["c.encoder"])
+
+
+def test_codebooks_that_no_config_tells_of_are_left_to_loading(tmp_path):
+    (tmp_path / "config.json").write_text('{"sampling_rate": 24000, "target_bandwidths": []}')
+    for path in (str(tmp_path), "nobody/here", "no name/of-the hub's"):
+        config = {"models": {"c": {"kind": "encodec", "path": path, "revision": None}}}
+        check_codebooks(config, "codec.codebooks", 99, ["c.encoder"])
 
 
 @pytest.mark.parametrize(("kind", "count"), [("encodec", 8), ("dac", 4)])

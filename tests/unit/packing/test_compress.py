@@ -94,6 +94,7 @@ def test_errors_come_before_work(tmp_path, capsys, monkeypatch):
     (full / "mine").write_text("")
     (tmp_path / "bad.json").write_text('{"bits": {"a": 11}}')
     (tmp_path / "no.json").write_text("bits")
+    (tmp_path / "gptq.json").write_text('{"bits": {}, "rounding": "gptq"}')
     new = ["--out", tmp_path / "new"]
     for args, message in (
         ([*base, "uniform:4", "--out", full], "is there already and not empty"),
@@ -103,6 +104,7 @@ def test_errors_come_before_work(tmp_path, capsys, monkeypatch):
         ([*base, "uniform:", *new], "2 to 8 bits, as in uniform:4"),
         ([*base, "nope.json", *new], "cannot be read as JSON"),
         ([*base, tmp_path / "no.json", *new], "cannot be read as JSON"),
+        ([*base, tmp_path / "gptq.json", *new], "gptq needs calibration data"),
         ([*base, tmp_path / "bad.json", *new], "a: bits must be a whole number, 2 to 8, got 11"),
         ([*base, tmp_path / "bad.json", *new, "--group", "3"], "leave out the options of uniform plans"),
         ([*base, "uniform:4", *new, "--group", "0"], "group must be a whole number above 0"),

@@ -20,6 +20,7 @@ from eqknobs.packing.modules import (
     bytes_resident,
     faked,
     pack_modules,
+    replaced,
     unpack_modules,
 )
 from eqknobs.packing.plan import Plan, packable, plan_bytes
@@ -82,6 +83,20 @@ def test_tied_weights_are_held_once():
     net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
     net[1].weight = net[0].weight
     assert bytes_resident(net) == 4 * 80
+
+
+def test_tied_weights_are_rounded_once_and_come_back(tmp_path):
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)).requires_grad_(False)
+    net[1].weight = net[0].weight
+    before = net[0].weight.clone()
+    plan = Plan.uniform(packable(net), 4)
+    write_packed(tmp_path / "packed", net, plan)
+    with faked(net, plan):
+        assert torch.equal(net[1].weight, read_packed(tmp_path / "packed")["0.weight"])
+    assert torch.equal(net[0].weight, before)
+    with replaced(net, [("0.weight", before * 2), ("1.weight", before * 3)]):
+        assert torch.equal(net[0].weight, before * 3)
+    assert torch.equal(net[0].weight, before)
 
 
 def test_only_linears_and_embeddings_stay_packed():
@@ -230,6 +245,20 @@ def test_memory_is_planned_with_packed_weights(pair, tmp_path):
     )
     speaks = Moshi(model | {"codec": str(tmp_path / "codec4"), "device": "cpu"})
     assert speaks.net.dtype == torch.float32 and torch.equal(logits(speaks.net), logits(load_net(speaks.files)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(pair):
+    """The same weights bit for bit wherever they are unpacked."""
+    net, plain, plan = pair
+    for name in plan.bits:
+        packed = net.get_submodule(name.removesuffix(".weight")).packed
+        assert torch.equal(packed.to("cuda").dequantise().cpu(), packed.dequantise())
+        assert torch.equal(plan.fake(name, plain.get_parameter(name).cuda()).cpu(), packed.dequantise())
+    net.to("cuda"), plain.to("cuda")
+    codes = random_codes(1, 12, net.config.text_card).cuda()
+    with torch.inference_mode():
+        assert torch.equal(net(codes).text, plain(codes).text)
 
 
 def test_other_interventions_on_packed_weights(pair, tmp_path):

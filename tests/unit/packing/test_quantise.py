@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from eqknobs.errors import EqknobsError
-from eqknobs.packing.quantise import BITS, ROUNDINGS, fake, pack_bits, packed_bytes, quantise, unpack_bits
+from eqknobs.packing.quantise import BITS, fake, pack_bits, packed_bytes, quantise, unpack_bits
 
+ROUNDINGS = ("nearest", "mse")  # "gptq": test_calibration.py
 SHAPES = [((5, 7), 0), ((1, 1), 0), ((13,), 0), ((6, 70), 0), ((4, 3, 5), 0), ((4, 6, 5), 1)]
 FORMS = list(itertools.product((None, 1, 8, 33, 500), (True, False), ROUNDINGS))
 
@@ -135,6 +136,15 @@ def test_size_does_not_matter(factor):
     torch.testing.assert_close(scaled, fake(weight, 5, 8), rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("factor", [1e-44, 1e-39, 1e36])
+def test_at_the_ends_of_float32_nothing_becomes_infinite(factor):
+    weight = drawn(8, 40) * factor
+    for rounding in ROUNDINGS:
+        assert (
+            fake(weight, 5, 8, rounding=rounding) - weight
+        ).abs().max() <= weight.abs().max() / 20 + 2e-43  # a few of the smallest numbers there are
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types_of_weights(dtype):
     weight = drawn(8, 40).to(dtype)
@@ -180,7 +190,7 @@ def test_what_is_cut_stays_as_it_was(group, symmetric):
         (torch.zeros(2, 2), (True,), "2 to 8, got True"),
         (torch.zeros(2, 2), (4, 0), "group must be"),
         (torch.zeros(2, 2), (4, 2.5), "group must be"),
-        (torch.zeros(2, 2), (4, 2, True, "down"), "rounding must be nearest or mse"),
+        (torch.zeros(2, 2), (4, 2, True, "down"), "rounding must be nearest or mse or gptq"),
     ],
 )
 def test_what_is_refused(weight, form, message):

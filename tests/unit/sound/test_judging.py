@@ -1,6 +1,9 @@
 """The judging of a run: tables of untouched clips and of renders, with judges that are loaded once."""
 
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +17,7 @@ from eqknobs.sound import judging
 from eqknobs.sound.judges import RATE, JudgesCfg, Transcriber, normalise
 from eqknobs.sound.judging import Renders, judge_originals, judge_renders
 from eqknobs.sound.quality import Quality
+from helpers import ROOT
 from helpers.speech import labelled_clips
 
 CFG = JudgesCfg(asr="tiny.en", beam=1, device="cpu")
@@ -158,3 +162,23 @@ def test_an_error_ends_the_job_at_once(clips: pd.DataFrame, tmp_path: Path, monk
         judge_renders(renders, CFG, workers=1)
     assert len(judged) <= 2
     assert not any(Path(one.out).exists() for one in renders)
+
+
+def test_the_script_pairs_files_and_rates_the_stages_that_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = runpy.run_path(str(ROOT / "workflow/scripts/judgements.py"))["main"]
+    found: dict[str, Any] = {}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setitem(
+        main.__globals__,
+        "judge_renders",
+        lambda renders, cfg, pieces, workers: found.update(renders=renders, cfg=cfg, workers=workers),
+    )
+    indexes = ["renders/a.b/codec/index.csv", "renders/a.b@c/steering/index.csv"]
+    inputs = SimpleNamespace(indexes=indexes, originals=["o", "o.c"], manifests=["m", "c/m"])
+    judges = {"asr": "tiny.en", "beam": 2}
+    main(inputs, ["x.csv", "y.csv"], {"judges": judges, "device": "cpu", "dnsmos": ["steering"]})
+    assert found["renders"] == [
+        Renders(indexes[0], "o", "m", "x.csv"),
+        Renders(indexes[1], "o.c", "c/m", "y.csv", quality=True),
+    ]
+    assert found["cfg"] == judges | {"device": "cpu"} and found["workers"] == 3

@@ -14,8 +14,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.base import checked
 from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import Linear, cut, is_packed, weight_of, with_weight
-from eqknobs.packing.modules import PackedLinear, put_module
+from eqknobs.models.moshi.quantise import Linear, cut, is_packed, put_module, weight_of, with_weight
+from eqknobs.packing.modules import PackedLinear
 
 Heads = Mapping[int, Sequence[int]]
 

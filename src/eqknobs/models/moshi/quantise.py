@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.config import Nf4
 from eqknobs.packing.modules import PackedLinear
+from eqknobs.packing.modules import put_module as put_module  # beside with_weight, with which it is used
 from eqknobs.packing.quantise import quantise
 
 MARK = ".quant_state.bitsandbytes__nf4"  # with this suffix a file holds the sizes of a packed weight

@@ -205,6 +205,8 @@ def _maps_measured(at: Context, rows: list[dict[str, Any]]) -> list[dict[str, An
         text += f", random sets {number(by_map['random']['val_mel_distance'])})." if "random" in by_map else ")."
         shown = ((row["map"], row["val_mel_distance"]) for row in rows if row["map"] not in ("none", "random"))
         ranked = sorted(shown, key=lambda pair: pair[1])
+        near = sum(value - chosen["val_mel_distance"] <= GOOD_ENOUGH for name, value in ranked if name != chosen["map"])
+        text += f" {near} of the {len(ranked) - 1} other maps are within {GOOD_ENOUGH:g} dB of it."
         detail = "; ".join(f"{MAPS[name]} {number(value)}" for name, value in ranked)
         lines.append(headline("importance", "measured", text, f"{detail}; {sample(chosen)}"))
     known = [row for row in rows if row["map"] in CHEAPEST_FIRST and row["spearman_oracle"] is not None]
