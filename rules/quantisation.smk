@@ -17,7 +17,6 @@ RATED.add("quantisation")
 SECTIONS["quantisation"] = {
     "targets": PACKED,
     "rounding": config["quantisation"]["roundings"][0],
-    "heard_budgets": config["quantisation"]["heard_budgets"],
 }
 TABLES += ["quantisation", "quantisation_equal_quality"]
 TABLE_INPUTS += [

@@ -135,11 +135,15 @@ def round_trip_wer(run: Path, target: str, cfg: dict[str, Any], model: dict[str,
     return rows["errors"].sum() / rows["words"].sum(), rows
 
 
-def decode_ratio(run: Path, target: str, row: dict[str, Any]) -> float:
+def _packed_cells(run: Path, target: str, row: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
+    """What only the table of packed codecs has in a row; rows: its scores."""
     times = pick(read(run / "scores" / f"{target}.quantisation.time.csv"), row, KEYS["quantisation"])
-    if row["plan"] == "none":
-        return 1.0
-    return (times["decode_seconds"] / times["decode_seconds_full"]).item() if len(times) else math.nan
+    ratio = (times["decode_seconds"] / times["decode_seconds_full"]).item() if len(times) else math.nan
+    return {
+        **{name: rows[name].unique().item() for name in ("bits_mean", "bytes", "bytes_resident")},
+        "heard_clips": rows["speaker_similarity"].notna().sum(),
+        "decode_ratio": 1.0 if row["plan"] == "none" else ratio,
+    }
 
 
 def curve_of(rows: pd.DataFrame, plan: str, measure: str) -> pd.DataFrame:
@@ -225,10 +229,7 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
         wanted["speakers"] = rows["speaker"].nunique()
         if stage == "codec":
             wanted["centroid_correlation_clip"] = rows["centroid_hz"].corr(rows["centroid_original_hz"])
-        if stage == "quantisation":
-            wanted |= {name: rows[name].unique().item() for name in ("bits_mean", "bytes", "bytes_resident")}
-            wanted["heard_clips"] = rows["speaker_similarity"].notna().sum()
-            wanted["decode_ratio"] = decode_ratio(run, target, row)
+        wanted |= _packed_cells(run, target, row, rows) if stage == "quantisation" else {}
         if stage == "sae" and row["split"] == "val":
             wanted["dead_share"] = details[row["sae"]][str(row["seed"])]["dead_share"]
         for measure in (*RATIOS, *MEANS):

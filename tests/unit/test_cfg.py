@@ -15,6 +15,7 @@ from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTraining
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
 from eqknobs.stages.probes.compute import ProbesCfg
+from eqknobs.stages.quantisation.compute import PlansCfg, RendersCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
 from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
@@ -23,6 +24,16 @@ JOB = {"seed", "device", "content"}  # what a job may have besides
 OPENED = {"model", "site"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
 MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
+HEARD = {
+    "clips",
+    "heard_clips",
+    "heard_parts",
+    "heard_widths",
+    "heard_budgets",
+    "heard_random",
+}  # packed codecs, on test
+MIXED = {"widths", "budgets", "roundings", "group", "symmetric", "rest", "keep", "random_plans"}
+MIXED |= {"sensitivity_clips", "segment_seconds"}
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
 TYPED = [
     (ModelCfg, ["models.*"], set(), {"name", "device"}),
@@ -37,6 +48,8 @@ TYPED = [
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
     (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, OPENED | JOB),
     (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
+    (PlansCfg, ["quantisation"], PLANNED | HEARD, OPENED | JOB),
+    (RendersCfg, ["quantisation"], PLANNED | MIXED, OPENED | JOB),
     (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),

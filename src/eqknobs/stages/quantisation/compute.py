@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from eqknobs.packing.quantise import Packed
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import code_inputs, content
 from eqknobs.sound.metrics import mel_distance
-from eqknobs.sound.renders import Clip, load_clip, open_codec, pick_clips, render_pieces
+from eqknobs.sound.renders import Clip, OpenedCfg, load_clip, open_codec, pick_clips, render_pieces
 from eqknobs.stages.quantisation.plans import (
     NONE,
     RANDOM,
@@ -47,11 +47,9 @@ TIMED = 5  # decodes, of which the fastest counts
 TIMED_SECONDS = 2.0
 
 
-class PlansCfg(TypedDict):
+class PlansCfg(OpenedCfg):
     """What `make_plans` reads of the section `quantisation`, beside the model and site of the target."""
 
-    model: Any
-    site: str
     codebooks: int
     parts: list[str]
     widths: list[int]
@@ -68,11 +66,9 @@ class PlansCfg(TypedDict):
     content: NotRequired[Any]  # digests, which decide when to compute again, not how
 
 
-class RendersCfg(TypedDict):
+class RendersCfg(OpenedCfg):
     """What `render_plans` reads of the section `quantisation`, beside the model and site of the target."""
 
-    model: Any
-    site: str
     codebooks: int
     parts: list[str]
     clips: int
@@ -265,15 +261,14 @@ def make_plans(
     plan may use), bits_mean, file. sensitivity_csv: see `_Sensitivity.rows`. The damage that the measured plan adds up
     is the mean square of these distances: errors of several tensors add in power.
     """
-    opened: Any = cfg
     clips = pick_clips(read_csv(manifest_csv), "val", cfg["sensitivity_clips"])
     found = None if maps_json is None else read_json(maps_json)
     composition = None if found is None else np.array(found["maps"]["composition"])
     chosen = None if found is None or found["chosen"] == "composition" else np.array(found["maps"][found["chosen"]])
     rows, plans, states = [], [], {}
-    with ActivationCache(cache_h5) as cache, open_codec(opened, cache) as model:
+    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
         network = Network(model)
-        measure = _Sensitivity(network, cfg, render_pieces(pieces, model, opened))
+        measure = _Sensitivity(network, cfg, render_pieces(pieces, model, cfg))
         segments = [measure.segment(load_clip(model, cache, row)) for row in clips.itertuples(index=False)]
         for part in cfg["parts"]:
             allocate = allocator(network.net, part, cfg)
@@ -485,16 +480,15 @@ def render_plans(
     tokens_flipped of tokens. time_csv, of what is listened to: condition, part, plan, seed, rounding, budget,
     decode_seconds with packed linears, decode_seconds_full with plain ones: the fastest of TIMED on this machine.
     """
-    opened: Any = cfg
     chosen = conditions(Path(plans_dir), cfg)
     clips = pick_clips(read_csv(manifest_csv), "test", cfg["clips"])
     names: set[str] = set()
     rows: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
     times = []
-    with ActivationCache(cache_h5) as cache, open_codec(opened, cache) as model, atomic_path(out_dir) as folder:
+    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model, atomic_path(out_dir) as folder:
         folder.mkdir()
         loaded = [_Intact(model, cache, row, cfg, names) for row in clips.itertuples(index=False)]
-        test = _Test(Network(model), loaded, cfg, render_pieces(pieces, model, opened))
+        test = _Test(Network(model), loaded, cfg, render_pieces(pieces, model, cfg))
         for one in tqdm(chosen, desc="plans", unit="plan"):
             rows += test.signal(one, folder, Path(out_dir))
             if one.heard and one.about["plan"] != NONE:

@@ -40,6 +40,7 @@ LOOKS = {
     "inverted": Look(HUES["purple"], "D"),
     "random": Look(HUES["grey"], "X"),
 }
+PLAYED = 2  # clips
 HEARD = (("none", None), ("uniform", 4.0), ("guided", 3.0), ("inverted", 3.0))  # what the players play
 
 
@@ -88,7 +89,7 @@ def _players(at: Context) -> list[dict[str, Any]]:
         return []
     require_renders(folder / "index.csv", index["file"])
     found = []
-    clips = list(dict.fromkeys(index["id"]))[: at.cfg["config"]["report"]["clips"]]
+    clips = list(dict.fromkeys(index["id"]))[:PLAYED]
     for (part, clip), rows in index[index["id"].isin(clips)].groupby(["part", "id"], sort=False):
         sounds = []
         for plan, budget in HEARD:

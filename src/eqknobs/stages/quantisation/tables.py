@@ -15,6 +15,7 @@ from eqknobs.evidence.estimates import (
     MEL_DISTANCE,
     SPEAKER_SIMILARITY,
     WER,
+    IntervalsCfg,
     Measure,
     counts,
     estimate,
@@ -197,7 +198,7 @@ def bytes_needed(sizes: NDArray[Any], values: NDArray[Any], within: float) -> fl
     return float(np.exp(np.log(sizes[before]) + share * np.log(sizes[after] / sizes[before])))
 
 
-def _draws(found: Lost, cfg: dict[str, Any], within: float) -> NDArray[np.float64]:
+def _draws(found: Lost, cfg: IntervalsCfg, within: float) -> NDArray[np.float64]:
     """Bytes needed: the estimate, then one a bootstrap draw; infinite where even the largest plan loses more."""
     weights = stats.bootstrap_weights(found.speakers, cfg["bootstrap"], cfg["seed"])
     weights = np.vstack([np.ones(weights.shape[1]), weights])
