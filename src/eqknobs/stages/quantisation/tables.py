@@ -29,8 +29,8 @@ from eqknobs.evidence.words import mark_words, words_rule
 
 STAGE = "quantisation"
 COLUMNS = {
-    "quantisation": "target part plan seed rounding budget bits_mean bytes bytes_resident clips mel_distance "
-    "latent_error token_flip_rate wer speaker_similarity dnsmos decode_ratio heard_clips split speakers "
+    "quantisation": "target part plan seed rounding bits_mean bytes bytes_resident mel_distance latent_error "
+    "token_flip_rate wer speaker_similarity dnsmos decode_ratio budget clips heard_clips split speakers "
     "mel_distance_low mel_distance_high latent_error_low latent_error_high token_flip_rate_low token_flip_rate_high "
     "wer_low wer_high speaker_similarity_low speaker_similarity_high dnsmos_low dnsmos_high",
     "quantisation_equal_quality": "target part plan bytes_needed bytes_needed_low bytes_needed_high bytes_full "
