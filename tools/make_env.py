@@ -2,8 +2,9 @@
 
 `requirements.txt` is the lock. `requirements-nodeps.txt` lists the few packages whose own requirements are wrong for
 us (torchcrepe wants torchaudio for reading files; resemblyzer wants a voice-activity package that needs a compiler;
-moshi, with which the tests compare, wants an older torch, and for that only einops is missing here);
-they are installed without them, by Snakemake's post-deploy hook in the conda case.
+moshi, with which the tests compare, wants an older torch, and for that only einops is missing here; speechmos is
+taken for weights, without its imports); they are installed without them, by Snakemake's post-deploy hook in the conda
+case.
 """
 
 import sys

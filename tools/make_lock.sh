@@ -7,7 +7,7 @@ env=$(mktemp -d)
 trap 'rm -rf "$env"' EXIT
 python3 -m venv "$env"
 "$env/bin/python" -m pip install -q torch==2.13.0 'transformers==5.23.*' 'snakemake==9.27.*' h5py pandas scikit-learn \
-    librosa soundfile jsonschema tqdm matplotlib jinja2 jiwer faster-whisper resampy safetensors bitsandbytes==0.50.2 sentencepiece pyyaml setuptools \
+    librosa soundfile jsonschema tqdm matplotlib jinja2 jiwer faster-whisper onnxruntime resampy safetensors bitsandbytes==0.50.2 sentencepiece pyyaml setuptools \
     pytest pytest-xdist ruff snakefmt mypy types-PyYAML selenium
 {
     echo "# The lock: every package at one version. Made by tools/make_lock.sh."

