@@ -19,6 +19,7 @@ TITLES = {
     "models": "one protocol, one file a kind",
     "sae": "the SAE engine",
     "sound": "renders, metrics, judges",
+    "speaking": "what speech LMs are asked and answer",
     "evidence": "estimates, comparisons, drawing",
     "report": "tables and pages, loops over the sections",
     "scripts": "workflow/scripts: input, output, cfg",
