@@ -15,7 +15,6 @@ from statistics import median
 import torch
 from safetensors import safe_open
 
-from eqknobs.models.moshi.adapter import DTYPES
 from eqknobs.models.moshi.checkpoint import find_files, load_net
 from eqknobs.models.moshi.generate import Dialogue
 from eqknobs.models.moshi.quantise import MARK, bitsandbytes
@@ -43,7 +42,7 @@ def measure(folder: Path, dtype: str, device: str, frames: int) -> dict[str, flo
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")
-    net = load_net(files, DTYPES[dtype], device=device)
+    net = load_net(files, getattr(torch, dtype), device=device)
     dialogue, user = Dialogue(net, frames), torch.tensor([net.config.silence], device=device)
     found = []
     for _ in range(frames):
