@@ -32,6 +32,7 @@ PARTS = (
     "stages/steering",
     "stages/importance",
     "stages/speech_lm",
+    "stages/lm_layers",
     "stages/lm_pruning",
     "sound",
     "report",

@@ -35,6 +35,14 @@ SMALL = {
     },
     "importance": {"clips": 2, "removed": [0.5], "random_sets": 2, "word_random_sets": 1},
     "speech_lm": {"answers": 2, "zeroed_answers": 2, "batch": 2, "conditions": ["intact", "heads_zeroed_.5"]},
+    "corpora": {"sentences": {"max_utterances": 40}},
+    "lm_layers": {
+        "properties": ["centroid", "token", "who"],
+        "bins": 8,
+        "lags": [0, 2],
+        "sae": {"layers": [3], "d_sae": 64, "k": 8, "aux_k": 16, "epochs": 2},
+        "epochs": 2,
+    },
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }

@@ -17,7 +17,7 @@ ROOMS = {  # room -> the rooms that it may import
     "report": {"evidence", "stages"},
 }
 # Stages that go on from what another one computes.
-AFTER = {"importance": {"probes"}, "steering": {"probes"}}
+AFTER = {"importance": {"probes"}, "steering": {"probes"}, "lm_layers": {"probes"}}
 ENTRIES = {"cli.py", "talk.py"}  # commands stand above the rooms
 # Foundations that reach into a room, and the only files there that they may.
 REACH = {"config.py": ("checks.py", "sites.py"), "provenance.py": ("files.py",)}

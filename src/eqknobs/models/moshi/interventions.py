@@ -35,20 +35,23 @@ def _places(net: MoshiNet, heads: Heads) -> dict[int, list[int]]:
 
 @contextmanager
 def editing(net: MoshiNet, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, the network goes on from `edit(activations)` at `residual.<layer>` or `heads.<layer>`.
+    """While the block runs, the network goes on from `edit(activations)` at `embeddings`, `residual.<layer>` or
+    `heads.<layer>`.
 
     The edit gets [batch, columns, width]: all columns of a clip that is heard or of a prompt, then one a frame. A
     `heads` site is head after head, of those that are left. Raises EqknobsError for another site, and on running if the
     shape changes.
     """
-    kind, _, number = site.partition(".")
+    kind, _, number = ("embeddings", "", "0") if site == "embeddings" else site.partition(".")
     layer = net.layers[int(number)] if number.isdecimal() and int(number) < len(net.layers) else None
     out = None if layer is None else layer.self_attn.out_proj  # none where no head is left
-    if layer is None or kind not in ("residual", "heads") or (kind == "heads" and out is None):
+    if layer is None or kind not in ("embeddings", "residual", "heads") or (kind == "heads" and out is None):
         raise EqknobsError(
-            f"a Moshi of {len(net.layers)} layers has no site {site!r} (residual.<layer>, heads.<layer>)"
+            f"a Moshi of {len(net.layers)} layers has no site {site!r} (embeddings, residual.<layer>, heads.<layer>)"
         )
-    if out is None or kind == "residual":
+    if kind == "embeddings":
+        hook = layer.register_forward_pre_hook(lambda _module, inputs: (checked(edit, inputs[0], site), *inputs[1:]))
+    elif out is None or kind == "residual":
         hook = layer.register_forward_hook(lambda _module, _inputs, acts: checked(edit, acts, site))
     else:
         hook = out.register_forward_pre_hook(lambda _module, inputs: (checked(edit, inputs[0], site),))
