@@ -192,7 +192,7 @@ class Transcriber:
     def word_times(self, wav: np.ndarray) -> list[tuple[str, float, float]]:
         """Words of a clip float32 [samples] at 16 kHz with the seconds at which each begins and ends (Whisper's
         cross-attention, aligned by faster-whisper); of a known sound, from `pieces`."""
-        found = self.pieces.json("word_times", [*self.identity, _sound_hash(wav)], lambda: self._word_times(wav))
+        found = self.pieces.json("word_times", [*self.identity, sound_hash(wav)], lambda: self._word_times(wav))
         return [(word, begin, end) for word, begin, end in found]
 
     def _word_times(self, wav: np.ndarray) -> list[list[Any]]:
