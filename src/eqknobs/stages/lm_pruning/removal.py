@@ -27,6 +27,7 @@ from eqknobs.models.moshi.interventions import remove_heads, zeroed_heads
 from eqknobs.models.moshi.likelihood import Said, nats
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.models.moshi.quantise import Linear, is_packed, weight_of
+from eqknobs.stages.lm_pruning import footprint as measuring
 from eqknobs.stages.lm_pruning.bench import PruningCfg
 from eqknobs.stages.lm_pruning.plan import Head, by_layer
 
@@ -114,7 +115,7 @@ def footprint(folder: Path, dtype: str, device: str) -> dict[str, float]:
     """
     source = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "eqknobs.stages.lm_pruning.footprint", str(folder), dtype, device, str(FRAMES)]
+    command = [sys.executable, "-m", measuring.__name__, str(folder), dtype, device, str(FRAMES)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()[-1:]), "killed")
