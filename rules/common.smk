@@ -269,9 +269,27 @@ def speech_lm_files(wildcards):
     ]
 
 
+def word_files(corpus):
+    """What tells when the words of a corpus are spoken, where it lies beside the sound."""
+    data = corpus_config(config, corpus)
+    parts = [corpus_config(config, part) for part in data.get("of", [])] or [data]
+    folders = [Path(part["path"]) for part in parts if part["source"] == "folder"]
+    return sorted(
+        str(file)
+        for folder in folders
+        for file in folder.rglob("*.json")
+        if file.name != "corpus.json"
+    )
+
+
 def clip_files(folder):
     """Clips with word times: sound and JSON, in one folder a voice."""
     return sorted(Path(folder).glob("*/*.*"))
+
+
+def told_files():
+    """The sentences that a pruned speech LM is told to say, and the voices in which."""
+    return clip_files(config["lm_pruning"]["prompts"]["sentences"])
 
 
 def training_files(wildcards):

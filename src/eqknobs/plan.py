@@ -48,8 +48,10 @@ def as_drawn(max_minutes: float | None, record: Path) -> float | None:
 
 
 def corpora_used(config: dict[str, Any], targets: list[str]) -> list[str]:
-    """The corpora that targets hear, and what those are put together from, in a fixed order."""
+    """The corpora that targets and opened speech LMs hear, and what those are put together from, in a fixed order."""
     found = {corpus_of(target) for target in targets}
+    if config.get("lm_layers"):
+        found.add(config["lm_layers"]["corpus"])
     parts = {part for corpus in found for part in corpus_config(config, corpus).get("of", [])}
     return sorted(found | parts)
 
@@ -165,7 +167,8 @@ def bundled(path: str | Path) -> bool:
 def models_used(config: dict[str, Any]) -> list[str]:
     """Names of the models that the run opens or lets speak, sorted."""
     used = {parse_target(target)[0] for target in config["run"]["targets"]}
-    return sorted(used | set((config.get("speech_lm") or {}).get("models", [])))
+    stages = (config.get(stage) or {} for stage in ("speech_lm", "lm_layers"))
+    return sorted(used.union(*(stage.get("models", []) for stage in stages)))
 
 
 def bundled_models(config: dict[str, Any]) -> list[str]:

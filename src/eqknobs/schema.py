@@ -32,6 +32,8 @@ PARTS = (
     "stages/steering",
     "stages/importance",
     "stages/speech_lm",
+    "stages/lm_layers",
+    "stages/lm_pruning",
     "sound",
     "report",
     "stages/codec_training",

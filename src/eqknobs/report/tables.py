@@ -15,6 +15,8 @@ from eqknobs.evidence.stage import Context, TablesModule
 from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.importance import tables as importance
+from eqknobs.stages.lm_layers import tables as lm_layers
+from eqknobs.stages.lm_pruning import tables as lm_pruning
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
@@ -27,6 +29,8 @@ STAGES: tuple[TablesModule, ...] = (
     steering,
     importance,
     speech_lm,
+    lm_layers,
+    lm_pruning,
 )  # in the order of the findings
 COLUMNS = {name: columns for stage in STAGES for name, columns in stage.COLUMNS.items()}
 
