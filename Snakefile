@@ -12,7 +12,16 @@ include: "rules/activations.smk"
 
 
 # The stages, in the order of the report; one that is null in the configuration is not there at all.
-STAGES = ["saes", "probes", "codec", "steering", "importance", "speech_lm", "lm_layers"]
+STAGES = [
+    "saes",
+    "probes",
+    "codec",
+    "steering",
+    "importance",
+    "speech_lm",
+    "lm_layers",
+    "lm_pruning",
+]
 for stage in STAGES:
     if config[stage]:
 

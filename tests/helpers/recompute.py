@@ -431,3 +431,45 @@ def _check_dictionaries(run: Path, model: str, cfg: dict[str, Any], raw: pd.Data
     tagged = _table(run, "lm_features", model)
     assert len(tagged) == (features["space"] == "sae").sum()
     return count
+
+
+def check_pruning(run: Path, model: str) -> None:
+    """The tables of the pruning stage, counted anew from answers and nats."""
+    table, far = (read(run / "tables" / f"{name}.csv") for name in ("lm_pruning", "lm_prunable"))
+    answers, nats = (read(run / "scores" / f"{model}.lm_{name}.csv") for name in ("pruned_answers", "nats"))
+    keys = ["granularity", "order", "share", "repair", "seed"]
+    rows, spoken = table[table["model"] == model].set_index(keys), dict(list(answers.groupby(keys)))
+    assert len(rows) == nats.groupby(keys).ngroups and set(spoken) == set(rows[rows["answers"] > 0].index)
+    intact = answers[answers["granularity"] == "intact"]
+    for key, clips in nats.groupby(keys):
+        row = rows.loc[key]
+        assert row["clips"] == len(clips) and np.isclose(row["nll_audio"], clips["nll_audio"].mean(), rtol=1e-6)
+        if key not in spoken:
+            assert row["answers"] == 0 and np.isnan(row["wer_monologue"])
+            continue
+        mine = spoken[key]
+        base = intact[intact["draw"].isin(mine["draw"])]
+        assert row["answers"] == len(mine) and row["prompts"] == mine["id"].nunique()
+        for name, top, bottom in PRUNED_RATIOS:
+            value = mine[top].sum() / mine[bottom].sum()
+            assert np.isclose(row[name], value, rtol=1e-6, equal_nan=True), (key, name)
+            if f"delta_{name}" in row and key[0] != "intact":
+                apart = value - base[top].sum() / base[bottom].sum()
+                assert np.isclose(row[f"delta_{name}"], apart, atol=1e-7, equal_nan=True), (key, name)
+        for name, column in (("similarity_intact", "similarity_intact"), ("silent_share", "silent"), ("f0_hz", "f0")):
+            assert np.isclose(row[name], mine[column].mean(), rtol=1e-6, equal_nan=True), (key, name)
+    for row in far[far["model"] == model].to_dict("records"):
+        shares = sorted(k[2] for k in spoken if k[:2] == (row["granularity"], row["order"]) and k[3] == row["repair"])
+        assert row["largest_share"] in (0, *shares) and row["tested"] == len(set(shares))
+        assert (row["bound"] <= 0.05) == (row["largest_share"] > 0) or np.isnan(row["bound"])
+        if row["order"] not in ("random", "random_layers") and row["largest_share"]:
+            found = rows.loc[(row["granularity"], row["order"], row["largest_share"], row["repair"], 0)]
+            assert np.isclose(found[f"delta_{row['measure']}_high"], row["bound"], atol=1e-7)
+
+
+PRUNED_RATIOS = (
+    ("wer_monologue", "errors_monologue", "words_monologue"),
+    ("wer_prompt", "errors_prompt", "words_prompt"),
+    ("pad_share", "pad_frames", "frames"),
+    ("words_per_second", "words_heard", "active_seconds"),
+)

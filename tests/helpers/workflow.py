@@ -53,6 +53,17 @@ SMALL = {
         "sae": {"layers": [3], "d_sae": 64, "k": 8, "aux_k": 16, "epochs": 2},
         "epochs": 2,
     },
+    "lm_pruning": {
+        "prompts": {"count": 2, "held_out": 2, "calibration": 2},
+        "heads": {"orders": ["acoustic_first", "random", "gradient"], "shares": [0.5], "seeds": 1, "repairs": ["zero"]},
+        "weights": {"orders": ["guided"], "shares": [0.375]},
+        "layers": {"orders": ["damage"], "shares": [0.34]},
+        "answered": ["heads:acoustic_first:*", "heads:random:*"],
+        "removal": {"shares": [0.5], "nf4": False},
+        "codebooks": {"readings": ["d"], "counts": [4], "count": 1},
+        "batch": 2,
+        "listen": 1,
+    },
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }
