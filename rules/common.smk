@@ -22,6 +22,7 @@ from eqknobs.plan import (
     corpus_config,
     corpus_of,
     model_config,
+    on_corpus,
     parse_target,
     reference_saes,
     sae_home,
@@ -32,6 +33,10 @@ from eqknobs.plan import (
     voice_records,
     word_codebooks,
 )
+from eqknobs.stages.domains.checks import domain_targets
+from eqknobs.stages.label_search.checks import searched_targets
+from eqknobs.stages.phones.checks import named_saes, phone_targets
+from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
 
@@ -61,6 +66,7 @@ TABLE_INPUTS = []  # what tables and report read
 REPORT_INPUTS = []  # what only the report reads
 SAE_SCORES = []  # what the milestone `dictionaries` stops at
 PROBES = []  # and `probings`
+LISTENING = []  # models on corpora that a stage lets them hear, as targets are called
 SECTIONS = (
     {}
 )  # stage -> what of the run it works on: targets, and what else its section needs to know
@@ -144,6 +150,38 @@ def probe_files(properties, saes):
             for sae in saes
         ),
     ]
+
+
+def compared_saes(wildcards):
+    """The files of every SAE in the pairs of a target, each once."""
+    folders = {
+        sae_folder(config, target, pair.sae, seed)
+        for pair in pairs_of(config, wildcards.target)
+        for target, seed in (
+            (pair.target_a, pair.seed_a),
+            (pair.target_b, pair.seed_b),
+        )
+    }
+    return [
+        f"{RUN}/saes/{folder}/{file}"
+        for folder in sorted(folders)
+        for file in ("config.json", "sae.safetensors")
+    ]
+
+
+def stability_slice(wildcards):
+    """The slice of the pairs of a target, and where their SAEs lie."""
+    pairs = pairs_of(config, wildcards.target)
+    return {
+        **but(config["stability"], "targets", "corpora", "saes"),
+        "pairs": [list(pair) for pair in pairs],
+        "homes": {
+            f"{target} {pair.sae}": sae_home(config, target, pair.sae)
+            for pair in pairs
+            for target in (pair.target_a, pair.target_b)
+        },
+        "seed": SEED,
+    }
 
 
 def manifest_of(wildcards):
@@ -288,9 +326,27 @@ def speech_lm_files(wildcards):
     ]
 
 
+def word_files(corpus):
+    """What tells when the words of a corpus are spoken, where it lies beside the sound."""
+    data = corpus_config(config, corpus)
+    parts = [corpus_config(config, part) for part in data.get("of", [])] or [data]
+    folders = [Path(part["path"]) for part in parts if part["source"] == "folder"]
+    return sorted(
+        str(file)
+        for folder in folders
+        for file in folder.rglob("*.json")
+        if file.name != "corpus.json"
+    )
+
+
 def clip_files(folder):
     """Clips with word times: sound and JSON, in one folder a voice."""
     return sorted(Path(folder).glob("*/*.*"))
+
+
+def told_files():
+    """The sentences that a pruned speech LM is told to say, and the voices in which."""
+    return clip_files(config["lm_pruning"]["prompts"]["sentences"])
 
 
 def training_files(wildcards):

@@ -421,3 +421,207 @@ def _check_comparisons(
             same(record["p_holm"], p, f"{record['family']} p_holm")
             assert record["compared"] == len(members)
     return cells
+
+
+def check_layers(run: Path, model: str, cfg: dict[str, Any], facts: dict[str, Any]) -> int:
+    """Recompute the tables of a speech LM's layers, heads and SAEs; returns how many cells were compared."""
+    parts = ("lm_layers", "lm_heads.clips", "lm_saes", "lm_features")
+    layers, heads, saes, features = (read(run / f"scores/{model}.{part}.csv") for part in parts)
+    return (
+        _check_layers(run, model, cfg, facts, layers)
+        + _check_heads(run, model, heads)
+        + _check_dictionaries(run, model, cfg, saes, features)
+    )
+
+
+def _table(run: Path, name: str, model: str) -> pd.DataFrame:
+    rows = read(run / f"tables/{name}.csv")
+    return rows[rows["model"] == model]
+
+
+def _check_layers(run: Path, model: str, cfg: dict[str, Any], facts: dict[str, Any], raw: pd.DataFrame) -> int:
+    count = 0
+    for row in _table(run, "lm_layers", model).to_dict("records"):
+        where = f"lm_layers {row['stream']} {row['property']} {row['lag']} {row['split']} {row['layer']}"
+        rows = pick(raw[raw["labels"] == "true"], row, ["stream", "property", "lag", "split"])
+        null = pick(raw[raw["labels"] == "shuffled"], row, ["stream", "property", "split"])
+        own = rows.assign(correct=rows[f"residual.{row['layer']}"])
+        columns = {"majority": "majority", "logmel": "logmel", "embeddings": "embeddings"}
+        columns |= {"accuracy": "correct", "random_network": f"random.residual.{row['layer']}"}
+        for name, column in columns.items():
+            same(row[name], own[column].sum() / own["frames"].sum(), f"{where} {name}")
+        same(row["shuffled"], null[f"residual.{row['layer']}"].sum() / null["frames"].sum(), f"{where} shuffled")
+        same(row["frames"], own["frames"].sum(), f"{where} frames")
+        count += 7
+        if row["lag"] == 0 and row["split"] == "test":
+            _, low, high = estimate(own, "accuracy", cfg)
+            same(row["accuracy_low"], low, f"{where} low")
+            same(row["accuracy_high"], high, f"{where} high")
+    test = raw[(raw["labels"] == "true") & (raw["split"] == "test")]
+    rivals = {"embeddings": "embeddings", "logmel": "logmel", "random_network": "random.residual.{layer}"}
+    for record in facts["comparisons"]:
+        if record["family"].startswith("lm layers minus"):
+            rows = pick(test, record, ["stream", "property", "lag"])
+            mine, other = f"residual.{record['layer']}", rivals[record["b"]].format(**record)
+            found = compared(*(rows.assign(correct=rows[column]) for column in (mine, other)), "accuracy", cfg)
+            for name, value in found.items():
+                same(record[name], value, f"{record['family']} {name}")
+    return count
+
+
+def _check_heads(run: Path, model: str, raw: pd.DataFrame) -> int:
+    table, count = _table(run, "lm_heads", model), 0
+    true = raw[raw["labels"] == "true"]
+    for row in table.to_dict("records"):
+        rows, column = pick(true, row, ["stream", "property", "split"]), f"{row['layer']}.{row['head']}"
+        for half, name in (("all", "accuracy"), ("a", "half_a"), ("b", "half_b")):
+            part = rows[rows["half"] == half]
+            same(row[name], part[column].sum() / part["frames"].sum(), f"lm_heads {column} {name}")
+            count += 1
+        sides = []
+        for name in ("centroid", "token"):
+            part = pick(true, row, ["stream", "split"])
+            part = part[(part["property"] == name) & (part["half"] == "all")]
+            least = part["majority"].sum() / part["frames"].sum()
+            sides.append((part[column].sum() / part["frames"].sum() - least) / (1 - least))
+        same(row["selectivity"], sides[0] - sides[1], f"lm_heads {column} selectivity")
+    for row in _table(run, "lm_stability", model).to_dict("records"):
+        mine = pick(table, row, ["stream", "property", "split"])
+        same(row["spearman"], mine["half_a"].corr(mine["half_b"], method="spearman"), "lm_stability")
+    order = read(run / f"scores/{model}.lm_heads.csv")
+    val = table[(table["stream"] == "agent") & (table["split"] == "val")]
+    assert np.allclose(order.to_dict("list")["selectivity"], val["selectivity"], rtol=1e-6), "what pruning reads"
+    return count
+
+
+def _check_dictionaries(run: Path, model: str, cfg: dict[str, Any], raw: pd.DataFrame, features: pd.DataFrame) -> int:
+    count = 0
+    for row in _table(run, "lm_saes", model).to_dict("records"):
+        where = f"lm_saes {row['layer']} {row['space']} {row['stream']} {row['split']}"
+        for name, value in zip(
+            ("accuracy", "accuracy_low", "accuracy_high"),
+            estimate(pick(raw, row, ["layer", "space", "stream", "split"]), "accuracy", cfg),
+            strict=True,
+        ):
+            same(row[name], value, f"{where} {name}")
+        own = pick(features, row, ["layer", "space"])
+        alive = own[own[f"{row['stream']}_class"].notna()]
+        for kind, suffix in (("class", "share"), ("shuffled", "shuffled")):
+            place = alive[f"{row['stream']}_{kind}"] / alive["classes"]
+            same(row[f"low_{suffix}"], (place < 1 / 3).mean(), f"{where} low {kind}")
+            same(row[f"high_{suffix}"], (place >= 2 / 3).mean(), f"{where} high {kind}")
+        same(row["text_tagged"], (own["text_share"] >= 0.8).mean(), f"{where} text")
+        count += 8
+    tagged = _table(run, "lm_features", model)
+    assert len(tagged) == (features["space"] == "sae").sum()
+    return count
+
+
+def check_pruning(run: Path, model: str) -> None:
+    """The tables of the pruning stage, counted anew from answers and nats."""
+    table, far = (read(run / "tables" / f"{name}.csv") for name in ("lm_pruning", "lm_prunable"))
+    answers, nats = (read(run / "scores" / f"{model}.lm_{name}.csv") for name in ("pruned_answers", "nats"))
+    keys = ["granularity", "order", "share", "repair", "seed"]
+    rows, spoken = table[table["model"] == model].set_index(keys), dict(list(answers.groupby(keys)))
+    assert len(rows) == nats.groupby(keys).ngroups and set(spoken) == set(rows[rows["answers"] > 0].index)
+    intact = answers[answers["granularity"] == "intact"]
+    for key, clips in nats.groupby(keys):
+        row = rows.loc[key]
+        assert row["clips"] == len(clips) and np.isclose(row["nll_audio"], clips["nll_audio"].mean(), rtol=1e-6)
+        if key not in spoken:
+            assert row["answers"] == 0 and np.isnan(row["wer_monologue"])
+            continue
+        mine = spoken[key]
+        base = intact[intact["draw"].isin(mine["draw"])]
+        assert row["answers"] == len(mine) and row["prompts"] == mine["id"].nunique()
+        for name, top, bottom in PRUNED_RATIOS:
+            value = mine[top].sum() / mine[bottom].sum()
+            assert np.isclose(row[name], value, rtol=1e-6, equal_nan=True), (key, name)
+            if f"delta_{name}" in row and key[0] != "intact":
+                apart = value - base[top].sum() / base[bottom].sum()
+                assert np.isclose(row[f"delta_{name}"], apart, atol=1e-7, equal_nan=True), (key, name)
+        for name, column in (("similarity_intact", "similarity_intact"), ("silent_share", "silent"), ("f0_hz", "f0")):
+            assert np.isclose(row[name], mine[column].mean(), rtol=1e-6, equal_nan=True), (key, name)
+    for row in far[far["model"] == model].to_dict("records"):
+        shares = sorted(k[2] for k in spoken if k[:2] == (row["granularity"], row["order"]) and k[3] == row["repair"])
+        assert row["largest_share"] in (0, *shares) and row["tested"] == len(set(shares))
+        assert (row["bound"] <= 0.05) == (row["largest_share"] > 0) or np.isnan(row["bound"])
+        if row["order"] not in ("random", "random_layers") and row["largest_share"]:
+            found = rows.loc[(row["granularity"], row["order"], row["largest_share"], row["repair"], 0)]
+            assert np.isclose(found[f"delta_{row['measure']}_high"], row["bound"], atol=1e-7)
+
+
+PRUNED_RATIOS = (
+    ("wer_monologue", "errors_monologue", "words_monologue"),
+    ("wer_prompt", "errors_prompt", "words_prompt"),
+    ("pad_share", "pad_frames", "frames"),
+    ("words_per_second", "words_heard", "active_seconds"),
+)
+
+
+def check_stability(table: pd.DataFrame, features: pd.DataFrame) -> int:
+    """Recompute the shares of `stability.csv` from its features; returns how many were compared."""
+    cells = 0
+    for row in table.to_dict("records"):
+        own = pick(features, row, ["kind", "sae", "a", "b"])
+        assert row["features"] == len(own) <= row["d_sae"]
+        assert row["coverage"] <= row["coverage_all"] * row["d_sae"] / max(len(own), 1) + 1e-9
+        for name, column in {"coverage": "best", "null_rate": "rate", "duplicates": "duplicate"}.items():
+            same(row[name], (own[column] > row["theta"]).mean(), f"stability {row['a']} {row['b']} {name}")
+            cells += 1
+        same(row["cosine"], own["cosine"].mean(), f"stability {row['a']} {row['b']} cosine")
+        assert row["null_shift_low"] <= row["null_shift"] <= row["null_shift_high"]
+    return cells
+
+
+def check_overlap(run: Path, target: str, features: pd.DataFrame) -> None:
+    """The overlaps of the first pair of seeds of `topk`, again from the codes themselves, by dense products."""
+    from eqknobs.corpus.cache import ActivationCache
+    from eqknobs.sae import SAE
+
+    own = features[(features["kind"] == "seeds") & (features["sae"] == "topk")]
+    own = own[own["a"] == own["a"].iloc[0]]
+    fires = []
+    with ActivationCache(run / "activations" / f"{target}.h5") as cache:
+        for side in ("a", "b"):
+            seed = own[side].iloc[0].rpartition("#")[2]
+            sae = SAE.load(run / "saes" / target / "topk" / f"seed{seed}")
+            on = []
+            for clip in cache.utterances[cache.utterances["split"] == "test"].itertuples():
+                z = (np.array(cache.acts[clip.start : clip.start + clip.frames]) - sae.mean.numpy()) / sae.std.numpy()
+                h = np.maximum((z - sae.b_dec.numpy()) @ sae.W_enc.numpy().T + sae.b_enc.numpy(), 0)
+                least = np.sort(h, axis=None)[-sae.config.k * len(h)]
+                on.append(h >= max(least, 1e-30))
+            fires.append(np.concatenate(on).astype(np.float32))
+    a, b = fires
+    both = a.T @ b
+    chi = both / np.maximum(a.sum(0)[:, None] + b.sum(0) - both, 1)
+    enough = b.sum(0) >= own["fires"].min()
+    found = chi[own["feature"]][:, enough].max(1)
+    close = np.abs(found - own["best"].to_numpy()) < 0.02  # a hair more or less in a clip's selection
+    assert close.mean() > 0.99
+
+
+def check_domains(table: pd.DataFrame, features: pd.DataFrame) -> int:
+    """Recompute labels and shares of `domains.csv` from the shares of each feature; returns how many cells."""
+    cells = 0
+    for (sae, level, tau), own in table.groupby(["sae", "level", "tau"]):
+        f = features[features["sae"] == sae].pivot(index="feature", columns="domain", values=f"{level}_share")
+        has = pd.DataFrame({d: f[d] - f.drop(columns=d).min(axis=1) >= tau - 1e-5 for d in f})
+        for row in own.to_dict("records"):
+            where = f"domains {sae} {level} {tau} {row['domain']}"
+            close = (f.sub(f[row["domain"]], axis=0).abs() - tau).abs().lt(2e-6).any(axis=1).mean()  # rounded shares
+            assert abs(row["share"] - has[row["domain"]].mean()) <= close + 1e-9, where
+            assert row["exclusive"] <= row["share"] <= 1 and row["permuted_low"] <= row["permuted_high"], where
+            cells += 1
+    return cells
+
+
+def check_counted(table: pd.DataFrame, rows: pd.DataFrame, keys: list[str], ratio: tuple[str, str, str]) -> int:
+    """Recompute one ratio of sums of every row; ratio: its column, numerator and denominator."""
+    name, top, bottom = ratio
+    for row in table.to_dict("records"):
+        own = pick(rows, row, keys)
+        assert row["clips"] == own["id"].nunique() and row["speakers"] == own["speaker"].nunique()
+        same(row[name], own[top].sum() / own[bottom].sum(), f"{name} {[row[key] for key in keys]}")
+    return len(table)

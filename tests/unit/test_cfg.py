@@ -12,16 +12,24 @@ from eqknobs.schema import resolved, schema
 from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.domains.compute import DomainsCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
+from eqknobs.stages.label_search.compute import LabelSearchCfg
+from eqknobs.stages.lm_layers.compute import LmLayersCfg
+from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
+from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
+from eqknobs.stages.phones.compute import PhonesCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.quantisation.compute import PlansCfg, RendersCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
+from eqknobs.stages.stability.compute import StabilityCfg
 from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 
 JOB = {"seed", "device", "content"}  # what a job may have besides
 OPENED = {"model", "site"}
+OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
 MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
 HEARD = {
@@ -42,6 +50,10 @@ TYPED = [
     (LabelsCfg, ["labels"], set(), set()),
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
+    (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
+    (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
+    (PhonesCfg, ["phones"], {"targets", "saes"}, {"seed", "content"}),
+    (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
@@ -52,6 +64,11 @@ TYPED = [
     (RendersCfg, ["quantisation"], PLANNED | MIXED, OPENED | JOB),
     (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
+    (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),
+    (DictionariesCfg, ["lm_layers"], OPENED_LM - {"sae", "bins", "l2", "epochs"}, JOB),
+    (LayerSaesCfg, ["lm_layers.sae"], set(), set()),
+    (TurnLabelsCfg, ["labels", "lm_layers"], OPENED_LM - {"tokens"}, set()),
+    (TurnsCfg, ["lm_layers", "judges"], OPENED_LM - {"lead", "frames"}, JOB | {"model"}),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
     (DropCfg, ["speech_lm_training.drop"], set(), set()),
     (ScoresCfg, ["speech_lm_training.scores"], set(), set()),

@@ -130,7 +130,7 @@ rule toy:
 """,
 }
 LISTS = {
-    "Snakefile": ('"speech_lm"]', '"speech_lm", "toy"]'),
+    "Snakefile": ('    "lm_pruning",\n', '    "lm_pruning",\n    "toy",\n'),
     "src/eqknobs/schema.py": ('    "sound",\n', '    "stages/toy",\n    "sound",\n'),
     "src/eqknobs/report/tables.py": (
         "STAGES: tuple[TablesModule, ...] = (",
@@ -156,9 +156,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text.replace(old, new))
 
     def only_toy(config: dict) -> None:
-        config.update(
-            saes=None, probes=None, codec=None, steering=None, importance=None, quantisation=None, speech_lm=None
+        off = (
+            "saes",
+            "probes",
+            "codec",
+            "steering",
+            "importance",
+            "quantisation",
+            "speech_lm",
+            "lm_layers",
+            "lm_pruning",
         )
+        config.update(dict.fromkeys(off))
         config["toy"] = {"longest": 3.0}
 
     write_config(folder, only_toy)

@@ -31,6 +31,13 @@ def shrink(name: str, folder: Path) -> dict:
     for key in ("probes", "tables"):
         config[key] = copy.deepcopy(SMALL[key])
     config["probes"]["properties"] = ["centroid", "rms"]
+    readers = {"max_utterances": 24, "split_unit": "sentence", "max_minutes": 2}
+    config["corpora"] = {"readers": config["data"] | readers}
+    small = copy.deepcopy(SMALL["lm_layers"]) | {"properties": ["centroid", "token", "who"], "frames": 4000}
+    config["lm_layers"] |= small | {"tokens": 8, "sae": small["sae"] | {"layers": [1]}}
+    pruning = copy.deepcopy(SMALL["lm_pruning"])
+    pruning["prompts"] = config["lm_pruning"]["prompts"] | pruning["prompts"] | {"seconds": 1.6}
+    config["lm_pruning"] |= pruning | {"draws": 1, "confirmed": [], "dnsmos": False}
     config["steering"] = {"high_bin": SMALL["probes"]["bins"] - 1}
     # the same kinds of sites, at the layers that a model of three has
     kinds = sorted({target.split(".")[1] for target in config["run"]["targets"]}, reverse=True)
@@ -93,9 +100,23 @@ def test_the_report_shows_probes_and_nothing_that_was_not_run(run: tuple[Path, d
     for target in config["run"]["targets"]:
         assert target in page
     assert "Spectral centroid: the probe on raw latents names the right class in" in page
-    for absent in ("Dictionaries", "The codec alone", "Steering the centroid", "Importance map", "Published by others"):
+    for absent in ("Dictionaries", "The codec alone", "Steering the centroid", "Importance map"):
         assert absent not in page, absent
     assert not (folder / f"results/{name}/saes").exists() and not (folder / f"results/{name}/renders").exists()
+
+
+def test_every_layer_and_head_is_probed_in_both_streams(run: tuple[Path, dict, str]) -> None:
+    folder, _, name = run
+    sizes = WRITE[name][1]
+    layers = pd.read_csv(folder / f"results/{name}/tables/lm_layers.csv")
+    assert set(layers["layer"]) == set(range(sizes.layers)) and set(layers["stream"]) == {"user", "agent", "both"}
+    measured = ["accuracy", "majority", "shuffled", "logmel", "embeddings", "random_network"]
+    assert layers[measured].notna().all().all()
+    heads = pd.read_csv(folder / f"results/{name}/tables/lm_heads.csv")
+    assert len(heads) == sizes.layers * sizes.heads * 2 * 2 * 2  # streams, properties, splits
+    order = pd.read_csv(folder / f"results/{name}/scores/{name}.lm_heads.csv")
+    assert list(order) == "layer head property accuracy selectivity half_a half_b".split()
+    assert "<title>layer 2, head 1: " in (folder / f"results/{name}/report/lm_layers.html").read_text()
 
 
 def planned(folder: Path, config: str) -> set[str]:
@@ -113,7 +134,17 @@ def test_a_second_run_does_nothing_and_an_edit_reruns_what_depends_on_it(run: tu
     assert planned(folder, "changed.yaml") == set()  # another machine, the same results
     config["models"][name]["stream"] = "agent"
     (folder / "changed.yaml").write_text(yaml.safe_dump(config))
-    assert planned(folder, "changed.yaml") == {"activations", "labels", "probes", "tables", "report"}
+    assert planned(folder, "changed.yaml") == {
+        "activations",
+        "labels",
+        "probes",
+        "lm_caches",
+        "lm_labels",
+        "lm_layers",
+        "lm_saes",
+        "tables",
+        "report",
+    }
 
 
 def test_it_refuses_before_work_what_does_not_fit(run: tuple[Path, dict, str]) -> None:

@@ -33,9 +33,15 @@ BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
 PROBES = BASE_PROBES.union(*SAE_PROBES.values())
 TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
-SCORED_SAES = {("sae_scores", "")} | CODEC  # the codec stage splices every SAE's reconstruction in
+SAE_ROWS = {("sae_scores", ""), ("stability", "")}
+SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
+PRUNED = {("lm_pruning", "")}  # in orders that the probes of heads decide
+LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNED
+LM_PROBES = LM_READ - {("lm_labels", "")}
+LM = {("lm_caches", "")} | LM_READ
+SENTENCES = {("corpus_manifest", "")} | LM
 ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
 FROM_CACHE = (
     {("activations", ""), ("labels", "")} | ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES
@@ -191,7 +197,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "second SAE seed": (
         edit_config(lambda c: c.update(sae_seeds=[0, 2])),
-        {("sae", "topk 2"), ("sae", "rms_l1 2"), ("sae_scores", "")} | TABLES,
+        {("sae", "topk 2"), ("sae", "rms_l1 2")} | SAE_ROWS | TABLES,
     ),
     "two SAEs trained differently": (
         edit_config(swap_sae_sizes),
@@ -207,7 +213,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "steering clip count": (edit_config(lambda c: c["steering"].update(clips=3)), STEERING_RENDERS | TABLES),
     "calibrated shift": (edit_config(lambda c: c["steering"].update(shift=0.8)), STEERING | TABLES),
-    "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | TABLES),
+    "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | LM | TABLES),
     "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
     "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
     "a budget more": (edit_config(lambda c: c["quantisation"]["budgets"].append(2.5)), QUANTISATION | TABLES),
@@ -218,9 +224,34 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
-        {("labels", "")} | PROBES | STEERING | IMPORTANCE | TABLES,
+        {("labels", "")} | PROBES | STEERING | IMPORTANCE | LM_READ | TABLES,
     ),
-    "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING),
+    "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
+    "lags of a speech LM's layers": (
+        edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
+        {("lm_layers", "")} | PRUNED | TABLES,
+    ),
+    "shares of heads that go": (edit_config(lambda c: c["lm_pruning"]["heads"].update(shares=[0.4])), PRUNED | TABLES),
+    "conditions that speak": (
+        edit_config(lambda c: c["lm_pruning"].update(answered=["heads:random:*"])),
+        PRUNED | TABLES,
+    ),
+    "no pruning": (edit_config(lambda c: c.update(lm_pruning=None)), TABLES),
+    "library: what a pruned model is asked": (
+        edit_file("src/eqknobs/speaking/prompts.py", CODE),
+        SPOKEN | PRUNED | TABLES,
+    ),
+    "library: memory and time of a pruned model": (
+        edit_file("src/eqknobs/stages/lm_pruning/footprint.py", CODE),
+        PRUNED | TABLES,
+    ),
+    "SAEs of a speech LM": (edit_config(lambda c: c["lm_layers"]["sae"].update(k=9)), {("lm_saes", "")} | TABLES),
+    "text tokens told apart": (edit_config(lambda c: c["lm_layers"].update(tokens=9)), LM_READ | TABLES),
+    "how far a monologue leads": (edit_config(lambda c: c["lm_layers"].update(lead=1)), LM | TABLES),
+    "when a word is spoken": (
+        replace("resources/sentences/joe/00000.json", lambda data: data.replace(b"[5, ", b"[6, ")),
+        SPOKEN | LM | TABLES,
+    ),
     "order that means nothing": (edit_config(order), set()),
     "other spellings of paths": (edit_config(spelling), set()),
     "keys of other sources": (edit_config(lambda c: c["data"].update(subset="dev-clean")), set()),
@@ -265,13 +296,21 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: a stage's tables": (edit_file("src/eqknobs/stages/steering/tables.py", CODE), TABLES),
     "library: a stage's figures": (edit_file("src/eqknobs/stages/steering/section.py", CODE), {("report", "")}),
     "a stage's text": (edit_file("src/eqknobs/stages/importance/section.html.j2", "<p>x</p>"), {("report", "")}),
-    "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING),
-    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED | SPOKEN),
-    "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | TABLES),
+    "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING | SENTENCES),
+    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED | SPOKEN | LM),
+    "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | LM | TABLES),
+    "another θ": (
+        edit_config(lambda c: c["stability"].update(thetas=[0.4])),
+        {("stability", "")} | TABLES,
+    ),
+    "library: overlap of features": (
+        edit_file("src/eqknobs/stages/stability/compute.py", CODE),
+        {("stability", "")} | TABLES,
+    ),
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
-        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | LM_PROBES | TABLES,
     ),
     "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
     "code, time kept": (
@@ -369,7 +408,7 @@ def third_sae(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 OF_THE_THIRD: dict[str, tuple[Callable[[dict], object], set[tuple[str, str]]]] = {
-    "removed": (lambda saes: None, {("sae_scores", "")} | TABLES),  # the codec never spliced it in
+    "removed": (lambda saes: None, SAE_ROWS | TABLES),  # the codec never spliced it in
     "renamed": (lambda saes: saes.update(other=EXTRA), trained("other")),
     "changed": (lambda saes: saes.update(extra={**EXTRA, "epochs": 2}), trained("extra")),
 }

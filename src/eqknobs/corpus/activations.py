@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +38,8 @@ from eqknobs.io import atomic_path, file_sha256, read_csv, require_free_disk, wr
 from eqknobs.models import Model, ModelCfg, load_model
 from eqknobs.pieces import Pieces
 
+# A row of the manifest and sites -> activations [frames, width] at each.
+Encode = Callable[[Any, list[str]], dict[str, np.ndarray]]
 LEAST_FRAMES = 16  # that a clip keeps under a budget of frames, if it has as many
 
 
@@ -93,6 +95,49 @@ def cache_activations(
         _keep(out)
 
 
+def cache_sites(
+    manifest_csv: str | Path,
+    outs: Mapping[str, str | Path],
+    model: Model,
+    cfg_model: ModelCfg,
+    cfg: ActivationsCfg,
+    encode: Encode | None = None,
+) -> None:
+    """Cache many sites of a loaded model in one pass, each in a file of its own as `cache_activations` writes it.
+
+    outs: site -> file. encode: makes the activations of a manifest row at sites; by default the model hears the clip.
+    What decides them beside sound and model must be in cfg. Caches that are there already stay, half-done ones go on.
+    Raises EqknobsError as `cache_activations`.
+    """
+    manifest, sha256 = read_csv(manifest_csv), file_sha256(manifest_csv)
+    works = [_Work(site, Path(out), _attributes(model, site), cfg_model, cfg, sha256) for site, out in outs.items()]
+    works = [work for work in works if not work.is_done()]
+    if not works:
+        return
+    for work in works:
+        work.known = {}  # a clip may be there twice, heard and said: its sound does not tell what was made of it
+    with _disk_full(works[0].path):
+        _lay_out(works, manifest, model, cfg)
+        _fill(works, manifest, model, encode or _heard_by(model), strict=True)
+        for work in works:
+            _write_normaliser(work.path)
+            os.replace(work.path, work.out)
+            _keep(work.out)
+
+
+@contextmanager
+def _disk_full(path: Path) -> Iterator[None]:
+    """A full disk becomes one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise EqknobsError(
+            f"disk full while writing {path}: free some space and run again; finished utterances are kept"
+        ) from error
+
+
 def _one_pass(
     manifest: pd.DataFrame, wanted: Mapping[str, str | Path], cfg_model: ModelCfg, cfg: ActivationsCfg, store: "_Store"
 ) -> None:
@@ -104,20 +149,14 @@ def _one_pass(
         for site in (asked, *(site for site in more if site in model.sites))  # of a bad one, its own job will say so
     )
     works = [own, *(work for work in others if not work.is_done() and not store.piece(work.site).exists())]
-    try:
+    with _disk_full(own.path):
         _lay_out(works, manifest, model, cfg)
-        _fill(works, manifest, model)
+        _fill(works, manifest, model, _heard_by(model))
         for work in works[1:]:
             _write_normaliser(work.path)
             store.put(work.site, work.path)
         _write_normaliser(own.path)
         os.replace(own.path, own.out)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise EqknobsError(
-            f"disk full while writing {own.path}: free some space and run again; finished utterances are kept"
-        ) from error
 
 
 def _keep(out: Path) -> None:
@@ -496,11 +535,11 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model) -> None:
+def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model, encode: Encode, strict: bool = False) -> None:
     """Encode the utterances that are not in the work files yet, each once for all of them, or copy what is known.
 
-    The first work is what was asked for. Another one whose activations are not finite is given up, and taken off the
-    list: it is for its own job to say so.
+    The first work is what was asked for, with `strict` every one is. Another one whose activations are not finite is
+    given up, and taken off the list: it is for its own job to say so.
     """
     clips, begun = list(manifest.itertuples()), min(work.header.done for work in works)
     name = f"activations {model.name}.{works[0].site}" + (f" and {len(works) - 1} more" if works[1:] else "")
@@ -511,13 +550,13 @@ def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model) -> None:
         progress = tqdm(clips[begun:], desc=name, total=len(clips), initial=begun, unit="utt")
         for i, clip in enumerate(progress, start=begun):
             waiting = {work: work.reusable(i, clip.sha256) for work in works if work.header.done <= i}
-            fresh = _encoded(clip, model, [work.site for work, known in waiting.items() if known is None])
+            fresh = _encoded(clip, encode, [work.site for work, known in waiting.items() if known is None])
             for work, known in waiting.items():
                 header = work.header
                 if known is None:
                     acts = fresh[work.site]
                     if not np.isfinite(acts).all():
-                        if work is works[0]:
+                        if strict or work is works[0]:
                             raise _not_finite(clip, model, work.site)
                         print(
                             f"{work.out.name}: not cached along with the others: {_not_finite(clip, model, work.site)}"
@@ -534,12 +573,16 @@ def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model) -> None:
                 _write_at(files[work], np.array(i + 1, "<i8").tobytes(), header.done_offset)
 
 
-def _encoded(clip: Any, model: Model, sites: list[str]) -> dict[str, np.ndarray]:
+def _heard_by(model: Model) -> Encode:
+    return lambda clip, sites: model.encode_sites(read_clip(clip, model.sample_rate), sites)
+
+
+def _encoded(clip: Any, encode: Encode, sites: list[str]) -> dict[str, np.ndarray]:
     """Activations [frames, width] of a manifest row at sites, in one pass."""
     if not sites:
         return {}
     try:
-        found = model.encode_sites(read_clip(clip, model.sample_rate), sites)
+        found = encode(clip, sites)
     except EqknobsError as error:
         raise EqknobsError(f"utterance {clip.id} ({clip.path}): {error}") from error
     return {site: acts.astype("<f4", copy=False) for site, acts in found.items()}

@@ -34,6 +34,8 @@ _LIST = (
     Property("rms", "RMS level", "rms", unit="dB"),
     Property("pitch", "Pitch", "pitch", unit="Hz", mask="voiced", binnings=("equal_width", "quantile", "semitone")),
     Property("phone", "Phone", "phone", "category", binnings=("category",)),
+    Property("token", "Text token", "token", "category", binnings=("category",)),
+    Property("who", "Who speaks", "who", "category", mask="all", binnings=("category",)),
     _category("sex", "Sex", "sex"),
     _category("accent", "Accent", "accent"),
     _category("voice", "Voice", "speaker", of_speakers=False),

@@ -29,7 +29,7 @@ LAYERS = {
     "dac": Layers(("encoder",)),
     "hubert": Layers((), ("layer",), "num_hidden_layers"),
     "whisper": Layers((), ("layer",), "encoder_layers"),
-    "moshi": Layers((), ("residual", "heads"), "num_layers"),
+    "moshi": Layers(("embeddings",), ("residual", "heads"), "num_layers"),
 }
 
 
@@ -94,7 +94,10 @@ def _moshi(model: dict[str, Any], file: Path | None) -> list[str] | None:
     else:
         return None
     # a layer that lost all its heads has no site `heads.<layer>`
-    return [f"{kind}.{i}" for i, left in enumerate(heads) for kind in ("residual", "heads") if left or kind != "heads"]
+    layers = [
+        f"{kind}.{i}" for i, left in enumerate(heads) for kind in ("residual", "heads") if left or kind != "heads"
+    ]
+    return ["embeddings", *layers]
 
 
 def expand_targets(targets: list[str], models: dict[str, Any]) -> list[str]:

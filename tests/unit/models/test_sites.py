@@ -47,7 +47,7 @@ def test_sites_of_configs(tmp_path: Path) -> None:
 
 
 def test_sites_of_moshis(tmp_path: Path) -> None:
-    both = [f"{kind}.{i}" for i in range(KYUTAI.layers) for kind in ("residual", "heads")]
+    both = ["embeddings"] + [f"{kind}.{i}" for i in range(KYUTAI.layers) for kind in ("residual", "heads")]
     assert sites_of({"kind": "moshi", "path": str(write_kyutai(tmp_path / "k"))}) == both
     assert sites_of({"kind": "moshi", "path": str(write_persona(tmp_path / "p"))}) == both  # its config says nothing
     raw = json.loads((tmp_path / "k/config.json").read_text())
@@ -55,7 +55,7 @@ def test_sites_of_moshis(tmp_path: Path) -> None:
     (tmp_path / "k/config.json").write_text(json.dumps(raw))
     assert sites_of({"kind": "moshi", "path": str(tmp_path / "k")}) == [site for site in both if site != "heads.1"]
     known = sites_of({"kind": "moshi", "path": "kyutai/moshiko-pytorch-bf16"})
-    assert len(known) == 64 and known[-1] == "heads.31"
+    assert len(known) == 65 and known[-1] == "heads.31"
 
 
 def test_sites_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

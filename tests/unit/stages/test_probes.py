@@ -327,7 +327,7 @@ def test_sparse_half_and_dense_storage_agree(world, monkeypatch):
             tasks = probes.Tasks(frames, np.column_stack([truth, truth]), [5, 5])
             cfg = {"l2": [0.01], "epochs": 4, "seed": 0}
             fits[kind] = (
-                probes._fit_softmax(matrix, frames.rows, tasks, cfg, "cpu")[0].W,
+                probes.fit_softmax(matrix, frames.rows, tasks, cfg, "cpu")[0].W,
                 probes._fit_ridge(matrix, frames, [0], [0.01]).w,
             )
     for kind, tolerance in (("csr", 1e-3), ("half", 1e-2)):

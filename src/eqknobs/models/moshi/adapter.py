@@ -40,8 +40,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Moshi(Pretrained):
-    """Sites `residual.<layer>`, the output of a temporal layer, and `heads.<layer>`, the input of its output
-    projection [frames, heads * head_dim].
+    """Sites `embeddings`, the sum of the 17 streams' embeddings that the first temporal layer reads,
+    `residual.<layer>`, the output of a temporal layer, and `heads.<layer>`, the input of its output projection [frames,
+    heads * head_dim].
 
     A clip is heard: it is the user's stream, while the agent is silent and says no text (`stream: agent` turns it
     round: the agent speaks the clip, the user's stream is PersonaPlex's sine). Frame t is the column that carries the
@@ -86,7 +87,8 @@ class Moshi(Pretrained):
     @property
     def sites(self) -> dict[str, Site]:
         """Made anew each time, as layers lose heads; a layer without any has no site `heads.<layer>`."""
-        found = []
+        first = "transformer.layers.0"
+        found = [Site("embeddings", first, self.config.dim, self.hop, FRAME_RATE, self.context)]
         for i, layer in enumerate(self.net.layers):
             path, width = f"transformer.layers.{i}", len(layer.self_attn.heads) * self.config.head_dim
             found.append(Site(f"residual.{i}", path, self.config.dim, self.hop, FRAME_RATE, self.context))
@@ -113,15 +115,30 @@ class Moshi(Pretrained):
         grid[0, config.user] = heard if self.stream == "user" else torch.tensor(config.sine)[:, None]
         return grid.to(self.device)
 
+    def turn(self, codes: Tensor, stream: str, text: Tensor | None = None) -> Tensor:
+        """Codes [1, 17, frames] of a dialogue in which `stream` (user or agent) says `codes` [8, frames] to a silent
+        other; text [frames]: the agent's monologue, by default none. On the model's device."""
+        config = self.config
+        grid = torch.full((1, config.streams, codes.shape[1]), config.pad)
+        grid[0, config.agent.start :] = torch.tensor(2 * config.silence)[:, None]
+        grid[0, config.agent if stream == "agent" else config.user] = codes.cpu()
+        if text is not None:
+            grid[0, 0] = text.cpu()
+        return grid.to(self.device)
+
     def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
         """Activations [frames, width] at several sites in one pass; layers above the last one do not run."""
+        return self.activations(self.grid(wav), sites)
+
+    def activations(self, grid: Tensor, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """As `encode_sites`, of codes [1, 17, frames] of a dialogue."""
         places = {name: self.site(name) for name in sites}
         seen: dict[str, Tensor] = {}
         hooks = []
         try:
             for name, place in places.items():
                 module = self.net.get_submodule(place.path)
-                if name.startswith("heads"):
+                if not name.startswith("residual"):
                     hooks.append(
                         module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.update({name: inputs[0]}))
                     )
@@ -130,8 +147,8 @@ class Moshi(Pretrained):
                         module.register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: output}))
                     )
             with inference():
-                columns = self.net.columns(self.grid(wav))
-                last = max(int(name.rpartition(".")[2]) for name in places)
+                columns = self.net.columns(grid)
+                last = max(int(name.partition(".")[2] or 0) for name in places)
                 self.net.temporal(self.net.embed(columns), layers=last + 1)
         finally:
             for hook in hooks:

@@ -39,16 +39,21 @@ RIDGE_COLUMNS = ["id", "speaker", "split", "space", "frames", "sum_y", "sum_yy",
 ProbeFiles = str | Path | Sequence[str | Path]  # of one property: of the base spaces, and of each SAE that is read
 
 
-class ProbesCfg(TypedDict):
+class FitCfg(TypedDict):
+    """How softmax-linear probes are fitted."""
+
+    l2: list[float]
+    epochs: int
+    seed: int
+
+
+class ProbesCfg(FitCfg):
     """What `fit_probes` reads: of the section `probes`, a property and a part of the spaces, the run's seed."""
 
     property: str  # of `eqknobs.corpus.properties`
     parts: NotRequired[list[str]]  # of `PARTS`, see `make_spaces`; all
-    l2: list[float]
-    epochs: int
     bins: NotRequired[int]  # neither has a category: its classes are its values, its lag is 0
     lags: NotRequired[list[int]]  # frames
-    seed: int
     device: NotRequired[str]
     content: NotRequired[dict[str, str]]  # digests, of which `code` tells fitted spaces apart
 
@@ -113,6 +118,11 @@ class LabelledFrames:
     def of(self, split: str) -> np.ndarray:
         """Positions of the frames of one split."""
         return np.flatnonzero(self.split == split)
+
+    def at(self, positions: np.ndarray) -> "LabelledFrames":
+        """Those at some positions."""
+        rows, values = self.rows[positions], self.values[positions]
+        return LabelledFrames(rows, values, self.split[positions], self.utterance[positions], self.categories)
 
 
 def labelled_frames(
@@ -243,12 +253,23 @@ class Question:
         return array_hash(frames.rows, frames.values, frames.split, frames.utterance, self.classes, self.shuffled)
 
 
-def ask(cache: ActivationCache, sources: Sources, cfg: ProbesCfg) -> Question:
-    """The question of one property. Raises EqknobsError as `labelled_frames` and `bin_edges`."""
+def ask(
+    cache: ActivationCache,
+    sources: Sources,
+    cfg: ProbesCfg,
+    lags: list[int] | None = None,
+    utterances: np.ndarray | None = None,
+) -> Question:
+    """The question of one property. Raises EqknobsError as `labelled_frames` and `bin_edges`.
+
+    lags: others than cfg's; utterances: places of those that are asked about, by default all.
+    """
     wanted = PROPERTIES[cfg["property"]]
     unordered = wanted.kind == "category"
-    lags = [0] if unordered else cfg["lags"]
+    lags = ([0] if unordered else cfg["lags"]) if lags is None else lags
     frames = labelled_frames(cache, sources.labels, wanted.name, lags, sources.manifest)
+    if utterances is not None:
+        frames = frames.at(np.flatnonzero(np.isin(frames.utterance, utterances)))
     train = frames.of("train")
     if unordered:
         edges: dict[str, np.ndarray] = {}
@@ -332,11 +353,11 @@ def fit_space(space: Space, question: Question, cfg: ProbesCfg, device: str) -> 
         fitted["ridge:scores"] = _ridge_scores(matrix, frames, places, ridge)
     rows = frames.rows - int(fitted["lag"])
     tasks = Tasks(frames, np.concatenate([question.classes, question.shuffled], 1), question.sizes * 2)
-    fits = iter(_fit_softmax(matrix, rows, tasks, cfg, device))
+    fits = iter(fit_softmax(matrix, rows, tasks, cfg, device))
     for labels in ("true", "shuffled"):
         for i, binning in enumerate(question.binnings):
             fit = next(fits)
-            predicted = (_times(matrix, rows[places], fit.W.T) + fit.b).argmax(1)
+            predicted = (times(matrix, rows[places], fit.W.T) + fit.b).argmax(1)
             fitted[f"{labels}:{binning}:scores"] = _counts(question, places, i, predicted)
             if labels == "true":
                 fitted |= {f"{binning}:W": fit.W, f"{binning}:b": fit.b}
@@ -386,7 +407,7 @@ def _majority(question: Question) -> dict[str, np.ndarray]:
 def _ridge_scores(matrix: Matrix, frames: LabelledFrames, places: np.ndarray, fit: "_RidgeFit") -> np.ndarray:
     """float64 [utterances, 5]: utterance, frames, Σ y, Σ y², Σ (y − ŷ)²."""
     y = frames.values[places]
-    predicted = _times(matrix, frames.rows[places] - fit.lag, fit.w[:, None])[:, 0] + fit.b
+    predicted = times(matrix, frames.rows[places] - fit.lag, fit.w[:, None])[:, 0] + fit.b
     scores = pd.DataFrame(
         {
             "utterance": frames.utterance[places],
@@ -431,7 +452,7 @@ class _Rows:
             self.ridge_rows.append(found.assign(lag=int(fitted["lag"])))
 
 
-def _times(matrix: Matrix, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def times(matrix: Matrix, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """matrix[rows] @ weights [width, c], in blocks."""
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
     return np.concatenate([_dense32(matrix[block]) @ weights for block in blocks])
@@ -499,7 +520,7 @@ def _fit_ridge(matrix: Matrix, frames: LabelledFrames, lags: list[int], l2s: lis
             regularised = gram + max(l2, 1e-7) * np.eye(len(gram))
             w = scipy.linalg.solve(regularised, cross, assume_a="pos", overwrite_a=True) * scale * y.std()
             b = float(y.mean() - mean @ w)
-            error = np.square(_times(matrix, frames.rows[val] - lag, w[:, None])[:, 0] + b - y_val).sum()
+            error = np.square(times(matrix, frames.rows[val] - lag, w[:, None])[:, 0] + b - y_val).sum()
             if error < best_error:
                 best, best_error = _RidgeFit(w, b, lag), error
     return best
@@ -509,7 +530,7 @@ def _fit_ridge(matrix: Matrix, frames: LabelledFrames, lags: list[int], l2s: lis
 
 
 @dataclass(frozen=True)
-class _SoftmaxFit:
+class SoftmaxFit:
     W: np.ndarray  # float32 [classes, width], acting on feature values
     b: np.ndarray  # float32 [classes]
     l2: float
@@ -598,15 +619,15 @@ class _Best:
         self.W[better] = weights.view(width, T, L, C).permute(1, 2, 0, 3).cpu()[better]
         self.b[better] = bias.view(T, L, C).cpu()[better]
 
-    def fit(self, task: int, size: int, l2s: list[float]) -> _SoftmaxFit:
+    def fit(self, task: int, size: int, l2s: list[float]) -> SoftmaxFit:
         """The best l2 of a task with `size` classes."""
         i = int(self.hits[task].argmax())
         weights, bias = self.W[task, i, :, :size].T.contiguous().numpy(), self.b[task, i, :size].numpy()
-        return _SoftmaxFit(weights, bias, l2s[i], int(self.epoch[task, i]))
+        return SoftmaxFit(weights, bias, l2s[i], int(self.epoch[task, i]))
 
 
 @torch.no_grad()
-def _fit_softmax(matrix: Matrix, rows: np.ndarray, tasks: Tasks, cfg: ProbesCfg, device: str) -> list[_SoftmaxFit]:
+def fit_softmax(matrix: Matrix, rows: np.ndarray, tasks: Tasks, cfg: FitCfg, device: str) -> list[SoftmaxFit]:
     """Fit all tasks × l2 at once; returns the best on val for each task."""
     train, val = tasks.frames.of("train"), tasks.frames.of("val")
     stack = _Stack(matrix, rows, tasks, cfg["l2"], device)

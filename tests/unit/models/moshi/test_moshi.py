@@ -48,8 +48,10 @@ from eqknobs.models.moshi.interventions import (
 )
 from eqknobs.models.moshi.loudness import loudness, normalised
 from eqknobs.models.moshi.memory import parameters
+from eqknobs.models.moshi.monologue import monologue
 from eqknobs.models.moshi.network import KVCache, MoshiNet
 from eqknobs.models.moshi.quantise import bitsandbytes, is_packed, pack, weight_of, with_weight
+from eqknobs.models.moshi.randomise import randomise
 from helpers import ROOT
 from helpers import moshi_cases as cases
 from helpers.moshi_world import KYUTAI, TOKENIZER, hub_tensors, write_codec, write_kyutai, write_persona
@@ -606,7 +608,7 @@ def test_activations(model):
     wav = clip(1.03)
     frames = model.frames(len(wav), "residual.1")
     assert frames == 13 and model.site("heads.2").width == 256 and model.site("residual.0").frame_rate == 12.5
-    seen = model.encode_sites(wav, ["residual.1", "heads.2", "heads.0"])
+    seen = model.encode_sites(wav, ["residual.1", "heads.2", "heads.0", "embeddings"])
     assert {name: acts.shape for name, acts in seen.items()} == dict.fromkeys(seen, (13, 256))
     assert all(acts.dtype == np.float32 for acts in seen.values())
     for name, acts in seen.items():
@@ -649,6 +651,52 @@ def test_edited_sites(model, site):
         assert np.array_equal(seen[name], before[name]) == (name == "residual.0")
     np.testing.assert_allclose(seen[site], 1.5 * before[site] + 0.3, atol=1e-4)
     assert torch.equal(model.converse(wav).codes, plain.codes)
+
+
+def test_edited_embeddings_are_what_the_first_layer_reads(model):
+    wav = clip(0.5, 3)
+    before = model.encode_sites(wav, ["embeddings", "residual.0"])
+    with model.editing("embeddings", lambda acts: 0 * acts):
+        silenced = model.encode_sites(wav, ["embeddings", "residual.0"])
+    assert not silenced["embeddings"].any() and before["embeddings"].any()
+    assert not np.array_equal(silenced["residual.0"], before["residual.0"])
+
+
+def test_a_turn_is_in_one_stream_and_carries_the_monologue(model):
+    codes, config = model.codes(clip(0.5)), model.config
+    text = torch.arange(10, 10 + codes.shape[1])
+    for stream, other, said in ((config.user, config.agent, None), (config.agent, config.user, text)):
+        grid = model.turn(codes, "agent" if stream == config.agent else "user", said)[0]
+        assert torch.equal(grid[stream], codes) and grid[other].T.tolist() == [list(config.silence)] * codes.shape[1]
+        assert torch.equal(grid[0], torch.full_like(text, config.pad) if said is None else said)
+    heard = model.activations(model.turn(codes, "user"), ["residual.2"])["residual.2"]
+    np.testing.assert_array_equal(heard, model.encode(clip(0.5), "residual.2"))
+
+
+def test_a_random_network_has_the_shapes_and_scales_and_nothing_else(folder, codec, model):
+    other = load_model(config_of(folder, codec))
+    randomise(other.net, 0)
+    for name, weight in model.net.named_parameters():
+        drawn = other.net.get_parameter(name)
+        temporal = name.startswith(("emb.", "text_emb", "transformer.")) and "norm" not in name
+        assert drawn.shape == weight.shape and torch.equal(drawn, weight) != temporal, name
+        if temporal:
+            assert 0.9 < drawn.std() / weight.std() < 1.1
+            assert abs(np.corrcoef(drawn.flatten(), weight.flatten())[0, 1]) < 0.05
+    again = load_model(config_of(folder, codec))
+    randomise(again.net, 0)
+    assert torch.equal(again.net.text_emb.weight, other.net.text_emb.weight)
+    packed = load_model(config_of(folder, codec, dtype="bfloat16", nf4=True))
+    before = weight_of(packed.net.layers[0].gating.linear_in).clone()
+    randomise(packed.net, 0)
+    linear = packed.net.layers[0].gating.linear_in
+    assert is_packed(linear) and not torch.equal(weight_of(linear), before)
+
+
+def test_monologue():
+    said = monologue([[10], [11, 12], [13], [14]], [-1, 3, 4, 20], 8, KYUTAI)
+    pad, epad = KYUTAI.pad, KYUTAI.epad
+    assert said.tolist() == [10, pad, epad, 11, 12, 13, pad, pad]  # no room before a word: no EPAD; none behind the end
 
 
 def test_edited_sites_that_are_not_there(model):
