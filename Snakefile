@@ -23,8 +23,10 @@ STAGES = [
     "codec",
     "steering",
     "importance",
+    "quantisation",
     "speech_lm",
     "lm_layers",
+    "lm_pruning",
 ]
 for stage in STAGES:
     if config[stage]:

@@ -357,6 +357,11 @@ def clip_files(folder):
     return sorted(Path(folder).glob("*/*.*"))
 
 
+def told_files():
+    """The sentences that a pruned speech LM is told to say, and the voices in which."""
+    return clip_files(config["lm_pruning"]["prompts"]["sentences"])
+
+
 def training_files(wildcards):
     """The speech that the codec learns from, and the codec that it starts as."""
     training = config["codec_training"]

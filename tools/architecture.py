@@ -20,6 +20,7 @@ TITLES = {
     "packing": "weights as packed integers",
     "sae": "the SAE engine",
     "sound": "renders, metrics, judges",
+    "speaking": "what speech LMs are asked and answer",
     "evidence": "estimates, comparisons, drawing",
     "report": "tables and pages, loops over the sections",
     "scripts": "workflow/scripts: input, output, cfg",

@@ -23,8 +23,10 @@ import eqknobs.stages.features.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
+import eqknobs.stages.lm_pruning.checks
 import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
+import eqknobs.stages.quantisation.checks
 import eqknobs.stages.saes.checks
 import eqknobs.stages.speech_lm.checks
 import eqknobs.stages.stability.checks
@@ -52,8 +54,10 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
+    eqknobs.stages.quantisation.checks.check,
     eqknobs.stages.speech_lm.checks.check,
     eqknobs.stages.lm_layers.checks.check,
+    eqknobs.stages.lm_pruning.checks.check,
 )
 
 

@@ -12,15 +12,20 @@ from eqknobs.schema import resolved, schema
 from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.domains.compute import DomainsCfg
 from eqknobs.stages.features.compute import FeaturesCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
+from eqknobs.stages.label_search.compute import LabelSearchCfg
 from eqknobs.stages.lm_layers.compute import LmLayersCfg
 from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
 from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
+from eqknobs.stages.phones.compute import PhonesCfg
 from eqknobs.stages.probes.compute import ProbesCfg
+from eqknobs.stages.quantisation.compute import PlansCfg, RendersCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
+from eqknobs.stages.stability.compute import StabilityCfg
 from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 
 JOB = {"seed", "device", "content"}  # what a job may have besides
@@ -28,6 +33,16 @@ OPENED = {"model", "site"}
 OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
 MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
+HEARD = {
+    "clips",
+    "heard_clips",
+    "heard_parts",
+    "heard_widths",
+    "heard_budgets",
+    "heard_random",
+}  # packed codecs, on test
+MIXED = {"widths", "budgets", "roundings", "group", "symmetric", "rest", "keep", "random_plans"}
+MIXED |= {"sensitivity_clips", "segment_seconds"}
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
 TYPED = [
     (ModelCfg, ["models.*"], set(), {"name", "device"}),
@@ -36,6 +51,10 @@ TYPED = [
     (LabelsCfg, ["labels"], set(), set()),
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
+    (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
+    (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
+    (PhonesCfg, ["phones"], {"targets", "saes"}, {"seed", "content"}),
+    (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
@@ -43,6 +62,8 @@ TYPED = [
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
     (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, OPENED | JOB),
     (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
+    (PlansCfg, ["quantisation"], PLANNED | HEARD, OPENED | JOB),
+    (RendersCfg, ["quantisation"], PLANNED | MIXED, OPENED | JOB),
     (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
     (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),

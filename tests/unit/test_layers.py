@@ -12,17 +12,13 @@ ROOMS = {  # room -> the rooms that it may import
     "corpus": {"models"},
     "sae": {"corpus"},
     "sound": {"corpus", "models"},
+    "speaking": {"models", "sound"},
     "evidence": {"corpus"},  # the registry of properties
-    "stages": {"corpus", "models", "sae", "sound", "evidence", "packing"},
+    "stages": {"corpus", "models", "sae", "sound", "speaking", "evidence", "packing"},
     "report": {"evidence", "stages"},
 }
 # Stages that go on from what another one computes.
-AFTER = {
-    "importance": {"probes"},
-    "lm_layers": {"probes"},
-    "speech_lm": {"speech_lm_training"},
-    "steering": {"probes"},
-}
+AFTER = {"importance": {"probes"}, "lm_layers": {"probes"}, "steering": {"probes"}}
 ENTRIES = {"cli.py", "compress.py", "explore.py", "talk.py"}  # commands stand above the rooms
 # Foundations that reach into a room, and the only files there that they may.
 REACH = {"config.py": ("checks.py", "sites.py"), "provenance.py": ("files.py",)}

@@ -35,6 +35,9 @@ def shrink(name: str, folder: Path) -> dict:
     config["corpora"] = {"readers": config["data"] | readers}
     small = copy.deepcopy(SMALL["lm_layers"]) | {"properties": ["centroid", "token", "who"], "frames": 4000}
     config["lm_layers"] |= small | {"tokens": 8, "sae": small["sae"] | {"layers": [1]}}
+    pruning = copy.deepcopy(SMALL["lm_pruning"])
+    pruning["prompts"] = config["lm_pruning"]["prompts"] | pruning["prompts"] | {"seconds": 1.6}
+    config["lm_pruning"] |= pruning | {"draws": 1, "confirmed": [], "dnsmos": False}
     config["steering"] = {"high_bin": SMALL["probes"]["bins"] - 1}
     # the same kinds of sites, at the layers that a model of three has
     kinds = sorted({target.split(".")[1] for target in config["run"]["targets"]}, reverse=True)
@@ -85,7 +88,7 @@ def test_probes_ran_on_activations_and_on_log_mel(run: tuple[Path, dict, str]) -
     loud = table.query("property == 'rms' and binning == 'quantile' and split == 'test'").set_index(["target", "space"])
     for target in config["run"]["targets"]:  # the spectrum tells how loud a frame is; chance does not
         assert loud.loc[(target, "logmel"), "accuracy"] > 1.5 * loud.loc[(target, "logmel"), "shuffled"]
-    for other in ("codec", "steering", "importance_ablation"):
+    for other in ("codec", "steering", "importance_ablation", "quantisation"):
         assert pd.read_csv(folder / f"results/{name}/tables/{other}.csv").empty
     assert not (folder / f"results/{name}/tables/sae.csv").exists()  # switched off
 

@@ -25,7 +25,9 @@ CODEC = {("codec_renders", "")} | JUDGED
 STEERING_RENDERS = {("steering_renders", "")} | JUDGED
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
 ABLATIONS = {("importance_renders", "")} | JUDGED
-IMPORTANCE = {("importance_maps", "")} | ABLATIONS
+TRIED_PLANS = {("quantisation_renders", "")} | JUDGED
+QUANTISATION = {("quantisation_plans", "")} | TRIED_PLANS
+IMPORTANCE = {("importance_maps", "")} | ABLATIONS | QUANTISATION  # plans by maps
 JUDGEMENTS = {("originals", "")} | JUDGED
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
@@ -37,7 +39,9 @@ SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN
 SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
-LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")}
+PRUNED = {("lm_pruning", "")}  # in orders that the probes of heads decide
+LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNED
+LM_PROBES = LM_READ - {("lm_labels", "")}
 LM = {("lm_caches", "")} | LM_READ
 SENTENCES = {("corpus_manifest", "")} | LM
 ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
@@ -214,6 +218,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | LM | TABLES),
     "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
     "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
+    "a budget more": (edit_config(lambda c: c["quantisation"]["budgets"].append(2.5)), QUANTISATION | TABLES),
+    "more packed clips": (edit_config(lambda c: c["quantisation"].update(clips=3)), TRIED_PLANS | TABLES),
+    "library: plans": (edit_file("src/eqknobs/stages/quantisation/plans.py", CODE), QUANTISATION | TABLES),
+    "library: what plans cost": (edit_file("src/eqknobs/stages/quantisation/tables.py", CODE), TABLES),
     "library: the ablations": (edit_file("src/eqknobs/stages/importance/compute.py", CODE), ABLATIONS | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
@@ -223,7 +231,21 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
     "lags of a speech LM's layers": (
         edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
-        {("lm_layers", "")} | TABLES,
+        {("lm_layers", "")} | PRUNED | TABLES,
+    ),
+    "shares of heads that go": (edit_config(lambda c: c["lm_pruning"]["heads"].update(shares=[0.4])), PRUNED | TABLES),
+    "conditions that speak": (
+        edit_config(lambda c: c["lm_pruning"].update(answered=["heads:random:*"])),
+        PRUNED | TABLES,
+    ),
+    "no pruning": (edit_config(lambda c: c.update(lm_pruning=None)), TABLES),
+    "library: what a pruned model is asked": (
+        edit_file("src/eqknobs/speaking/prompts.py", CODE),
+        SPOKEN | PRUNED | TABLES,
+    ),
+    "library: memory and time of a pruned model": (
+        edit_file("src/eqknobs/stages/lm_pruning/footprint.py", CODE),
+        PRUNED | TABLES,
     ),
     "SAEs of a speech LM": (edit_config(lambda c: c["lm_layers"]["sae"].update(k=9)), {("lm_saes", "")} | TABLES),
     "text tokens told apart": (edit_config(lambda c: c["lm_layers"].update(tokens=9)), LM_READ | TABLES),
@@ -246,11 +268,12 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "a limit of minutes that binds": (edit_config(lambda c: c["data"].update(max_minutes=1)), EVERYTHING),
     "no codec stage": (edit_config(lambda c: c.update(codec=None)), JUDGED | TABLES),
     "no steering": (edit_config(lambda c: c.update(steering=None)), JUDGED | TABLES),
-    "no importance": (edit_config(lambda c: c.update(importance=None)), JUDGED | TABLES),
-    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), JUDGED | TABLES),
+    "no importance": (edit_config(lambda c: c.update(importance=None)), QUANTISATION | TABLES),
+    "no quantisation": (edit_config(lambda c: c.update(quantisation=None)), JUDGED | TABLES),
+    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), QUANTISATION | TABLES),
     "no SAEs": (
         edit_config(lambda c: c.update(saes=None, importance=None) or c["steering"].update(saes=[])),
-        CODEC | BASE_PROBES | STEERING | TABLES,
+        CODEC | BASE_PROBES | STEERING | QUANTISATION | TABLES,
     ),
     "an SAE removed": (edit_config(remove_sae), SCORED_SAES | STEERING | TABLES),
     "an SAE less in the codec": (edit_config(lambda c: c["codec"].update(saes=["topk"])), CODEC | TABLES),
@@ -298,7 +321,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
-        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | {("lm_layers", ""), ("lm_saes", "")} | TABLES,
+        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | LM_PROBES | TABLES,
     ),
     "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
     "code, time kept": (

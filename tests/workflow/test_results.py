@@ -14,9 +14,11 @@ from helpers import ROOT
 from helpers.recompute import (
     check_counted,
     check_domains,
+    check_equal_quality,
     check_layers,
     check_maps,
     check_overlap,
+    check_pruning,
     check_stability,
     check_summary,
     check_table,
@@ -48,6 +50,7 @@ CFG = {
 TARGETS = [name for name, facts in SUMMARY["targets"].items() if not facts.keys() & {"answers", "lm_best"}]
 OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in facts]
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
+PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 
 
 def model_of(target: str) -> dict:
@@ -61,9 +64,9 @@ def test_every_number_of_the_summary_is_recomputed_from_clips(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance"])
+@pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance", "quantisation"])
 def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
-    if stage in ("codec", "steering", "importance") and not SUMMARY["targets"][target]["words"]:
+    if stage in ("codec", "steering", "importance", "quantisation") and not SUMMARY["targets"][target]["words"]:
         pytest.skip("the model cannot decode")
     measurable = True
     if SUMMARY["targets"][target]["words"]:
@@ -74,6 +77,11 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["importance"]])
 def test_how_maps_agree_with_the_oracle_is_recomputed_from_clips(target):
     assert check_maps(RUN, target, CFG) > 20
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["quantisation"]])
+def test_bytes_at_equal_quality_are_recomputed_from_clips(target):
+    assert check_equal_quality(RUN, target, model_of(target)) > 20
 
 
 @pytest.mark.parametrize("model", OPENED)
@@ -104,6 +112,11 @@ def test_what_a_speech_lm_says_is_recomputed_from_its_answers(model):
     assert said == pytest.approx(table["wer_monologue"].to_dict(), rel=1e-6)
 
 
+@pytest.mark.parametrize("model", PRUNED)
+def test_what_a_pruned_speech_lm_says_is_recomputed_from_its_answers(model):
+    check_pruning(RUN, model)
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])
 def test_three_renders_heard_again_give_the_same_words(target):
     from eqknobs.audio import read_audio
@@ -111,7 +124,7 @@ def test_three_renders_heard_again_give_the_same_words(target):
 
     judge = Transcriber({**merged("judges"), "device": "cpu"})
     originals = read(RUN / "scores" / "originals.csv").set_index("id")
-    for stage in ("codec", "steering", "importance"):
+    for stage in ("codec", "steering", "importance", "quantisation"):
         folder = RUN / "renders" / target / stage
         index = read(folder / "index.csv")
         row = index[index["judged"].astype(bool)].iloc[-1]  # the last: an edit, not the untouched clip

@@ -27,8 +27,10 @@ from eqknobs.stages.features import section as features
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.lm_layers import section as lm_layers
+from eqknobs.stages.lm_pruning import section as lm_pruning
 from eqknobs.stages.phones import section as phones
 from eqknobs.stages.probes import section as probes
+from eqknobs.stages.quantisation import section as quantisation
 from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
 from eqknobs.stages.stability import section as stability
@@ -45,8 +47,10 @@ SECTIONS: tuple[SectionModule, ...] = (
     features,
     steering,
     importance,
+    quantisation,
     speech_lm,
     lm_layers,
+    lm_pruning,
 )  # in the order of the pages
 
 HERE = Path(__file__).parent

@@ -19,8 +19,10 @@ from eqknobs.stages.features import tables as features
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.lm_layers import tables as lm_layers
+from eqknobs.stages.lm_pruning import tables as lm_pruning
 from eqknobs.stages.phones import tables as phones
 from eqknobs.stages.probes import tables as probes
+from eqknobs.stages.quantisation import tables as quantisation
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
 from eqknobs.stages.stability import tables as stability
@@ -37,8 +39,10 @@ STAGES: tuple[TablesModule, ...] = (
     features,
     steering,
     importance,
+    quantisation,
     speech_lm,
     lm_layers,
+    lm_pruning,
 )  # in the order of the findings
 COLUMNS = {name: columns for stage in STAGES for name, columns in stage.COLUMNS.items()}
 

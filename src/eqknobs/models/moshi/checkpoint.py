@@ -132,6 +132,9 @@ def load_net(
         heads = heads_left(raw, config, where)
         with torch.device("meta"):
             net = MoshiNet(config, heads)
+        for number, layer in enumerate(net.layers):  # what removed heads gave on average
+            if f"transformer.layers.{number}.self_attn.bias" in names:
+                layer.self_attn.bias = nn.Parameter(torch.empty(config.dim, device="meta"), requires_grad=False)
         packable = {} if nf4 is None else dict.fromkeys(linears(net, nf4.linears), nf4)
         used: set[str] = set()
         for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
