@@ -56,6 +56,8 @@ WAYS = {
     "eqknobs clean": REAL,
     "eqknobs export-sae": HELP,
     "eqknobs talk": HELP,
+    "eqknobs explore": HELP,
+    "eqknobs explore --run results/demo --target tiny-mimi.encoder_transformer --sae topk --audio my.wav": HELP,
     "eqknobs vram": HELP,
     "eqknobs compress": HELP,
     "eqknobs unpack": HELP,
