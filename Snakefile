@@ -39,7 +39,7 @@ WORKED_ON = list(
         [*TARGETS, *(t for stage in SECTIONS.values() for t in stage["targets"])]
     )
 )
-CORPORA = corpora_used(config, WORKED_ON + HEARD)
+CORPORA = corpora_used(config, WORKED_ON + ON_CORPORA)
 config["worked_on"] = WORKED_ON  # for jobs that serve several; no part of any slice
 
 

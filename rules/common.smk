@@ -62,7 +62,7 @@ TABLE_INPUTS = []  # what tables and report read
 REPORT_INPUTS = []  # what only the report reads
 SAE_SCORES = []  # what the milestone `dictionaries` stops at
 PROBES = []  # and `probings`
-HEARD = []  # models on corpora that a stage lets them hear, as targets are called
+ON_CORPORA = []  # models on corpora that a stage lets them hear, as targets are called
 SECTIONS = (
     {}
 )  # stage -> what of the run it works on: targets, and what else its section needs to know
