@@ -12,7 +12,16 @@ include: "rules/activations.smk"
 
 
 # The stages, in the order of the report; one that is null in the configuration is not there at all.
-STAGES = ["saes", "probes", "codec", "steering", "importance", "speech_lm", "lm_layers"]
+STAGES = [
+    "saes",
+    "probes",
+    "codec",
+    "steering",
+    "importance",
+    "speech_lm",
+    "lm_layers",
+    "lm_pruning",
+]
 for stage in STAGES:
     if config[stage]:
 
@@ -39,7 +48,7 @@ WORKED_ON = list(
         [*TARGETS, *(t for stage in SECTIONS.values() for t in stage["targets"])]
     )
 )
-CORPORA = corpora_used(config, WORKED_ON + ON_CORPORA)
+CORPORA = corpora_used(config, WORKED_ON + LISTENING)
 config["worked_on"] = WORKED_ON  # for jobs that serve several; no part of any slice
 
 

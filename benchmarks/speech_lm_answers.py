@@ -21,7 +21,7 @@ from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.generate import Reply, generate
-from eqknobs.stages.speech_lm_training.grammar import sentence
+from eqknobs.speaking.grammar import sentence
 from moshi_speed import machine
 
 HERE = Path(__file__).resolve().parent

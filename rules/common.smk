@@ -62,7 +62,7 @@ TABLE_INPUTS = []  # what tables and report read
 REPORT_INPUTS = []  # what only the report reads
 SAE_SCORES = []  # what the milestone `dictionaries` stops at
 PROBES = []  # and `probings`
-ON_CORPORA = []  # models on corpora that a stage lets them hear, as targets are called
+LISTENING = []  # models on corpora that a stage lets them hear, as targets are called
 SECTIONS = (
     {}
 )  # stage -> what of the run it works on: targets, and what else its section needs to know
@@ -306,6 +306,11 @@ def word_files(corpus):
 def clip_files(folder):
     """Clips with word times: sound and JSON, in one folder a voice."""
     return sorted(Path(folder).glob("*/*.*"))
+
+
+def told_files():
+    """The sentences that a pruned speech LM is told to say, and the voices in which."""
+    return clip_files(config["lm_pruning"]["prompts"]["sentences"])
 
 
 def training_files(wildcards):

@@ -15,7 +15,7 @@ from eqknobs.audio import read_audio
 from eqknobs.io import read_csv
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import generate
-from eqknobs.stages.speech_lm_training.data import CUT, read_clips
+from eqknobs.speaking.clips import CUT, read_clips
 from picture_codec import mel_decibels
 
 RATE = 16000

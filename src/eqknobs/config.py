@@ -20,6 +20,7 @@ import eqknobs.models.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.lm_layers.checks
+import eqknobs.stages.lm_pruning.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
 import eqknobs.stages.speech_lm.checks
@@ -44,6 +45,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.importance.checks.check,
     eqknobs.stages.speech_lm.checks.check,
     eqknobs.stages.lm_layers.checks.check,
+    eqknobs.stages.lm_pruning.checks.check,
 )
 
 

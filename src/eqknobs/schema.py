@@ -33,6 +33,7 @@ PARTS = (
     "stages/importance",
     "stages/speech_lm",
     "stages/lm_layers",
+    "stages/lm_pruning",
     "sound",
     "report",
     "stages/codec_training",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from eqknobs.evidence.stats import bootstrap_weights
 
@@ -27,6 +28,7 @@ KEYS = {
     "codec": ["path", "codebooks", "voices", "split", "sae"],
     "steering": ["property", "arm", "alpha", "alpha_raw", "calibrated", "split"],
     "importance": ["map", "mode", "removed", "removed_dims", "seed", "split"],
+    "importance_maps": ["map", "split"],
     "sae": ["sae", "seed", "split"],
     "probes": ["property", "space", "binning", "split"],
 }
@@ -193,6 +195,46 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
     return cells
 
 
+def check_maps(run: Path, target: str, cfg: dict[str, Any]) -> int:
+    """Recompute every cell of `importance_maps.csv`, and the choice of a map; returns how many were compared."""
+    table = read(run / "tables" / "importance_maps.csv")
+    table = table[table["target"] == target]
+    oracle, val = (read(run / "scores" / f"{target}.importance_maps.{part}.csv") for part in ("oracle", "val"))
+    about = json.loads((run / "importance" / f"{target}.json").read_text())
+    maps = {name: pd.Series(values) for name, values in about["maps"].items()}
+    assert set(table["map"]) == set(val["map"]) and set(maps) <= set(table["map"])
+    measured = val[val["map"].isin(set(maps) - {"inverted"})].groupby("map")["mel_distance"].mean()
+    assert measured[about["chosen"]] == pytest.approx(measured.min(), rel=1e-8)
+    effects = oracle.pivot(index="dimension", columns="id", values="mel_change")
+    speakers = oracle.drop_duplicates("id").set_index("id")["speaker"]
+    cells = 0
+    for row in table.to_dict("records"):
+        rows = val[val["map"] == row["map"]]
+        clips = rows.groupby(["id", "speaker"], as_index=False)["mel_distance"].mean()
+        names = ("val_mel_distance", "val_mel_distance_low", "val_mel_distance_high")
+        wanted = dict(zip(names, estimate(clips, "mel_distance", cfg)))
+        wanted |= {"clips": clips["id"].nunique(), "speakers": clips["speaker"].nunique()}
+        wanted |= {"oracle_clips": len(speakers), "oracle_speakers": speakers.nunique()}
+        wanted |= {"chosen": int(row["map"] == about["chosen"]), "split": "val"}
+        names = ("spearman_oracle", "spearman_oracle_low", "spearman_oracle_high")
+        if row["map"] == "none" or not len(oracle):
+            wanted |= dict.fromkeys(names, math.nan)
+        elif row["map"] == "random":  # of chance, so it is only known where it must lie: 1.96 / √(width − 1)
+            band = 1.96 / math.sqrt(len(effects) - 1)
+            assert abs(row[names[0]]) < band / 2
+            assert -row[names[1]] == pytest.approx(band, rel=0.35) and row[names[2]] == pytest.approx(band, rel=0.35)
+        else:
+            drawn = bootstrap_weights([speakers[i] for i in effects], cfg["bootstrap"], cfg["seed"]) @ effects.T
+            found = [maps[row["map"]].corr(draw, method="spearman") for _, draw in drawn.iterrows()]
+            whole = maps[row["map"]].corr(effects.mean(axis=1), method="spearman")
+            wanted |= dict(zip(names, (whole, *np.percentile(found, [2.5, 97.5]))))
+        for key, value in wanted.items():
+            same(row[key], value, f"importance_maps {row['map']} {key}")
+            cells += 1
+        assert set(table) <= {*wanted, *names, "target", "map"}
+    return cells
+
+
 def available(rows: pd.DataFrame) -> set[str]:
     return {m for m, columns in RATIOS.items() if set(columns) <= set(rows)} | (set(MEANS) & set(rows))
 
@@ -226,12 +268,21 @@ def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any])
 def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, Any]) -> int:
     """Recompute every number of the summary of one target; returns how many were compared."""
     facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][target]
-    assert set(facts) == {"words", "sae", "probes", "steering", "importance", "comparisons", "headlines"}
+    assert set(facts) >= {
+        "words",
+        "sae",
+        "probes",
+        "steering",
+        "importance",
+        "importance_maps",
+        "comparisons",
+        "headlines",
+    }
     cells = _check_codec(run, target, facts, cfg, model) if facts["words"] else 0
-    for part, name in (("sae", "sae"), ("probes", "probes"), ("steering", "steering")):
-        table = read(run / "tables" / f"{name}.csv")
+    for part in ("sae", "probes", "steering", "importance_maps"):
+        table = read(run / "tables" / f"{part}.csv")
         for row in facts[part]:
-            found = pick(table[table["target"] == target], row, KEYS[name])
+            found = pick(table[table["target"] == target], row, KEYS[part])
             assert len(found) == 1, f"summary {part}: {row} is not one row of the table"
             for key, number in row.items():
                 value = found[key].item()
@@ -380,3 +431,45 @@ def _check_dictionaries(run: Path, model: str, cfg: dict[str, Any], raw: pd.Data
     tagged = _table(run, "lm_features", model)
     assert len(tagged) == (features["space"] == "sae").sum()
     return count
+
+
+def check_pruning(run: Path, model: str) -> None:
+    """The tables of the pruning stage, counted anew from answers and nats."""
+    table, far = (read(run / "tables" / f"{name}.csv") for name in ("lm_pruning", "lm_prunable"))
+    answers, nats = (read(run / "scores" / f"{model}.lm_{name}.csv") for name in ("pruned_answers", "nats"))
+    keys = ["granularity", "order", "share", "repair", "seed"]
+    rows, spoken = table[table["model"] == model].set_index(keys), dict(list(answers.groupby(keys)))
+    assert len(rows) == nats.groupby(keys).ngroups and set(spoken) == set(rows[rows["answers"] > 0].index)
+    intact = answers[answers["granularity"] == "intact"]
+    for key, clips in nats.groupby(keys):
+        row = rows.loc[key]
+        assert row["clips"] == len(clips) and np.isclose(row["nll_audio"], clips["nll_audio"].mean(), rtol=1e-6)
+        if key not in spoken:
+            assert row["answers"] == 0 and np.isnan(row["wer_monologue"])
+            continue
+        mine = spoken[key]
+        base = intact[intact["draw"].isin(mine["draw"])]
+        assert row["answers"] == len(mine) and row["prompts"] == mine["id"].nunique()
+        for name, top, bottom in PRUNED_RATIOS:
+            value = mine[top].sum() / mine[bottom].sum()
+            assert np.isclose(row[name], value, rtol=1e-6, equal_nan=True), (key, name)
+            if f"delta_{name}" in row and key[0] != "intact":
+                apart = value - base[top].sum() / base[bottom].sum()
+                assert np.isclose(row[f"delta_{name}"], apart, atol=1e-7, equal_nan=True), (key, name)
+        for name, column in (("similarity_intact", "similarity_intact"), ("silent_share", "silent"), ("f0_hz", "f0")):
+            assert np.isclose(row[name], mine[column].mean(), rtol=1e-6, equal_nan=True), (key, name)
+    for row in far[far["model"] == model].to_dict("records"):
+        shares = sorted(k[2] for k in spoken if k[:2] == (row["granularity"], row["order"]) and k[3] == row["repair"])
+        assert row["largest_share"] in (0, *shares) and row["tested"] == len(set(shares))
+        assert (row["bound"] <= 0.05) == (row["largest_share"] > 0) or np.isnan(row["bound"])
+        if row["order"] not in ("random", "random_layers") and row["largest_share"]:
+            found = rows.loc[(row["granularity"], row["order"], row["largest_share"], row["repair"], 0)]
+            assert np.isclose(found[f"delta_{row['measure']}_high"], row["bound"], atol=1e-7)
+
+
+PRUNED_RATIOS = (
+    ("wer_monologue", "errors_monologue", "words_monologue"),
+    ("wer_prompt", "errors_prompt", "words_prompt"),
+    ("pad_share", "pad_frames", "frames"),
+    ("words_per_second", "words_heard", "active_seconds"),
+)

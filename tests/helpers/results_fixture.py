@@ -212,12 +212,12 @@ def _ablated() -> list[Rendered]:
     """Conditions of the importance stage."""
     ablations: list[Rendered] = []
     for name, mode, share in product(
-        ("composition", "raw_probe", "variance", "inverted", "random"), ("mean", "zero"), (0.25, 20 / WIDTH)
+        ("composition", "raw_probe", "variance", "inverted", "ablation", "random"), ("mean", "zero"), (0.25, 20 / WIDTH)
     ):
         for seed in range(4) if name == "random" else (NAN,):
             own = share == 20 / WIDTH
             columns = {"map": name, "mode": mode, "removed": share, "removed_dims": round(share * WIDTH), "seed": seed}
-            judged = own and (name != "variance") and not seed >= 3
+            judged = own and not seed >= 3
             ablations.append((0.95, share / 3 + (0.1 if name == "random" else 0), judged, columns))
     ablations.append(
         (
@@ -229,6 +229,29 @@ def _ablated() -> list[Rendered]:
     )
     ablations.append((0.95, 0.0, True, {"map": "none", "mode": "none", "removed": 0.0, "removed_dims": 0, "seed": NAN}))
     return ablations
+
+
+def _mapped(run: Path, val: pd.DataFrame, rng: np.random.Generator) -> None:
+    """The maps, their oracle and their curves on val."""
+    spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
+    values = rng.permutation(np.concatenate(spread)).tolist()
+    maps = {"composition": values, "raw_probe": values[::-1], "variance": values, "ablation": values[::-1]}
+    about = {"chosen": "variance", "absent": {"fisher": "model x gives no gradients"}}
+    write_json(
+        run / "importance" / f"{TARGET}.json",
+        {"counts": COUNTS, "thresholds": {"expendable": 0.3, "critical": 0.7}, "maps": maps, **about},
+    )
+    parts: dict[str, list[pd.DataFrame]] = {"oracle": [], "val": []}
+    for clip in val[["id", "speaker", "split"]].to_dict("records"):
+        effects = pd.DataFrame({**clip, "dimension": range(WIDTH), "mel_change": np.array(values[::-1])})
+        parts["oracle"].append(effects.assign(mel_change=effects["mel_change"] + rng.gamma(2, 0.1, WIDTH)))
+        for i, name in enumerate(["none", "variance", *sorted(set(maps) - {"variance"}), "random", "random"]):
+            for removed in (0,) if name == "none" else (0.25, 0.5):
+                columns = {"map": name, "seed": i - 5 if name == "random" else NAN, "removed": removed}
+                columns |= {"removed_dims": round(removed * WIDTH), "mel_distance": 3 + i * removed + rng.random() / 9}
+                parts["val"].append(pd.DataFrame([clip | columns]))
+    for part, rows in parts.items():
+        write_csv(run / "scores" / f"{TARGET}.importance_maps.{part}.csv", pd.concat(rows))
 
 
 def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("random",), sound: bool = True) -> dict:
@@ -274,14 +297,7 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
     write_json(run / "steering" / TARGET / "calibration.json", {"target_hz_ratio": 0.75, "arms": calibration})
 
     stage("importance", _ablated())
-    spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
-    values = rng.permutation(np.concatenate(spread)).tolist()
-    maps = {"composition": values, "raw_probe": values[::-1], "variance": values}
-    write_json(
-        run / "importance" / f"{TARGET}.json",
-        {"counts": COUNTS, "thresholds": {"expendable": 0.3, "critical": 0.7}, "maps": maps},
-    )
-
+    _mapped(run, val, rng)
     speakers = sorted(test["speaker"].unique())
     write_json(root / "model" / "training.json", {"voices_heard": speakers[:2], "voices_unheard": speakers[2:3]})
     return {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
-from eqknobs.stages.speech_lm_training.grammar import part_of, sentence, words
+from eqknobs.speaking.grammar import part_of, sentence, words
 from helpers import ROOT
 
 FRAME, RATE = 1280, 16000  # samples a code frame of tiny-mimi; Hz

@@ -9,8 +9,11 @@ from eqknobs.evidence.stage import TablesCfg
 from eqknobs.models import ModelCfg
 from eqknobs.sae.training import GridCfg, SAECfg
 from eqknobs.schema import resolved, schema
+from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.importance.compute import ImportanceCfg
+from eqknobs.stages.importance.maps import MapsCfg
 from eqknobs.stages.lm_layers.compute import LmLayersCfg
 from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
 from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
@@ -23,6 +26,7 @@ JOB = {"seed", "device", "content"}  # what a job may have besides
 OPENED = {"model", "site"}
 OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
+MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
 TYPED = [
     (ModelCfg, ["models.*"], set(), {"name", "device"}),
@@ -35,6 +39,9 @@ TYPED = [
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
+    (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, OPENED | JOB),
+    (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
+    (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
     (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),
     (DictionariesCfg, ["lm_layers"], OPENED_LM - {"sae", "bins", "l2", "epochs"}, JOB),

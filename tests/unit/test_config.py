@@ -345,6 +345,7 @@ def some(**sections) -> dict:
         ({"saes": {"1e5": default()["saes"]["topk"]}}, "config: saes.1e5: the name reads as a number"),
         ({"codec": {"codebooks": [8, 99]}}, "config: codec.codebooks: 99 is more than the 16 codebooks of tiny-mimi"),
         ({"steering": {"codebooks": 17}}, "config: steering.codebooks: 17 is more than the 16 codebooks of tiny-mimi"),
+        ({"importance": {"maps": ["variance"]}}, "config: importance.maps: must hold 'composition'"),
         ({"importance": {"codebooks": 17}}, "config: importance.codebooks: 17 is more than the 16"),
         ({"report": {"clips": 4}, "steering": {"listen": 3}}, "config: report.clips: 4 is above steering.listen, 3"),
         ({"run": {"targets": ["tiny-mimi.encoder_layer.2"]}}, "encoder_layer.2': the model has layers 0 to 1"),
@@ -396,7 +397,7 @@ def test_what_means_the_same_reads_the_same():
         "probes": ("properties", "lags", "l2"),
         "codec": ("codebooks",),
         "steering": ("saes", "alphas", "clamp_features"),
-        "importance": ("removed", "modes"),
+        "importance": ("maps", "removed", "modes"),
     }.items():
         for name in names:
             config[section][name].reverse()

@@ -130,7 +130,7 @@ rule toy:
 """,
 }
 LISTS = {
-    "Snakefile": ('"lm_layers"]', '"lm_layers", "toy"]'),
+    "Snakefile": ('    "lm_pruning",\n', '    "lm_pruning",\n    "toy",\n'),
     "src/eqknobs/schema.py": ('    "sound",\n', '    "stages/toy",\n    "sound",\n'),
     "src/eqknobs/report/tables.py": (
         "STAGES: tuple[TablesModule, ...] = (",
@@ -156,7 +156,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text.replace(old, new))
 
     def only_toy(config: dict) -> None:
-        off = ("saes", "probes", "codec", "steering", "importance", "speech_lm", "lm_layers")
+        off = ("saes", "probes", "codec", "steering", "importance", "speech_lm", "lm_layers", "lm_pruning")
         config.update(dict.fromkeys(off))
         config["toy"] = {"longest": 3.0}
 

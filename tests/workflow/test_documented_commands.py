@@ -57,6 +57,11 @@ WAYS = {
     "eqknobs export-sae": HELP,
     "eqknobs talk": HELP,
     "eqknobs vram": HELP,
+    "eqknobs compress": HELP,
+    "eqknobs unpack": HELP,
+    "eqknobs compress --model tiny-mimi --plan uniform:4 --group 32 --rounding mse --out small": REAL,
+    "eqknobs unpack small --out plain": HELP,  # test_compress.py runs it
+    "eqknobs compress --model kyutai/mimi --plan plan.json --out small": HELP,
     "eqknobs vram --config …": REAL,
     "eqknobs vram --config config/moshiko.yaml": REAL,
     "eqknobs vram --config config/personaplex.yaml": REAL,

@@ -35,6 +35,9 @@ def shrink(name: str, folder: Path) -> dict:
     config["corpora"] = {"readers": config["data"] | readers}
     small = copy.deepcopy(SMALL["lm_layers"]) | {"properties": ["centroid", "token", "who"], "frames": 4000}
     config["lm_layers"] |= small | {"tokens": 8, "sae": small["sae"] | {"layers": [1]}}
+    pruning = copy.deepcopy(SMALL["lm_pruning"])
+    pruning["prompts"] = config["lm_pruning"]["prompts"] | pruning["prompts"] | {"seconds": 1.6}
+    config["lm_pruning"] |= pruning | {"draws": 1, "confirmed": [], "dnsmos": False}
     config["steering"] = {"high_bin": SMALL["probes"]["bins"] - 1}
     # the same kinds of sites, at the layers that a model of three has
     kinds = sorted({target.split(".")[1] for target in config["run"]["targets"]}, reverse=True)

@@ -24,7 +24,8 @@ JUDGED = {("judgements", "")}  # of all sounds; of those that did not change it 
 CODEC = {("codec_renders", "")} | JUDGED
 STEERING_RENDERS = {("steering_renders", "")} | JUDGED
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
-IMPORTANCE = {("importance_renders", "")} | JUDGED
+ABLATIONS = {("importance_renders", "")} | JUDGED
+IMPORTANCE = {("importance_maps", "")} | ABLATIONS
 JUDGEMENTS = {("originals", "")} | JUDGED
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
@@ -33,7 +34,9 @@ TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
 SCORED_SAES = {("sae_scores", "")} | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
-LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")}
+PRUNED = {("lm_pruning", "")}  # in orders that the probes of heads decide
+LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNED
+LM_PROBES = LM_READ - {("lm_labels", "")}
 LM = {("lm_caches", "")} | LM_READ
 SENTENCES = {("corpus_manifest", "")} | LM
 ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
@@ -157,7 +160,7 @@ def order(config: dict) -> None:
     for section, names in {
         "probes": ("properties", "lags", "l2"),
         "steering": ("saes", "alphas", "clamp_features"),
-        "importance": ("removed", "modes"),
+        "importance": ("maps", "removed", "modes"),
     }.items():
         for name in names:
             config[section][name].reverse()
@@ -208,7 +211,9 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "steering clip count": (edit_config(lambda c: c["steering"].update(clips=3)), STEERING_RENDERS | TABLES),
     "calibrated shift": (edit_config(lambda c: c["steering"].update(shift=0.8)), STEERING | TABLES),
     "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | LM | TABLES),
-    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), IMPORTANCE | TABLES),
+    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
+    "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
+    "library: the ablations": (edit_file("src/eqknobs/stages/importance/compute.py", CODE), ABLATIONS | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
@@ -217,7 +222,21 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
     "lags of a speech LM's layers": (
         edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
-        {("lm_layers", "")} | TABLES,
+        {("lm_layers", "")} | PRUNED | TABLES,
+    ),
+    "shares of heads that go": (edit_config(lambda c: c["lm_pruning"]["heads"].update(shares=[0.4])), PRUNED | TABLES),
+    "conditions that speak": (
+        edit_config(lambda c: c["lm_pruning"].update(answered=["heads:random:*"])),
+        PRUNED | TABLES,
+    ),
+    "no pruning": (edit_config(lambda c: c.update(lm_pruning=None)), TABLES),
+    "library: what a pruned model is asked": (
+        edit_file("src/eqknobs/speaking/prompts.py", CODE),
+        SPOKEN | PRUNED | TABLES,
+    ),
+    "library: memory and time of a pruned model": (
+        edit_file("src/eqknobs/stages/lm_pruning/footprint.py", CODE),
+        PRUNED | TABLES,
     ),
     "SAEs of a speech LM": (edit_config(lambda c: c["lm_layers"]["sae"].update(k=9)), {("lm_saes", "")} | TABLES),
     "text tokens told apart": (edit_config(lambda c: c["lm_layers"].update(tokens=9)), LM_READ | TABLES),
@@ -275,7 +294,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
-        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | {("lm_layers", ""), ("lm_saes", "")} | TABLES,
+        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | LM_PROBES | TABLES,
     ),
     "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
     "code, time kept": (

@@ -11,7 +11,15 @@ import pytest
 import yaml
 
 from helpers import ROOT
-from helpers.recompute import check_layers, check_summary, check_table, read, round_trip_wer
+from helpers.recompute import (
+    check_layers,
+    check_maps,
+    check_pruning,
+    check_summary,
+    check_table,
+    read,
+    round_trip_wer,
+)
 
 RUN = Path(os.environ.get("EQKNOBS_RESULTS", ROOT / "results" / "demo"))
 if not (RUN / "tables" / "summary.json").is_file():
@@ -37,6 +45,7 @@ CFG = {
 TARGETS = [name for name, facts in SUMMARY["targets"].items() if not facts.keys() & {"answers", "lm_best"}]
 OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in facts]
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
+PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 
 
 def model_of(target: str) -> dict:
@@ -58,6 +67,11 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
     if SUMMARY["targets"][target]["words"]:
         measurable = round_trip_wer(RUN, target, CFG, model_of(target))[0] <= CFG["unmeasurable_wer"]
     assert check_table(RUN, target, stage, CFG, model_of(target), measurable) > 20
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["importance"]])
+def test_how_maps_agree_with_the_oracle_is_recomputed_from_clips(target):
+    assert check_maps(RUN, target, CFG) > 20
 
 
 @pytest.mark.parametrize("model", OPENED)
@@ -86,6 +100,11 @@ def test_what_a_speech_lm_says_is_recomputed_from_its_answers(model):
             assert found[name] == pytest.approx(rows[column].sum() / count, rel=1e-6), (condition, name)
     said = {row["condition"]: row["wer_monologue"] for row in SUMMARY["targets"][model]["answers"]}
     assert said == pytest.approx(table["wer_monologue"].to_dict(), rel=1e-6)
+
+
+@pytest.mark.parametrize("model", PRUNED)
+def test_what_a_pruned_speech_lm_says_is_recomputed_from_its_answers(model):
+    check_pruning(RUN, model)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])

@@ -40,6 +40,7 @@ class Model(Protocol):
     sites: dict[str, Site]
     n_codebooks: int  # 0: cannot quantise
     decodes: bool
+    gradients: bool  # whether `decode_batch` has them
 
     def site(self, name: str) -> Site:
         """The site of that name. Raises EqknobsError, naming all sites, if there is none."""
@@ -72,6 +73,12 @@ class Model(Protocol):
         """Waveform [samples], the model continued from `acts` at the site; `codebooks` None skips the
         quantiser. Inside `editing`, `acts` are what the site passes on: edits there do not act, those of later sites
         do. Raises EqknobsError if the model does not decode."""
+        ...
+
+    def decode_batch(self, acts: "Tensor", site: str, codebooks: int | None = None) -> "Tensor":
+        """Waveforms [batch, frames · hop] of activations [batch, frames, width], as `decode` but in one piece, so that
+        memory grows with the clips. Around the quantiser (`codebooks` None) gradients reach `acts` where the model has
+        `gradients`; through it none do. Raises EqknobsError for another shape, and if the model does not decode."""
         ...
 
     def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:

@@ -24,6 +24,7 @@ from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.lm_layers import section as lm_layers
+from eqknobs.stages.lm_pruning import section as lm_pruning
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
@@ -37,6 +38,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     importance,
     speech_lm,
     lm_layers,
+    lm_pruning,
 )  # in the order of the pages
 
 HERE = Path(__file__).parent

@@ -16,6 +16,7 @@ from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.lm_layers import tables as lm_layers
+from eqknobs.stages.lm_pruning import tables as lm_pruning
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
@@ -29,6 +30,7 @@ STAGES: tuple[TablesModule, ...] = (
     importance,
     speech_lm,
     lm_layers,
+    lm_pruning,
 )  # in the order of the findings
 COLUMNS = {name: columns for stage in STAGES for name, columns in stage.COLUMNS.items()}
 

@@ -3,8 +3,8 @@
 What is slow to import or load is so when the first unknown sound is to be judged: often all are known.
 
 Sounds go through Whisper one by one. In batches the words are the same, but on a CPU the encoder's attention scores
-(54 MB a sound and layer) fall out of the caches, and the decoder gains nothing: see `benchmarks/judging.py`. What uses
-more cores is another sound at the same time.
+(54 MB a sound and layer) fall out of the caches, and what the decoder may gain is 3 % of the whole: see
+`benchmarks/judging.py`. What uses more cores is another sound at the same time.
 """
 
 import ctypes

@@ -98,3 +98,17 @@ def _f0_of_bytes(samples: bytes, rate: int) -> tuple[np.ndarray, np.ndarray]:
     pitch, periodicity = pitch_track(wav, rate, hop, frames)
     _, rms = centroid_and_rms(wav, rate, hop, frames)
     return pitch, energetic_mask(rms, FLOOR_DB) & (periodicity > VOICED_PERIODICITY)
+
+
+def clip_f0(wav: np.ndarray, rate: int) -> float:
+    """Median fundamental frequency (Hz) of the voiced frames, by CREPE tiny; nan for under 5."""
+    pitch, voiced = _f0(wav, rate)
+    return float(np.median(pitch[voiced])) if voiced.sum() >= MIN_VOICED_FRAMES else float("nan")
+
+
+def active_seconds(wav: np.ndarray, rate: int) -> tuple[float, float]:
+    """Begin and end (s) of what is within 40 dB of the loudest frame; nan, nan for digital silence."""
+    hop = round(0.02 * rate)
+    _, rms = centroid_and_rms(wav, rate, hop, _frames(wav, hop))
+    found = np.flatnonzero(energetic_mask(rms, FLOOR_DB))
+    return (found[0] * 0.02, (found[-1] + 1) * 0.02) if len(found) else (float("nan"), float("nan"))

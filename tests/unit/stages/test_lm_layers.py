@@ -13,6 +13,7 @@ import sentencepiece
 import soundfile as sf
 import torch
 import yaml
+from eqknobs.stages.speech_lm_training.data import Sequences
 from sklearn.linear_model import LogisticRegression
 
 import lm_heads
@@ -30,7 +31,6 @@ from eqknobs.stages.lm_layers.compute import Asked, LmLayersCfg, probe_layers
 from eqknobs.stages.lm_layers.ranking import pruning_order, rank_heads
 from eqknobs.stages.lm_layers.section import heatmap
 from eqknobs.stages.probes.compute import LabelledFrames
-from eqknobs.stages.speech_lm_training.data import Sequences
 from helpers import ROOT
 from helpers.moshi_world import write_codec, write_kyutai
 

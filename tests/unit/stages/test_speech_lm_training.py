@@ -20,11 +20,8 @@ from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.generate import GREEDY
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.stages.speech_lm.compute import Speaker, random_heads_zeroed
-from eqknobs.stages.speech_lm.tables import conditions
-from eqknobs.stages.speech_lm_training import grammar
-from eqknobs.stages.speech_lm_training.circuit import codes, write_copying
-from eqknobs.stages.speech_lm_training.data import (
+from eqknobs.speaking import grammar
+from eqknobs.speaking.clips import (
     CUT,
     LEAD,
     Sequences,
@@ -33,6 +30,9 @@ from eqknobs.stages.speech_lm_training.data import (
     read_clips,
     write_tokeniser,
 )
+from eqknobs.stages.speech_lm.compute import Speaker, random_heads_zeroed
+from eqknobs.stages.speech_lm.tables import conditions
+from eqknobs.stages.speech_lm_training.circuit import codes, write_copying
 from eqknobs.stages.speech_lm_training.synthesis import HOP, synthesise
 from eqknobs.stages.speech_lm_training.training import batch_of, learning_rate, losses, new_net, right, train
 from helpers.speech_lm_world import CODEC, PARTS, SIZES, write_speech

@@ -155,7 +155,8 @@ class Dialogue:
     Feeding the prompts is part of making the object; then `step` takes one frame after another. Prompts end together:
     a row with a shorter one begins later and sees nothing of the columns before, so that it says what it would say
     alone. The KV cache holds the conversation or the model's context, whichever is shorter. `text` [B, frames]: a
-    monologue that the agent is made to have.
+    monologue that the agent is made to have; `codes` [B, 8, frames]: codes that it is made to say, -1 reading as
+    nothing, -2 where it is free.
     """
 
     @torch.inference_mode()
@@ -167,6 +168,7 @@ class Dialogue:
         prompt: Prompt | Sequence[Prompt] | None = None,
         sampling: Sampling = GREEDY,
         text: Tensor | None = None,
+        codes: Tensor | None = None,
     ):
         prompts = [prompt or Prompt()] * batch if prompt is None or isinstance(prompt, Prompt) else list(prompt)
         if len(prompts) != batch:
@@ -180,9 +182,13 @@ class Dialogue:
         shape = (batch, net.config.streams, self.last + 2)
         self.grid = torch.full(shape, UNKNOWN, device=net.device)
         for row, prompt in enumerate(prompts):
-            _write(self.grid[row, :, first[row] :], net, prompt)
+            write_prompt(self.grid[row, :, first[row] :], net, prompt)
         if text is not None:
             self.grid[:, 0, self.place : self.last] = text
+        if codes is not None:
+            for stream, delay in enumerate(net.config.delays[net.config.agent]):
+                place = self.place + delay
+                self.grid[:, net.config.agent.start + stream, place : place + frames] = codes[:, stream]
         x = net.embed(self.grid[:, :, : self.place])
         for row, prompt in enumerate(prompts):
             if prompt.voice is not None:
@@ -216,7 +222,7 @@ class Dialogue:
         return Reply(self.grid[:, :1, column], torch.stack(codes, dim=1)[..., None])
 
 
-def _write(grid: Tensor, net: MoshiNet, prompt: Prompt) -> None:
+def write_prompt(grid: Tensor, net: MoshiNet, prompt: Prompt) -> None:
     """Write what is known of a row's columns [streams, …] from its own first one on."""
     start = 1 if prompt.voice is None else len(prompt.voice.embeddings) + 1
     grid[:, 0] = net.initial()
@@ -237,15 +243,16 @@ def generate(
     prompt: Prompt | Sequence[Prompt] | None = None,
     sampling: Sampling = GREEDY,
     text: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> Reply:
     """Let the agent converse with users whose codes [B, 8, T] are given, after one prompt or one each.
 
-    text [B, T]: its monologue, if it is not to choose it. Raises EqknobsError for another shape, or another
-    number of prompts.
+    text [B, T]: its monologue, if it is not to choose it; codes [B, 8, T]: see `Dialogue`. Raises EqknobsError for
+    another shape, or another number of prompts.
     """
     if user.ndim != 3 or user.shape[1] != net.config.codebooks or not user.shape[2]:
         raise EqknobsError(f"the user's codes must be [batch, {net.config.codebooks}, frames], got {list(user.shape)}")
     batch, _, frames = user.shape
-    dialogue = Dialogue(net, frames, batch, prompt, sampling, text)
+    dialogue = Dialogue(net, frames, batch, prompt, sampling, text, codes)
     replies = [dialogue.step(frame) for frame in user.to(net.device).unbind(-1)]
     return Reply(torch.cat([r.text for r in replies], -1), torch.cat([r.codes for r in replies], -1))

@@ -1,6 +1,7 @@
-"""What can be done to a network: activations edited, heads zeroed or removed, weights pruned or rounded, streams muted.
+"""What can be done to a network: activations edited, heads zeroed or removed, layers skipped, weights pruned or
+rounded, streams muted, the depformer shortened.
 
-Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed in NF4 everywhere.
+Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed everywhere.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.base import checked
 from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import Linear, is_packed, put_module, weight_of, with_weight
+from eqknobs.models.moshi.quantise import Linear, cut, is_packed, put_module, weight_of, with_weight
+from eqknobs.packing.modules import PackedLinear
 
 Heads = Mapping[int, Sequence[int]]
 
@@ -61,29 +63,75 @@ def editing(net: MoshiNet, site: str, edit: Callable[[Tensor], Tensor]) -> Itera
 
 
 @contextmanager
-def zeroed_heads(net: MoshiNet, heads: Heads) -> Iterator[None]:
-    """While the block runs, those heads give zeros: site `heads.<layer>` is cleared there."""
+def zeroed_heads(net: MoshiNet, heads: Heads, means: Sequence[Tensor] | None = None) -> Iterator[None]:
+    """While the block runs, those heads give zeros: site `heads.<layer>` is cleared there.
+
+    means: layer by layer what each head gives on average [heads, head_dim], by original numbers: then they give that.
+    """
     with ExitStack() as stack:
         for layer, places in _places(net, heads).items():
-            keep = torch.ones(len(net.heads[layer]), 1, dtype=torch.bool, device=net.device)
+            left = list(net.heads[layer])
+            keep = torch.ones(len(left), 1, dtype=torch.bool, device=net.device)
             keep[places] = False
+            given = (torch.zeros(()) if means is None else means[layer][left]).to(net.device, net.dtype)
 
-            def clear(acts: Tensor, keep: Tensor = keep) -> Tensor:
+            def clear(acts: Tensor, keep: Tensor = keep, given: Tensor = given) -> Tensor:
                 # not a product with 0: that would keep NaN and infinity
-                return torch.where(keep, acts.unflatten(-1, (len(keep), -1)), 0).flatten(-2)
+                return torch.where(keep, acts.unflatten(-1, (len(keep), -1)), given).flatten(-2)
 
             if places:
                 stack.enter_context(editing(net, f"heads.{layer}", clear))
         yield
 
 
-def remove_heads(net: MoshiNet, heads: Heads) -> None:
+@contextmanager
+def skipped_layers(net: MoshiNet, layers: Iterable[int]) -> Iterator[None]:
+    """While the block runs, those temporal layers hand on what they get.
+
+    Raises EqknobsError for layers that are not there.
+    """
+    layers = set(layers)
+    if unknown := [layer for layer in layers if not 0 <= layer < len(net.layers)]:
+        raise EqknobsError(f"layers: no layer {unknown[0]}; the model has {len(net.layers)}")
+    hooks = [net.layers[layer].register_forward_hook(lambda _module, inputs, _output: inputs[0]) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def first_codebooks(net: MoshiNet, count: int) -> Iterator[None]:
+    """While the block runs, the depformer has its first `count` steps only; the other codes of the agent are -1.
+
+    Raises EqknobsError for fewer than 1 or more than there are.
+    """
+    if not 1 <= count <= net.steps:
+        raise EqknobsError(f"codebooks: 1 to {net.steps}, got {count}")
+    lists: list[tuple[nn.Module, str, int]] = [(net, "depformer_in", count), (net, "linears", count)]
+    lists.append((net, "depformer_emb", count - 1))
+    for layer in net.dep_layers:
+        lists += [(layer, "gating", count), (layer.self_attn, "in_projs", count), (layer.self_attn, "out_projs", count)]
+    whole = [getattr(owner, name) for owner, name, _ in lists]
+    try:
+        for (owner, name, length), modules in zip(lists, whole):
+            setattr(owner, name, modules[:length])
+        yield
+    finally:
+        for (owner, name, _), modules in zip(lists, whole):
+            setattr(owner, name, modules)
+
+
+@torch.no_grad()
+def remove_heads(net: MoshiNet, heads: Heads, means: Sequence[Tensor] | None = None) -> None:
     """Take heads out for good: their rows of q, k and v, their columns of the output projection.
 
-    What remains computes what it did with those heads zeroed, but for rounding: shorter sums are added up in another
-    order. In NF4 the rest is unpacked, cut and packed again, which gives the same values unless scales are doubled or
-    head_dim is no multiple of the block. A KV cache made before does not fit any more. Raises EqknobsError for heads
-    that are not there.
+    What remains computes what it did with those heads zeroed (or, with `means`, giving those: then their part of the
+    projection's output becomes a bias), but for rounding: shorter sums are added up in another order. In NF4 the rest
+    is unpacked, cut and packed again, which gives the same values unless scales are doubled or head_dim is no multiple
+    of the block; packed integers keep all that is left as it was. A KV cache made before does not fit any more. Raises
+    EqknobsError for heads that are not there.
     """
     for layer, places in _places(net, heads).items():
         if not places:
@@ -91,16 +139,22 @@ def remove_heads(net: MoshiNet, heads: Heads) -> None:
         attention, dim = net.layers[layer].self_attn, net.config.head_dim
         count = len(attention.heads)
         keep = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=net.device)
-        rows = weight_of(attention.in_proj).view(3, count, dim, -1)[:, keep].flatten(0, 2)
-        columns = weight_of(attention.out_proj).view(-1, count, dim)[:, keep].flatten(1)
+        columns = torch.arange(count * dim, device=net.device).view(count, dim)[keep].flatten()
+        rows = torch.cat([columns + part * count * dim for part in range(3)])  # of q, k and v
+        if means is not None:
+            given = means[layer][list(attention.heads)][places].to(net.device, torch.float32)
+            projection = weight_of(attention.out_proj).view(-1, count, dim)[:, places]
+            added = torch.einsum("ohd,hd->o", projection.float(), given)
+            before = 0 if attention.bias is None else attention.bias
+            attention.bias = nn.Parameter((before + added).to(net.dtype), requires_grad=False)
         attention.heads = tuple(attention.heads[i] for i in keep.tolist())
-        attention.in_proj = with_weight(attention.in_proj, rows) if len(keep) else None
-        attention.out_proj = with_weight(attention.out_proj, columns) if len(keep) else None
+        attention.in_proj = cut(attention.in_proj, rows=rows) if len(keep) else None
+        attention.out_proj = cut(attention.out_proj, columns=columns) if len(keep) else None
 
 
 def linears(net: MoshiNet, patterns: Iterable[str] = TEMPORAL_LINEARS) -> list[str]:
     """Names of the linears that match any pattern. Raises EqknobsError if a pattern matches none."""
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
     found = []
     for pattern in patterns:
         if not (matching := [name for name in names if fnmatchcase(name, pattern)]):
@@ -131,6 +185,20 @@ def prune(net: MoshiNet, share: float, patterns: Iterable[str] = TEMPORAL_LINEAR
     return zeros
 
 
+@contextmanager
+def pruned(net: MoshiNet, shares: Mapping[int, float]) -> Iterator[None]:
+    """While the block runs, each of those temporal layers lacks the share of its smallest weights (`prune`)."""
+    patterns = {f"transformer.layers.{layer}.*": share for layer, share in shares.items()}
+    kept = {name: net.get_submodule(name) for name in linears(net, patterns)}
+    try:
+        for pattern, share in patterns.items():
+            prune(net, share, [pattern])
+        yield
+    finally:
+        for name, module in kept.items():
+            put_module(net, name, module)
+
+
 def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[str] = TEMPORAL_LINEARS) -> None:
     """Round weights to `bits` bits with one scale for every `block` values of a row, and keep them as they are stored.
 
@@ -143,6 +211,8 @@ def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[
     names = linears(net, patterns)
     for name in names:
         linear: Linear = net.get_submodule(name)
+        if isinstance(linear, PackedLinear):
+            raise EqknobsError(f"fake_quantise: {name} is packed; unpack the model (eqknobs unpack) to round it")
         if is_packed(linear):
             raise EqknobsError(f"fake_quantise: {name} is packed in NF4; load the model without nf4 to round it")
         if linear.in_features % block:

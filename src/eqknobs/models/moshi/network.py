@@ -109,8 +109,11 @@ class KVCache:
 class Attention(nn.Module):
     """Causal attention over `context` columns; `heads`: the original numbers of the heads that are left.
 
-    Without any head there are no projections (None), and the layer skips attention.
+    Without any head there are no projections (None), and the layer skips attention. `bias` [dim], None unless heads
+    were removed with their mean output: what the layer adds in their place.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, config: MoshiConfig, heads: tuple[int, ...]):
         super().__init__()
@@ -118,6 +121,7 @@ class Attention(nn.Module):
         width = len(heads) * config.head_dim
         self.in_proj = nn.Linear(config.dim, 3 * width, bias=False) if heads else None
         self.out_proj = nn.Linear(width, config.dim, bias=False) if heads else None
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         in_proj, out_proj = self.in_proj, self.out_proj
@@ -147,6 +151,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         if self.self_attn.heads:
             x = x + self.self_attn(self.norm1(x), rotation, mask, cache, layer)
+        if self.self_attn.bias is not None:
+            x = x + self.self_attn.bias
         return x + self.gating(self.norm2(x))
 
 
@@ -196,7 +202,8 @@ class MoshiNet(nn.Module):
     """Temporal transformer and depformer.
 
     `heads[l]`: the original numbers of the heads that layer l has left, by default all. Tensors are float or bfloat16
-    on one device; linears may be packed in 4 bits (`eqknobs.models.moshi.quantise`).
+    on one device; linears may be packed in 4 bits (`eqknobs.models.moshi.quantise`), linears and embeddings in 2 to 8
+    (`eqknobs.packing.modules`).
     """
 
     def __init__(self, config: MoshiConfig, heads: tuple[tuple[int, ...], ...] | None = None):
@@ -229,12 +236,17 @@ class MoshiNet(nn.Module):
         return tuple(layer.self_attn.heads for layer in self.layers)
 
     @property
+    def steps(self) -> int:
+        """Steps that the depformer has: a code of the agent each."""
+        return len(self.linears)
+
+    @property
     def dtype(self) -> torch.dtype:
-        return self.text_emb.weight.dtype
+        return self.out_norm.alpha.dtype  # is never packed
 
     @property
     def device(self) -> torch.device:
-        return self.text_emb.weight.device
+        return self.out_norm.alpha.device
 
     def initial(self) -> Tensor:
         """Column 0: the initial tokens [17]."""
@@ -299,16 +311,19 @@ class MoshiNet(nn.Module):
         audio = None
         if depformer:
             audio = self.audio_logits(hidden, columns[:, :, 1:])
-            for stream, delay in enumerate(self.config.delays[self.config.agent]):
+            for stream, delay in enumerate(self.config.delays[self.config.agent][: self.steps]):
                 if delay:
                     audio[:, stream] = audio[:, stream].roll(-delay, dims=1)
                     audio[:, stream, -delay:] = math.nan
         return Logits(self.text_linear(hidden), audio)
 
     def audio_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Depformer's logits [B, 8, S, card]: hidden states [B, S, dim], columns that they predict [B, 17, S]."""
+        """Depformer's logits [B, 8, S, card]: hidden states [B, S, dim], columns that they predict [B, 17, S].
+
+        Of a shortened depformer (`interventions.first_codebooks`) those of its steps.
+        """
         batch, steps, _ = hidden.shape
-        inputs = [self._dep_input(k, hidden, targets[:, k]) for k in range(self.config.codebooks)]
+        inputs = [self._dep_input(k, hidden, targets[:, k]) for k in range(self.steps)]
         x = torch.stack(inputs, dim=2).flatten(0, 1)
         for layer in self.dep_layers:
             x = layer(x, 0)
@@ -325,7 +340,7 @@ class MoshiNet(nn.Module):
         return hidden[:, 0], self.text_linear(hidden)[:, 0]
 
     def audio_step(self, hidden: Tensor, text: Tensor, forced: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """The agent's 8 codes [B, 8] of the column after `hidden` [B, dim], one after another.
+        """The agent's 8 codes [B, 8] of the column after `hidden` [B, dim], one after another; -1 beyond `steps`.
 
         text [B]: that column's text token; forced [B, 8]: tokens to take instead of choosing, -2 where there are none;
         choose: from logits [B, card] to tokens [B], called for every codebook.
@@ -335,10 +350,13 @@ class MoshiNet(nn.Module):
         pasts = [hidden.new_empty(shape) for _ in range(config.dep_layers)]
         token, chosen = text, []
         for k in range(config.codebooks):
-            x = self._dep_input(k, hidden[:, None], token[:, None])
-            for layer, past in zip(self.dep_layers, pasts):
-                x = layer(x, k, past)
-            token = choose(self.linears[k](x)[:, 0])
+            if k < self.steps:
+                x = self._dep_input(k, hidden[:, None], token[:, None])
+                for layer, past in zip(self.dep_layers, pasts):
+                    x = layer(x, k, past)
+                token = choose(self.linears[k](x)[:, 0])
+            else:
+                token = torch.full_like(token, -1)
             token = torch.where(forced[:, k] == -2, token, forced[:, k])
             chosen.append(token)
         return torch.stack(chosen, dim=1)

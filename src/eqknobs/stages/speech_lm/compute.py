@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from eqknobs.audio import write_flac
-from eqknobs.errors import EqknobsError, counted
+from eqknobs.errors import counted
 from eqknobs.io import atomic_path, write_csv
 from eqknobs.models import ModelCfg
-from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
-from eqknobs.models.moshi.generate import Sampling, generate
+from eqknobs.models.moshi.generate import Sampling
 from eqknobs.models.moshi.interventions import zeroed_heads
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.pieces import Pieces
-from eqknobs.sound.judges import JudgesCfg, SpeakerEncoder, Transcriber, similarity, word_errors
-from eqknobs.stages.speech_lm_training.data import SPECIAL, Clip, Sequences, encode_speech, read_clips
+from eqknobs.sound.judges import similarity, word_errors
+from eqknobs.speaking.answers import speak
+from eqknobs.speaking.clips import SPECIAL, Clip, encode_speech, read_clips
+from eqknobs.speaking.prompts import Sentences
+from eqknobs.speaking.scores import Judge
 
-VOICE_FRAMES = 25  # of the voice prompt: two seconds
 LISTED = 8  # answers of a condition whose sound is kept, where it is
 
 
@@ -59,7 +60,7 @@ class AnswersCfg(ScoresCfg):
     """What `answer_sentences` reads."""
 
     model: ModelCfg
-    speech: str  # a folder of clips, see `stages.speech_lm_training.data`
+    speech: str  # a folder of clips, see `speaking.clips`
 
 
 @contextmanager
@@ -83,17 +84,11 @@ class Speaker:
     def __init__(
         self, model: Moshi, clips: list[Clip], known: list[Clip], cfg: SpeakerCfg, pieces: Pieces | None = None
     ) -> None:
-        if not clips or {clip.voice for clip in clips} - {clip.voice for clip in known}:
-            raise EqknobsError("speech LM: no clip of the part to be scored, or none of its voices to compare with")
         self.model, self.clips, self.cfg = model, clips, cfg
-        self.sequences = Sequences(known, model.tokeniser(), model.config)
-        judge = JudgesCfg(asr=cfg["asr"], beam=cfg["beam"], device="cpu")
-        self.transcriber, self.encoder = Transcriber(judge, pieces), SpeakerEncoder(pieces)
-        self.frames = max(clip.codes.shape[2] for clip in clips) + round(FRAME_RATE)
-        self.voices = {}
-        for voice, said in sorted(self.sequences.by_voice.items()):
-            embeddings = [self.encoder.embed(self.sound(torch.from_numpy(c.codes[0]).long())) for c in said[:8]]
-            self.voices[voice] = np.mean(embeddings, axis=0) / np.linalg.norm(np.mean(embeddings, axis=0))
+        self.told = Sentences(model, clips, known)
+        judge = Judge(model, {"asr": cfg["asr"], "beam": cfg["beam"]}, pieces)
+        self.transcriber, self.encoder = judge.transcriber, judge.encoder
+        self.voices = judge.voices(self.told.sequences)
         self.codec_errors = [self.heard(torch.from_numpy(clip.codes[0]).long(), clip.text)[0] for clip in clips]
 
     def sound(self, codes: Tensor) -> np.ndarray:
@@ -108,23 +103,11 @@ class Speaker:
         self, sampling: Sampling, forced: bool = False, count: int | None = None
     ) -> Iterator[tuple[Clip, Tensor, Tensor]]:
         """The first `count` clips with the text tokens [T] and codes [codebooks, T] that the model makes of them."""
-        clips, batch = self.clips[:count], self.cfg["batch"]
-        for first in range(0, len(clips), batch):
-            rows = clips[first : first + batch]
-            prompts = []
-            for clip in rows:
-                voice = self.sequences.voice_codes(clip.voice, VOICE_FRAMES, random.Random(clip.text))
-                prompts.append(self.model.prompt(clip.text, voice))
-            user = torch.tensor(self.model.config.silence)[None, :, None].repeat(len(rows), 1, self.frames)
-            text = None
-            if forced:
-                spoken = [self.sequences.spoken(clip)[0] for clip in rows]
-                pad = self.model.config.pad
-                text = torch.stack([torch.nn.functional.pad(t, (0, self.frames - len(t)), value=pad) for t in spoken])
-            seeded = Sampling(**vars(sampling) | {"seed": sampling.seed + first})
-            with inference():
-                reply = generate(self.model.net, user.to(self.model.device), prompts, seeded, text)
-            yield from zip(rows, reply.text.cpu(), reply.codes.cpu(), strict=True)
+        asked = self.told.asked()[:count]
+        texts = self.told.monologues()[:count] if forced else None
+        answers = speak(self.model, asked, sampling, self.cfg["batch"], texts)
+        for clip, answer in zip(self.clips[:count], answers, strict=True):
+            yield clip, answer.text, answer.codes
 
     def score(
         self, condition: str, seed: int, audio: Path | None = None, count: int | None = None

@@ -1,4 +1,4 @@
-"""A small speech LM of the project's own: the sentences it says, its training data, its training, its scores.
+"""A small speech LM of the project's own: its training data and its training.
 
-grammar: sentences and which part they belong to. data: speech to sequences of tokens. training: the training loop.
+What it says, and how that becomes sequences of tokens, is in `eqknobs.speaking`.
 """

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from eqknobs.audio import write_flac
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
-from eqknobs.stages.speech_lm_training.grammar import part_of, sentence
+from eqknobs.speaking.grammar import part_of, sentence
 
 RATE, FRAME, HOP = 16000, 1280, 256  # Hz and samples a code frame of the codec; Piper's samples a frame
 VOICES = {"joe": 7, "joe-bright": 9}  # Piper frames a code frame

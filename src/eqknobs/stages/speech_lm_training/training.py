@@ -31,8 +31,7 @@ from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.checkpoint import find_files, load_net, save_net
 from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.stages.speech_lm_training.circuit import write_copying
-from eqknobs.stages.speech_lm_training.data import (
+from eqknobs.speaking.clips import (
     SPECIAL,
     Sequences,
     collate,
@@ -41,6 +40,7 @@ from eqknobs.stages.speech_lm_training.data import (
     sounds,
     write_tokeniser,
 )
+from eqknobs.stages.speech_lm_training.circuit import write_copying
 
 TEXT_WEIGHT = 3.0
 PAD_WEIGHT = 0.5  # of frames in which no word begins, within the text's loss

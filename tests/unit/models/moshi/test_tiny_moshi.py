@@ -13,8 +13,8 @@ from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.checkpoint import load_net
 from eqknobs.models.moshi.generate import generate
 from eqknobs.sound.judges import word_errors
-from eqknobs.stages.speech_lm_training.data import CUT
-from eqknobs.stages.speech_lm_training.grammar import part_of, sentence
+from eqknobs.speaking.clips import CUT
+from eqknobs.speaking.grammar import part_of, sentence
 from helpers import ROOT
 
 FOLDER = ROOT / "resources/models/tiny-moshi"

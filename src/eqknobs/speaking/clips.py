@@ -23,7 +23,7 @@ from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.generate import persona_prompt, system_text
 from eqknobs.models.moshi.loudness import normalised
-from eqknobs.stages.speech_lm_training import grammar
+from eqknobs.speaking import grammar
 
 LEAD = 2  # frames that the monologue runs ahead of the sound
 CUT = 2  # frames of silence dropped in front of a clip: a codec's first frames are not its steady silence
