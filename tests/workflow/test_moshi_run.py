@@ -134,17 +134,7 @@ def test_a_second_run_does_nothing_and_an_edit_reruns_what_depends_on_it(run: tu
     assert planned(folder, "changed.yaml") == set()  # another machine, the same results
     config["models"][name]["stream"] = "agent"
     (folder / "changed.yaml").write_text(yaml.safe_dump(config))
-    assert planned(folder, "changed.yaml") == {
-        "activations",
-        "labels",
-        "probes",
-        "lm_caches",
-        "lm_labels",
-        "lm_layers",
-        "lm_saes",
-        "tables",
-        "report",
-    }
+    assert planned(folder, "changed.yaml") == {"activations", "labels", "probes", "tables", "report"}
 
 
 def test_it_refuses_before_work_what_does_not_fit(run: tuple[Path, dict, str]) -> None:
