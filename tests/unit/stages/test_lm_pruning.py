@@ -24,6 +24,7 @@ from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.likelihood import nats
 from eqknobs.models.moshi.quantise import weight_of
 from eqknobs.pieces import Pieces
+from eqknobs.report.tables import write_tables
 from eqknobs.schema import schema
 from eqknobs.sound.judges import SpeakerEncoder
 from eqknobs.speaking.answers import divergence, free_codebooks, speak
@@ -36,6 +37,7 @@ from eqknobs.stages.lm_pruning.checks import check
 from eqknobs.stages.lm_pruning.codebooks import heard_by
 from eqknobs.stages.lm_pruning.compute import prune_and_score
 from eqknobs.stages.lm_pruning.plan import HeadsCfg, PartsCfg
+from eqknobs.stages.lm_pruning.section import show
 from eqknobs.stages.lm_pruning.tables import RAW, WER_MONOLOGUE, findings, gates_table, largest_share, paired, tabulate
 from eqknobs.stages.speech_lm_training.training import TOKENISER, new_net
 from helpers import ROOT
@@ -322,6 +324,19 @@ def test_tables_are_made_of_the_raw_rows_alone(finished: Path) -> None:
     assert {line["topic"] for line in lines} == {"lm_pruning"}
     assert any("Heads that can be off before WER of the monologue against the prompt" in line["text"] for line in lines)
     assert {record["b"] for record in found.comparisons} == {"random", "intact"}
+
+
+def test_the_page_plays_answers_side_by_side(finished: Path) -> None:
+    cfg = {"targets": ["tones"], "bootstrap": 20, "seed": 0, "stages": {"lm_pruning": {"targets": ["tones"]}}}
+    write_tables(Inputs.below(finished), cfg, finished / "tables")
+    shown = show(context(finished))
+    (answer,) = shown["answers"]
+    names = [take["name"] for take in answer["takes"]]
+    assert names == ["intact", "25% of heads off, most acoustic first", "25% of heads off, at random"]
+    assert all(take["sound"].startswith("data:audio/mpeg;base64,") for take in answer["takes"]) and answer["told"]
+    titles = {figure["title"] for figure in shown["drawn"]}
+    assert {"Pruned heads: nats of held-out speech", "When heads go: most acoustic first", "Fewer codebooks"} <= titles
+    assert len(shown["spoken"]["rows"]) == 5 and len(shown["removal"]["rows"]) == 2
 
 
 def answered(order: str, share: float, errors: list[int], seed: int = 0, draw: int = 0) -> pd.DataFrame:

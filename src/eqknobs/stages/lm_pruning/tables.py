@@ -105,8 +105,7 @@ def with_gates(answers: pd.DataFrame) -> pd.DataFrame:
 def paired(intact: pd.DataFrame, mine: pd.DataFrame, measure: Measure, cfg: dict[str, Any]) -> dict[str, Any] | None:
     """`compare` of pruned answers with the intact model's of the same prompts and draws."""
     same = intact[intact["draw"].isin(mine["draw"].unique()) & intact["id"].isin(mine["id"].unique())]
-    copies = mine.groupby(["id", "draw"])["seed"].nunique().max()  # several random orders are pooled
-    return compare(by_prompt(mine), by_prompt(pd.concat([same] * int(copies or 1))), measure, cfg)
+    return compare(by_prompt(mine), by_prompt(same), measure, cfg)
 
 
 def pruning_table(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
