@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 
 # Kernels that add up sums in other orders, as other processors do; MKL's COMPATIBLE differs most from Intel's own.
 KERNELS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem
-NOT_NUMERIC := audio config corpus data fetching installed io judges moshi_memory moshi_speed one_writer pieces \
-    provenance report sae_benchmark script
+NOT_NUMERIC := audio config corpus data fetching installed io judges judging moshi_memory moshi_speed one_writer \
+    pieces provenance quality report sae_benchmark script
 NUMERIC = $(filter-out $(foreach name,$(NOT_NUMERIC),%/test_$(name).py),$(shell find tests/unit -name 'test_*.py' | sort))
 
 .PHONY: demo test test-kernels test-slow lint format clean

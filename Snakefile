@@ -48,7 +48,7 @@ WORKED_ON = list(
         [*TARGETS, *(t for stage in SECTIONS.values() for t in stage["targets"])]
     )
 )
-CORPORA = corpora_used(config, WORKED_ON)
+CORPORA = corpora_used(config, WORKED_ON + LISTENING)
 config["worked_on"] = WORKED_ON  # for jobs that serve several; no part of any slice
 
 

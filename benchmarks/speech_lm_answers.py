@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results/speech_lm_answers.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = Moshi({"name": "model", "path": str(options.model), "device": "cpu"})
+    model = Moshi({"name": "model", "kind": "moshi", "path": str(options.model), "device": "cpu"})
     frames, rng, rows = round(options.seconds * FRAME_RATE), random.Random(0), []
     for batch in options.batches:
         texts = [sentence(rng) for _ in range(batch)]

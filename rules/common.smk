@@ -22,6 +22,7 @@ from eqknobs.plan import (
     corpus_config,
     corpus_of,
     model_config,
+    on_corpus,
     parse_target,
     reference_saes,
     sae_home,
@@ -55,11 +56,13 @@ FINAL = f"{RUN}/report/index.html"  # a training has another end
 
 # What the rule files of the stages add to, each its own; judges, tables and report read them.
 SOUNDS = {}  # what makes sound -> its targets
+RATED = set()  # of these, what DNSMOS rates too (column `dnsmos`)
 TABLES = []  # names of tables
 TABLE_INPUTS = []  # what tables and report read
 REPORT_INPUTS = []  # what only the report reads
 SAE_SCORES = []  # what the milestone `dictionaries` stops at
 PROBES = []  # and `probings`
+LISTENING = []  # models on corpora that a stage lets them hear, as targets are called
 SECTIONS = (
     {}
 )  # stage -> what of the run it works on: targets, and what else its section needs to know
@@ -112,12 +115,14 @@ def opened(wildcards):
 
 
 def probes_slice(wildcards):
-    """The slice of a probe of one property: a category has neither bins nor lags."""
+    """The slice of a probe of one property, on one SAE's code or on the spaces that none makes: a category has neither
+    bins nor lags."""
     category = REGISTERED[wildcards.property].kind == "category"
     keys = ("l2", "epochs") if category else ("l2", "epochs", "bins", "lags")
     return {
         **{key: config["probes"][key] for key in keys},
         "property": wildcards.property,
+        "parts": ["sae" if wildcards.get("sae") else "base"],
         "seed": SEED,
     }
 
@@ -213,11 +218,27 @@ def files_of(name):
     return ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
 
 
+def tables_slice():
+    """What tables and report share (`eqknobs.evidence.stage.TablesCfg`)."""
+    return {
+        **config["tables"],
+        "seed": SEED,
+        "targets": WORKED_ON,
+        "stages": SECTIONS,
+        "word_codebooks": word_codebooks(config),
+    }
+
+
 def training_records(wildcards):
     """Which voices a bundled model heard in its own training."""
     names = {parse_target(target)[0] for target in WORKED_ON}
     records = sorted(training_record(config, name) for name in names)
     return ancient([record for record in records if Path(record).is_file()])
+
+
+def every_core(wildcards):
+    """All cores that Snakemake was given, on this machine; on a cluster what the configuration says."""
+    return max(config["hardware"]["threads"], workflow.cores or 1)
 
 
 def asr_files(wildcards):

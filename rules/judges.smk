@@ -1,20 +1,13 @@
-wildcard_constraints:
-    sound="|".join(SOUNDS) or "none",
-
-
+JUDGED = [(sound, target) for sound, targets in SOUNDS.items() for target in targets]
 TABLE_INPUTS += [
     # Of speech also where nothing is judged: the page shows who says what.
     f"{RUN}/scores/originals.csv",
     *(
         originals_file(corpus)
-        for corpus in {corpus_of(t) for targets in SOUNDS.values() for t in targets}
+        for corpus in {corpus_of(target) for _, target in JUDGED}
         if corpus != SPEECH
     ),
-    *(
-        f"{RUN}/scores/{target}.{sound}.words.csv"
-        for sound, targets in SOUNDS.items()
-        for target in targets
-    ),
+    *(f"{RUN}/scores/{target}.{sound}.words.csv" for sound, target in JUDGED),
 ]
 
 
@@ -60,31 +53,43 @@ use rule originals as corpus_originals with:
         "Transcribe the untouched test clips of {wildcards.corpus}"
 
 
-rule judgements:
-    input:
-        manifest=manifest_of,
-        index=f"{RUN}/renders/{{target}}/{{sound}}/index.csv",
-        # The index may stay the same when the sound behind it changes; its signal scores do not.
-        signal=f"{RUN}/scores/{{target}}.{{sound}}.signal.csv",
-        originals=lambda wildcards: originals_file(corpus_of(wildcards.target)),
-        asr=asr_files,
-        script=code("judgements.py"),
-    output:
-        f"{RUN}/scores/{{target}}.{{sound}}.words.csv",
-    log:
-        f"{RUN}/logs/judgements.{{target}}.{{sound}}.log",
-    benchmark:
-        f"{RUN}/benchmarks/judgements.{{target}}.{{sound}}.tsv"
-    conda:
-        ENV
-    threads: config["hardware"]["threads"]
-    resources:
-        gpu=gpu,
-    params:
-        cfg=cfg(
-            "judgements", lambda wildcards: {"judges": config["judges"]}, asr=asr_files
-        ),
-    message:
-        "Judge words and voice of {wildcards.target}, {wildcards.sound}"
-    script:
-        "../workflow/scripts/judgements.py"
+# One job for all renders: the judges are loaded once, and what they know of a sound already costs them nothing.
+if JUDGED:
+
+    rule judgements:
+        input:
+            manifests=[manifest_file(corpus_of(target)) for _, target in JUDGED],
+            indexes=[
+                f"{RUN}/renders/{target}/{sound}/index.csv" for sound, target in JUDGED
+            ],
+            # An index may stay the same when the sound behind it changes; its signal scores do not.
+            signals=[
+                f"{RUN}/scores/{target}.{sound}.signal.csv" for sound, target in JUDGED
+            ],
+            originals=[originals_file(corpus_of(target)) for _, target in JUDGED],
+            asr=asr_files,
+            script=code("judgements.py"),
+        output:
+            [f"{RUN}/scores/{target}.{sound}.words.csv" for sound, target in JUDGED],
+        log:
+            f"{RUN}/logs/judgements.log",
+        benchmark:
+            f"{RUN}/benchmarks/judgements.tsv"
+        conda:
+            ENV
+        threads: every_core
+        resources:
+            gpu=gpu,
+        params:
+            cfg=cfg(
+                "judgements",
+                lambda wildcards: {
+                    "judges": config["judges"],
+                    "dnsmos": sorted(RATED & {sound for sound, _ in JUDGED}),
+                },
+                asr=asr_files,
+            ),
+        message:
+            "Judge words and voice of all renders"
+        script:
+            "../workflow/scripts/judgements.py"

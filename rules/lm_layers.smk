@@ -1,4 +1,5 @@
 LM_OPENED = config["lm_layers"]["models"]
+LISTENING += [on_corpus(model, config["lm_layers"]["corpus"]) for model in LM_OPENED]
 LM = f"{RUN}/lm/{{model}}"
 SECTIONS["lm_layers"] = {
     "targets": LM_OPENED,

@@ -62,7 +62,7 @@ rule sae_probes:
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
         saes=lambda wildcards: first_saes(lambda target: [wildcards.sae])(wildcards),
-        script=code("sae_probes.py"),
+        script=code("probes.py"),
     output:
         probes=f"{RUN}/probes/{{target}}/{{sae}}/{{property}}.npz",
         scores=f"{RUN}/scores/{{target}}.probes.{{sae}}.{{property}}.csv",
@@ -77,8 +77,8 @@ rule sae_probes:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("sae_probes", probes_slice),
+        cfg=cfg("probes", probes_slice),
     message:
         "Probe SAE {wildcards.sae} of {wildcards.target} for {wildcards.property}"
     script:
-        "../workflow/scripts/sae_probes.py"
+        "../workflow/scripts/probes.py"

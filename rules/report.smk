@@ -17,13 +17,7 @@ rule tables:
     params:
         cfg=cfg(
             "tables",
-            lambda wildcards: {
-                **config["tables"],
-                "seed": SEED,
-                "targets": WORKED_ON,
-                "stages": SECTIONS,
-                "word_codebooks": word_codebooks(config),
-            },
+            lambda wildcards: tables_slice(),
             training=training_records,
         ),
     message:
@@ -66,8 +60,7 @@ rule report:
             lambda wildcards: {
                 "config": but(config, "hardware", "worked_on")
                 | {"data": but(config["data"], *DOWNLOAD)},
-                "targets": WORKED_ON,
-                "stages": SECTIONS,
+                **tables_slice(),
                 "training": {
                     name: training_record(config, name)
                     for name in bundled_models(config)

@@ -27,8 +27,8 @@ rule speech_lm_answers:
             "speech_lm_answers",
             lambda wildcards: {
                 **but(config["speech_lm"], "models"),
+                **config["judges"],
                 "model": model_config(config, wildcards.model),
-                "judges": config["judges"],
             },
             model=lambda wildcards: files_of(wildcards.model),
             speech=lambda wildcards: clip_files(config["speech_lm"]["speech"]),

@@ -17,6 +17,7 @@ TITLES = {
     FOUNDATIONS: "errors, io, audio, config, provenance, pieces …",
     "corpus": "speech, manifest, labels, activation caches",
     "models": "one protocol, one file a kind",
+    "packing": "weights as packed integers",
     "sae": "the SAE engine",
     "sound": "renders, metrics, judges",
     "speaking": "what speech LMs are asked and answer",

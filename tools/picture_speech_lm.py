@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=Path("docs/results/tables/speech_lm.csv"))
     parser.add_argument("--out", type=Path, default=Path("docs/tiny-moshi.png"))
     args = parser.parse_args()
-    model = Moshi({"name": "tiny-moshi", "path": str(args.model), "device": "cpu"})
+    model = Moshi({"name": "tiny-moshi", "kind": "moshi", "path": str(args.model), "device": "cpu"})
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     grid = figure.add_gridspec(3, 3)
 

@@ -89,6 +89,7 @@ def _add_talk(commands: Any) -> None:
 
 
 def _talk(args: argparse.Namespace) -> None:
+    from eqknobs.models import ModelCfg
     from eqknobs.models.moshi.generate import GREEDY, Sampling
     from eqknobs.talk import talk
 
@@ -101,7 +102,7 @@ def _talk(args: argparse.Namespace) -> None:
         if not 0 < args.temperature < float("inf"):
             raise EqknobsError(f"--temperature: must be above 0, got {args.temperature:g}; --greedy is 0")
         sampling = Sampling(temperature=args.temperature, text_temperature=args.temperature, seed=args.seed)
-    model = {"name": "model", "kind": "moshi", "path": args.model, "revision": None, "device": args.device}
+    model: ModelCfg = {"name": "model", "kind": "moshi", "path": args.model, "revision": None, "device": args.device}
     model |= {"codec": args.codec, "nf4": args.nf4}
     talk(model, args.audio, args.out, args.text_prompt, args.voice, args.seconds, sampling)
     print(f"wrote {args.out}")
@@ -123,11 +124,67 @@ def _clean(args: argparse.Namespace) -> None:
     print(f"removed {counted(count, 'piece')} of {STORE} ({size / 1e6:.1f} MB)")
 
 
+def _add_compress(commands: Any) -> None:
+    text = "Write a model smaller: weights as packed integers of 2 to 8 bits, with a scale a channel or group."
+    note = "The folder loads as the model did, by its path. docs/packing.md describes plans and files."
+    parser = commands.add_parser("compress", help=text, description=f"{text} {note}")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="a folder, a hub id (kyutai/mimi) or a bundled model's name"
+    )
+    parser.add_argument("--plan", required=True, metavar="PLAN", help="a plan's JSON file, or uniform:BITS (2 to 8)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--kind",
+        metavar="KIND",
+        help="mimi, encodec, dac, hubert, whisper or moshi; default: what its config.json says",
+    )
+    parser.add_argument("--revision", metavar="COMMIT", help="of a hub model")
+    uniform = parser.add_argument_group("of uniform plans")
+    uniform.add_argument("--group", type=int, metavar="N", help="inputs that share a scale; default: a whole channel")
+    uniform.add_argument(
+        "--rounding", choices=["nearest", "mse"], help="mse clips each group for the least error; default: nearest"
+    )
+    uniform.add_argument("--zero-points", action="store_true", help="asymmetric: a zero point a group beside the scale")
+    uniform.add_argument(
+        "--rest", choices=["float16", "float32"], help="type of tensors that are not packed; default: float16"
+    )
+    uniform.add_argument(
+        "--keep", action="append", choices=["embeddings", "codebooks"], help="leave these unpacked; may be repeated"
+    )
+    parser.set_defaults(run=_compress)
+
+
+def _compress(args: argparse.Namespace) -> None:
+    from eqknobs.compress import compress
+
+    given = {"group": args.group, "rounding": args.rounding, "rest": args.rest}
+    options = {key: value for key, value in given.items() if value is not None}
+    if args.zero_points:
+        options["symmetric"] = False
+    print(compress(args.model, args.plan, args.out, args.kind, args.keep or (), args.revision, **options))
+    print(f"wrote {args.out}")
+
+
+def _add_unpack(commands: Any) -> None:
+    text = "Write a packed model with float32 weights again, as its own library (transformers) loads it."
+    parser = commands.add_parser("unpack", help=text, description=text)
+    parser.add_argument("folder", metavar="FOLDER", help="a folder that eqknobs compress wrote")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; must be new or empty")
+    parser.set_defaults(run=_unpack)
+
+
+def _unpack(args: argparse.Namespace) -> None:
+    from eqknobs.compress import unpack
+
+    print(unpack(args.folder, args.out))
+    print(f"wrote {args.out}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_export_sae, _add_vram, _add_talk, _add_clean):
+    for add in (_add_export_sae, _add_vram, _add_talk, _add_compress, _add_unpack, _add_clean):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors():

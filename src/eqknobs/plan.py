@@ -48,10 +48,8 @@ def as_drawn(max_minutes: float | None, record: Path) -> float | None:
 
 
 def corpora_used(config: dict[str, Any], targets: list[str]) -> list[str]:
-    """The corpora that targets and opened speech LMs hear, and what those are put together from, in a fixed order."""
+    """The corpora that targets hear, and what those are put together from, in a fixed order."""
     found = {corpus_of(target) for target in targets}
-    if config.get("lm_layers"):
-        found.add(config["lm_layers"]["corpus"])
     parts = {part for corpus in found for part in corpus_config(config, corpus).get("of", [])}
     return sorted(found | parts)
 

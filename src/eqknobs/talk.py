@@ -10,7 +10,7 @@ import torch
 from eqknobs.audio import read_audio, write_flac
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.models import load_model
+from eqknobs.models import ModelCfg, load_model
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import Dialogue, Prompt, Sampling
@@ -20,7 +20,7 @@ KINDS = {".wav": "WAV", ".flac": "FLAC"}
 
 
 def talk(
-    cfg_model: dict,
+    cfg_model: ModelCfg,
     audio: str | Path,
     out: str | Path,
     text_prompt: str | None = None,
@@ -31,7 +31,7 @@ def talk(
 ) -> None:
     """Let a model hear `audio` and write what it says meanwhile to `out` (.wav or .flac, 16 bits).
 
-    cfg_model: see `load_model`, kind moshi. voice: a `.pt` voice of PersonaPlex or a recording of one. seconds: length
+    cfg_model: of a moshi. voice: a `.pt` voice of PersonaPlex or a recording of one. seconds: length
     of the conversation; the recording is cut, or silence follows it. say: gets the monologue piece by piece.
 
     Everything is checked that can be before the model is loaded. Raises EqknobsError: bad files or values, no GPU.

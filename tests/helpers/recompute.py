@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from eqknobs.evidence.stats import bootstrap_weights
 
@@ -27,6 +28,7 @@ KEYS = {
     "codec": ["path", "codebooks", "voices", "split", "sae"],
     "steering": ["property", "arm", "alpha", "alpha_raw", "calibrated", "split"],
     "importance": ["map", "mode", "removed", "removed_dims", "seed", "split"],
+    "importance_maps": ["map", "split"],
     "sae": ["sae", "seed", "split"],
     "probes": ["property", "space", "binning", "split"],
 }
@@ -131,6 +133,26 @@ def round_trip_wer(run: Path, target: str, cfg: dict[str, Any], model: dict[str,
     return rows["errors"].sum() / rows["words"].sum(), rows
 
 
+def _probe_cells(run: Path, target: str, row: dict[str, Any], raw: pd.DataFrame) -> dict[str, Any]:
+    """What only the table of probes has in a row; raw: all scores."""
+    everything, mine = pick(raw, row, ["property", "binning", "split"]), pick(raw, row, KEYS["probes"])
+    rows, shuffled = (mine[mine["labels"] == labels] for labels in ("true", "shuffled"))
+    majority = everything[everything["labels"] == "majority"]
+    by_class = rows.groupby("class")[["correct", "frames"]].sum()
+    sae = row["space"].removeprefix("sae:") + "." if row["space"].startswith("sae:") else ""
+    ridge = read(run / "scores" / f"{target}.ridge.{sae}{row['property']}.csv")
+    ridge = pick(ridge, row, ["space", "split"])
+    spread = ridge["sum_yy"].sum() - ridge["sum_y"].sum() ** 2 / ridge["frames"].sum()
+    return {
+        "frames": rows["frames"].sum(),
+        "utterances": rows["id"].nunique(),
+        "balanced_accuracy": (by_class["correct"] / by_class["frames"]).mean(),
+        "majority": majority["correct"].sum() / majority["frames"].sum(),
+        "shuffled": shuffled["correct"].sum() / shuffled["frames"].sum(),
+        "ridge_r2": 1 - ridge["sse"].sum() / spread,
+    }
+
+
 def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: dict[str, Any], words: bool) -> int:
     """Recompute every cell of one table; returns how many were compared."""
     name = {"importance": "importance_ablation"}.get(stage, stage)
@@ -145,24 +167,8 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
         where = f"{name} {[row[k] for k in keys]}"
         wanted: dict[str, Any] = {}
         if stage == "probes":
-            everything = pick(raw, row, ["property", "binning", "split"])
             rows = rows[rows["labels"] == "true"]
-            shuffled = pick(raw, row, keys)
-            shuffled = shuffled[shuffled["labels"] == "shuffled"]
-            majority = everything[everything["labels"] == "majority"]
-            by_class = rows.groupby("class")[["correct", "frames"]].sum()
-            sae = row["space"].removeprefix("sae:") + "." if row["space"].startswith("sae:") else ""
-            ridge = read(run / "scores" / f"{target}.ridge.{sae}{row['property']}.csv")
-            ridge = pick(ridge, row, ["space", "split"])
-            spread = ridge["sum_yy"].sum() - ridge["sum_y"].sum() ** 2 / ridge["frames"].sum()
-            wanted |= {
-                "frames": rows["frames"].sum(),
-                "utterances": rows["id"].nunique(),
-                "balanced_accuracy": (by_class["correct"] / by_class["frames"]).mean(),
-                "majority": majority["correct"].sum() / majority["frames"].sum(),
-                "shuffled": shuffled["correct"].sum() / shuffled["frames"].sum(),
-                "ridge_r2": 1 - ridge["sse"].sum() / spread,
-            }
+            wanted |= _probe_cells(run, target, row, raw)
         else:
             wanted["clips"] = rows["id"].nunique()
             assert len(rows) == wanted["clips"], f"{where}: a clip appears twice"
@@ -186,6 +192,46 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
                 cells += 1
         known = {*wanted, *keys, "target", "variant", "d_in", "d_sae", "rank", "dead_share"}
         assert set(table) <= known, f"{name}: not recomputed: {set(table) - known}"
+    return cells
+
+
+def check_maps(run: Path, target: str, cfg: dict[str, Any]) -> int:
+    """Recompute every cell of `importance_maps.csv`, and the choice of a map; returns how many were compared."""
+    table = read(run / "tables" / "importance_maps.csv")
+    table = table[table["target"] == target]
+    oracle, val = (read(run / "scores" / f"{target}.importance_maps.{part}.csv") for part in ("oracle", "val"))
+    about = json.loads((run / "importance" / f"{target}.json").read_text())
+    maps = {name: pd.Series(values) for name, values in about["maps"].items()}
+    assert set(table["map"]) == set(val["map"]) and set(maps) <= set(table["map"])
+    measured = val[val["map"].isin(set(maps) - {"inverted"})].groupby("map")["mel_distance"].mean()
+    assert measured[about["chosen"]] == pytest.approx(measured.min(), rel=1e-8)
+    effects = oracle.pivot(index="dimension", columns="id", values="mel_change")
+    speakers = oracle.drop_duplicates("id").set_index("id")["speaker"]
+    cells = 0
+    for row in table.to_dict("records"):
+        rows = val[val["map"] == row["map"]]
+        clips = rows.groupby(["id", "speaker"], as_index=False)["mel_distance"].mean()
+        names = ("val_mel_distance", "val_mel_distance_low", "val_mel_distance_high")
+        wanted = dict(zip(names, estimate(clips, "mel_distance", cfg)))
+        wanted |= {"clips": clips["id"].nunique(), "speakers": clips["speaker"].nunique()}
+        wanted |= {"oracle_clips": len(speakers), "oracle_speakers": speakers.nunique()}
+        wanted |= {"chosen": int(row["map"] == about["chosen"]), "split": "val"}
+        names = ("spearman_oracle", "spearman_oracle_low", "spearman_oracle_high")
+        if row["map"] == "none" or not len(oracle):
+            wanted |= dict.fromkeys(names, math.nan)
+        elif row["map"] == "random":  # of chance, so it is only known where it must lie: 1.96 / √(width − 1)
+            band = 1.96 / math.sqrt(len(effects) - 1)
+            assert abs(row[names[0]]) < band / 2
+            assert -row[names[1]] == pytest.approx(band, rel=0.35) and row[names[2]] == pytest.approx(band, rel=0.35)
+        else:
+            drawn = bootstrap_weights([speakers[i] for i in effects], cfg["bootstrap"], cfg["seed"]) @ effects.T
+            found = [maps[row["map"]].corr(draw, method="spearman") for _, draw in drawn.iterrows()]
+            whole = maps[row["map"]].corr(effects.mean(axis=1), method="spearman")
+            wanted |= dict(zip(names, (whole, *np.percentile(found, [2.5, 97.5]))))
+        for key, value in wanted.items():
+            same(row[key], value, f"importance_maps {row['map']} {key}")
+            cells += 1
+        assert set(table) <= {*wanted, *names, "target", "map"}
     return cells
 
 
@@ -222,43 +268,61 @@ def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any])
 def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, Any]) -> int:
     """Recompute every number of the summary of one target; returns how many were compared."""
     facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][target]
-    assert set(facts) == {"words", "sae", "probes", "steering", "importance", "comparisons", "headlines"}
-    cells = 0
-    if facts["words"]:
-        wer, rows = round_trip_wer(run, target, cfg, model)
-        value, low, high = estimate(rows, "wer", cfg)
-        wanted = {
-            "wer": value,
-            "wer_low": low,
-            "wer_high": high,
-            "clips": rows["id"].nunique(),
-            "speakers": rows["speaker"].nunique(),
-            "codebooks": cfg["word_codebooks"],
-            "threshold": cfg["unmeasurable_wer"],
-            "measurable": wer <= cfg["unmeasurable_wer"],
-        }
-        assert set(wanted) == set(facts["words"])
-        for key, number in wanted.items():
-            same(facts["words"][key], number, f"words {key}")
-            cells += 1
-        importance = json.loads((run / "importance" / f"{target}.json").read_text())
-        values = np.array(importance["maps"]["composition"])
-        wanted = {"expendable": (values < 0.3).sum(), "critical": (values >= 0.7).sum(), "width": len(values)}
-        wanted["moderate"] = len(values) - wanted["expendable"] - wanted["critical"]
-        assert wanted == facts["importance"]
-        cells += 4
-    for part, name in (("sae", "sae"), ("probes", "probes"), ("steering", "steering")):
-        table = read(run / "tables" / f"{name}.csv")
+    assert set(facts) >= {
+        "words",
+        "sae",
+        "probes",
+        "steering",
+        "importance",
+        "importance_maps",
+        "comparisons",
+        "headlines",
+    }
+    cells = _check_codec(run, target, facts, cfg, model) if facts["words"] else 0
+    for part in ("sae", "probes", "steering", "importance_maps"):
+        table = read(run / "tables" / f"{part}.csv")
         for row in facts[part]:
-            found = pick(table[table["target"] == target], row, KEYS[name])
+            found = pick(table[table["target"] == target], row, KEYS[part])
             assert len(found) == 1, f"summary {part}: {row} is not one row of the table"
             for key, number in row.items():
                 value = found[key].item()
                 if not (number is None and pd.isna(value)):
                     same(number if not isinstance(value, str) else str(number), value, f"summary {part} {key}")
                 cells += 1
+    return cells + _check_comparisons(run, target, facts["comparisons"], cfg, model)
+
+
+def _check_codec(run: Path, target: str, facts: dict[str, Any], cfg: dict[str, Any], model: dict[str, Any]) -> int:
+    """Of a target that decodes: what its round trip costs in words, and the counts of its importance map."""
+    wer, rows = round_trip_wer(run, target, cfg, model)
+    value, low, high = estimate(rows, "wer", cfg)
+    wanted = {
+        "wer": value,
+        "wer_low": low,
+        "wer_high": high,
+        "clips": rows["id"].nunique(),
+        "speakers": rows["speaker"].nunique(),
+        "codebooks": cfg["word_codebooks"],
+        "threshold": cfg["unmeasurable_wer"],
+        "measurable": wer <= cfg["unmeasurable_wer"],
+    }
+    assert set(wanted) == set(facts["words"])
+    for key, number in wanted.items():
+        same(facts["words"][key], number, f"words {key}")
+    importance = json.loads((run / "importance" / f"{target}.json").read_text())
+    values = np.array(importance["maps"]["composition"])
+    counts = {"expendable": (values < 0.3).sum(), "critical": (values >= 0.7).sum(), "width": len(values)}
+    counts["moderate"] = len(values) - counts["expendable"] - counts["critical"]
+    assert counts == facts["importance"]
+    return len(wanted) + len(counts)
+
+
+def _check_comparisons(
+    run: Path, target: str, comparisons: list[dict[str, Any]], cfg: dict[str, Any], model: dict[str, Any]
+) -> int:
+    cells = 0
     families: dict[str, list[dict[str, Any]]] = {}
-    for record in facts["comparisons"]:
+    for record in comparisons:
         families.setdefault(record["family"], []).append(record)
         measure = record["measure"]
         wanted = compared(*sides(record, run, target, model), measure, cfg)
@@ -273,6 +337,100 @@ def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, 
             same(record["p_holm"], p, f"{record['family']} p_holm")
             assert record["compared"] == len(members)
     return cells
+
+
+def check_layers(run: Path, model: str, cfg: dict[str, Any], facts: dict[str, Any]) -> int:
+    """Recompute the tables of a speech LM's layers, heads and SAEs; returns how many cells were compared."""
+    parts = ("lm_layers", "lm_heads.clips", "lm_saes", "lm_features")
+    layers, heads, saes, features = (read(run / f"scores/{model}.{part}.csv") for part in parts)
+    return (
+        _check_layers(run, model, cfg, facts, layers)
+        + _check_heads(run, model, heads)
+        + _check_dictionaries(run, model, cfg, saes, features)
+    )
+
+
+def _table(run: Path, name: str, model: str) -> pd.DataFrame:
+    rows = read(run / f"tables/{name}.csv")
+    return rows[rows["model"] == model]
+
+
+def _check_layers(run: Path, model: str, cfg: dict[str, Any], facts: dict[str, Any], raw: pd.DataFrame) -> int:
+    count = 0
+    for row in _table(run, "lm_layers", model).to_dict("records"):
+        where = f"lm_layers {row['stream']} {row['property']} {row['lag']} {row['split']} {row['layer']}"
+        rows = pick(raw[raw["labels"] == "true"], row, ["stream", "property", "lag", "split"])
+        null = pick(raw[raw["labels"] == "shuffled"], row, ["stream", "property", "split"])
+        own = rows.assign(correct=rows[f"residual.{row['layer']}"])
+        columns = {"majority": "majority", "logmel": "logmel", "embeddings": "embeddings"}
+        columns |= {"accuracy": "correct", "random_network": f"random.residual.{row['layer']}"}
+        for name, column in columns.items():
+            same(row[name], own[column].sum() / own["frames"].sum(), f"{where} {name}")
+        same(row["shuffled"], null[f"residual.{row['layer']}"].sum() / null["frames"].sum(), f"{where} shuffled")
+        same(row["frames"], own["frames"].sum(), f"{where} frames")
+        count += 7
+        if row["lag"] == 0 and row["split"] == "test":
+            _, low, high = estimate(own, "accuracy", cfg)
+            same(row["accuracy_low"], low, f"{where} low")
+            same(row["accuracy_high"], high, f"{where} high")
+    test = raw[(raw["labels"] == "true") & (raw["split"] == "test")]
+    rivals = {"embeddings": "embeddings", "logmel": "logmel", "random_network": "random.residual.{layer}"}
+    for record in facts["comparisons"]:
+        if record["family"].startswith("lm layers minus"):
+            rows = pick(test, record, ["stream", "property", "lag"])
+            mine, other = f"residual.{record['layer']}", rivals[record["b"]].format(**record)
+            found = compared(*(rows.assign(correct=rows[column]) for column in (mine, other)), "accuracy", cfg)
+            for name, value in found.items():
+                same(record[name], value, f"{record['family']} {name}")
+    return count
+
+
+def _check_heads(run: Path, model: str, raw: pd.DataFrame) -> int:
+    table, count = _table(run, "lm_heads", model), 0
+    true = raw[raw["labels"] == "true"]
+    for row in table.to_dict("records"):
+        rows, column = pick(true, row, ["stream", "property", "split"]), f"{row['layer']}.{row['head']}"
+        for half, name in (("all", "accuracy"), ("a", "half_a"), ("b", "half_b")):
+            part = rows[rows["half"] == half]
+            same(row[name], part[column].sum() / part["frames"].sum(), f"lm_heads {column} {name}")
+            count += 1
+        sides = []
+        for name in ("centroid", "token"):
+            part = pick(true, row, ["stream", "split"])
+            part = part[(part["property"] == name) & (part["half"] == "all")]
+            least = part["majority"].sum() / part["frames"].sum()
+            sides.append((part[column].sum() / part["frames"].sum() - least) / (1 - least))
+        same(row["selectivity"], sides[0] - sides[1], f"lm_heads {column} selectivity")
+    for row in _table(run, "lm_stability", model).to_dict("records"):
+        mine = pick(table, row, ["stream", "property", "split"])
+        same(row["spearman"], mine["half_a"].corr(mine["half_b"], method="spearman"), "lm_stability")
+    order = read(run / f"scores/{model}.lm_heads.csv")
+    val = table[(table["stream"] == "agent") & (table["split"] == "val")]
+    assert np.allclose(order.to_dict("list")["selectivity"], val["selectivity"], rtol=1e-6), "what pruning reads"
+    return count
+
+
+def _check_dictionaries(run: Path, model: str, cfg: dict[str, Any], raw: pd.DataFrame, features: pd.DataFrame) -> int:
+    count = 0
+    for row in _table(run, "lm_saes", model).to_dict("records"):
+        where = f"lm_saes {row['layer']} {row['space']} {row['stream']} {row['split']}"
+        for name, value in zip(
+            ("accuracy", "accuracy_low", "accuracy_high"),
+            estimate(pick(raw, row, ["layer", "space", "stream", "split"]), "accuracy", cfg),
+            strict=True,
+        ):
+            same(row[name], value, f"{where} {name}")
+        own = pick(features, row, ["layer", "space"])
+        alive = own[own[f"{row['stream']}_class"].notna()]
+        for kind, suffix in (("class", "share"), ("shuffled", "shuffled")):
+            place = alive[f"{row['stream']}_{kind}"] / alive["classes"]
+            same(row[f"low_{suffix}"], (place < 1 / 3).mean(), f"{where} low {kind}")
+            same(row[f"high_{suffix}"], (place >= 2 / 3).mean(), f"{where} high {kind}")
+        same(row["text_tagged"], (own["text_share"] >= 0.8).mean(), f"{where} text")
+        count += 8
+    tagged = _table(run, "lm_features", model)
+    assert len(tagged) == (features["space"] == "sae").sum()
+    return count
 
 
 def check_pruning(run: Path, model: str) -> None:

@@ -24,6 +24,8 @@ SAES = {"topk": 32.0, "rms_l1": 120.0}
 ALPHAS = (0, 2, 8)
 KINDS = ("sae_probe", "sae_probe_error", "sae_probe_renorm", "sae_clamp")
 COUNTS = {"expendable": 20, "moderate": 22, "critical": 6}
+NAN = float("nan")
+Rendered = tuple[float, float, bool, dict[str, Any]]  # centroid factor, harm in added WER, judged for words, columns
 
 
 def _clips(rng: np.random.Generator, split: str, speakers: int, each: int) -> pd.DataFrame:
@@ -177,6 +179,81 @@ def _probe_scores(rng: np.random.Generator, clips: pd.DataFrame, run: Path) -> N
                 write_csv(run / "scores" / f"{TARGET}.{kind}.{sae + '.' * bool(sae)}{name}.csv", scores[here])
 
 
+def _steered(unreached: tuple[str, ...]) -> tuple[list[Rendered], dict[str, Any]]:
+    """Conditions of the steering stage, and the arms of its calibration."""
+    turned = ["raw_probe", "difference_in_means", "random", *(f"{k}:{s}" for k, s in product(KINDS, SAES))]
+    conditions: list[Rendered] = []
+    calibration: dict[str, Any] = {}
+
+    def arm(
+        name: str, alpha: float, status: str, factor: float, harm: float, judged: bool, prop: str = "centroid"
+    ) -> None:
+        columns = {"property": prop, "arm": name, "alpha": alpha, "alpha_raw": alpha * 1.7, "calibrated": status}
+        conditions.append((factor, harm, judged, columns))
+
+    arm("original", NAN, "fixed", 1.0, 0.0, True)
+    arm("codec_roundtrip", NAN, "fixed", 0.95, 0.0, True)
+    arm("dsp_bandpass", NAN, "fixed", 0.85, 0.05, True)
+    for sae in SAES:
+        arm(f"sae_roundtrip:{sae}", NAN, "fixed", 0.94, 0.04, True)
+    for i, name in enumerate([*turned, "dsp_lowpass"]):
+        missed = name in unreached
+        calibration[name] = {"alpha": 3.1 + i / 10, "calibrated": "unreached" if missed else "reached"}
+        arm(name, 3.1 + i / 10, calibration[name]["calibrated"], 0.9 if missed else 0.71, 0.02 * i, True)
+        for alpha in ALPHAS if name != "dsp_lowpass" else ():
+            steep = 0.02 if missed else 0.08
+            arm(name, alpha, "sweep", 0.95 * np.exp(-steep * alpha), 0.02 * alpha, False)
+        for prop in ("pitch", "rms") if name in ("raw_probe", "sae_probe:topk") else ():
+            arm(name, 2, "fixed", 0.93, 0.03, False, prop)
+    return conditions, calibration
+
+
+def _ablated() -> list[Rendered]:
+    """Conditions of the importance stage."""
+    ablations: list[Rendered] = []
+    for name, mode, share in product(
+        ("composition", "raw_probe", "variance", "inverted", "ablation", "random"), ("mean", "zero"), (0.25, 20 / WIDTH)
+    ):
+        for seed in range(4) if name == "random" else (NAN,):
+            own = share == 20 / WIDTH
+            columns = {"map": name, "mode": mode, "removed": share, "removed_dims": round(share * WIDTH), "seed": seed}
+            judged = own and not seed >= 3
+            ablations.append((0.95, share / 3 + (0.1 if name == "random" else 0), judged, columns))
+    ablations.append(
+        (
+            0.9,
+            0.7,
+            True,
+            {"map": "keep_critical", "mode": "mean", "removed": 42 / WIDTH, "removed_dims": 42, "seed": NAN},
+        )
+    )
+    ablations.append((0.95, 0.0, True, {"map": "none", "mode": "none", "removed": 0.0, "removed_dims": 0, "seed": NAN}))
+    return ablations
+
+
+def _mapped(run: Path, val: pd.DataFrame, rng: np.random.Generator) -> None:
+    """The maps, their oracle and their curves on val."""
+    spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
+    values = rng.permutation(np.concatenate(spread)).tolist()
+    maps = {"composition": values, "raw_probe": values[::-1], "variance": values, "ablation": values[::-1]}
+    about = {"chosen": "variance", "absent": {"fisher": "model x gives no gradients"}}
+    write_json(
+        run / "importance" / f"{TARGET}.json",
+        {"counts": COUNTS, "thresholds": {"expendable": 0.3, "critical": 0.7}, "maps": maps, **about},
+    )
+    parts: dict[str, list[pd.DataFrame]] = {"oracle": [], "val": []}
+    for clip in val[["id", "speaker", "split"]].to_dict("records"):
+        effects = pd.DataFrame({**clip, "dimension": range(WIDTH), "mel_change": np.array(values[::-1])})
+        parts["oracle"].append(effects.assign(mel_change=effects["mel_change"] + rng.gamma(2, 0.1, WIDTH)))
+        for i, name in enumerate(["none", "variance", *sorted(set(maps) - {"variance"}), "random", "random"]):
+            for removed in (0,) if name == "none" else (0.25, 0.5):
+                columns = {"map": name, "seed": i - 5 if name == "random" else NAN, "removed": removed}
+                columns |= {"removed_dims": round(removed * WIDTH), "mel_distance": 3 + i * removed + rng.random() / 9}
+                parts["val"].append(pd.DataFrame([clip | columns]))
+    for part, rows in parts.items():
+        write_csv(run / "scores" / f"{TARGET}.importance_maps.{part}.csv", pd.concat(rows))
+
+
 def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("random",), sound: bool = True) -> dict:
     """Fill `root/results/run` and `root/model`; returns the configuration that the report would get.
 
@@ -194,8 +271,7 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
     _sae_scores(rng, pd.concat([val, test]), run)
     _probe_scores(rng, pd.concat([val, test]), run)
 
-    def stage(name: str, conditions: list[tuple[float, float, bool, dict[str, Any]]]) -> None:
-        """conditions: (centroid factor, harm in added WER, judged for words, columns)."""
+    def stage(name: str, conditions: list[Rendered]) -> None:
         signals, words, index = [], [], []
         for factor, harm, judged, columns in conditions:
             signal = _signal(rng, test, factor, harm, **columns)
@@ -208,68 +284,20 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
         if index:
             write_csv(run / "renders" / TARGET / name / "index.csv", pd.DataFrame(index))
 
-    nan = float("nan")
     stage(
         "codec",
         [
-            (1.0, 0.0, True, {"path": "original", "codebooks": nan}),
-            (0.97, -0.05, True, {"path": "unquantized", "codebooks": nan}),
+            (1.0, 0.0, True, {"path": "original", "codebooks": NAN}),
+            (0.97, -0.05, True, {"path": "unquantized", "codebooks": NAN}),
         ]
         + [(0.95, (16 - n) / 200, True, {"path": "quantized", "codebooks": n}) for n in (16, 8)],
     )
-    turned = ["raw_probe", "difference_in_means", "random", *(f"{k}:{s}" for k, s in product(KINDS, SAES))]
-    conditions, calibration = [], {}
-
-    def arm(
-        name: str, alpha: float, status: str, factor: float, harm: float, judged: bool, prop: str = "centroid"
-    ) -> None:
-        columns = {"property": prop, "arm": name, "alpha": alpha, "alpha_raw": alpha * 1.7, "calibrated": status}
-        conditions.append((factor, harm, judged, columns))
-
-    arm("original", nan, "fixed", 1.0, 0.0, True)
-    arm("codec_roundtrip", nan, "fixed", 0.95, 0.0, True)
-    arm("dsp_bandpass", nan, "fixed", 0.85, 0.05, True)
-    for sae in SAES:
-        arm(f"sae_roundtrip:{sae}", nan, "fixed", 0.94, 0.04, True)
-    for i, name in enumerate([*turned, "dsp_lowpass"]):
-        missed = name in unreached
-        calibration[name] = {"alpha": 3.1 + i / 10, "calibrated": "unreached" if missed else "reached"}
-        arm(name, 3.1 + i / 10, calibration[name]["calibrated"], 0.9 if missed else 0.71, 0.02 * i, True)
-        for alpha in ALPHAS if name != "dsp_lowpass" else ():
-            steep = 0.02 if missed else 0.08
-            arm(name, alpha, "sweep", 0.95 * np.exp(-steep * alpha), 0.02 * alpha, False)
-        for prop in ("pitch", "rms") if name in ("raw_probe", "sae_probe:topk") else ():
-            arm(name, 2, "fixed", 0.93, 0.03, False, prop)
+    conditions, calibration = _steered(unreached)
     stage("steering", conditions)
     write_json(run / "steering" / TARGET / "calibration.json", {"target_hz_ratio": 0.75, "arms": calibration})
 
-    ablations = []
-    for name, mode, share in product(
-        ("composition", "raw_probe", "variance", "inverted", "random"), ("mean", "zero"), (0.25, 20 / WIDTH)
-    ):
-        for seed in range(4) if name == "random" else (nan,):
-            own = share == 20 / WIDTH
-            columns = {"map": name, "mode": mode, "removed": share, "removed_dims": round(share * WIDTH), "seed": seed}
-            judged = own and (name != "variance") and not seed >= 3
-            ablations.append((0.95, share / 3 + (0.1 if name == "random" else 0), judged, columns))
-    ablations.append(
-        (
-            0.9,
-            0.7,
-            True,
-            {"map": "keep_critical", "mode": "mean", "removed": 42 / WIDTH, "removed_dims": 42, "seed": nan},
-        )
-    )
-    ablations.append((0.95, 0.0, True, {"map": "none", "mode": "none", "removed": 0.0, "removed_dims": 0, "seed": nan}))
-    stage("importance", ablations)
-    spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
-    values = rng.permutation(np.concatenate(spread)).tolist()
-    maps = {"composition": values, "raw_probe": values[::-1], "variance": values}
-    write_json(
-        run / "importance" / f"{TARGET}.json",
-        {"counts": COUNTS, "thresholds": {"expendable": 0.3, "critical": 0.7}, "maps": maps},
-    )
-
+    stage("importance", _ablated())
+    _mapped(run, val, rng)
     speakers = sorted(test["speaker"].unique())
     write_json(root / "model" / "training.json", {"voices_heard": speakers[:2], "voices_unheard": speakers[2:3]})
     return {

@@ -6,8 +6,10 @@ import h5py
 import numpy as np
 
 
-def write_cache(path: Path, acts: np.ndarray, utterances: list[tuple[str, str, str, int]]) -> Path:
-    """utterances: (id, speaker, split, frames), in the order of the rows of acts [N, width]."""
+def write_cache(
+    path: Path, acts: np.ndarray, utterances: list[tuple[str, str, str, int]], **columns: np.ndarray
+) -> Path:
+    """utterances: (id, speaker, split, frames), in the order of the rows of acts [N, width]; columns: further ones."""
     ids, speakers, splits, frames = zip(*utterances)
     frames = np.array(frames)
     text = h5py.string_dtype("utf-8")
@@ -20,6 +22,8 @@ def write_cache(path: Path, acts: np.ndarray, utterances: list[tuple[str, str, s
         file["utterances/start"] = np.cumsum(frames) - frames
         file["utterances/frames"] = frames
         file["utterances/samples"] = frames * 640
+        for name, values in columns.items():
+            file[f"utterances/{name}"] = values
         file["done"] = np.array([len(ids)])
         file.attrs.update(
             model="synthetic",

@@ -33,7 +33,17 @@ SMALL = {
         "listen": 1,
         "clamp_features": [4],
     },
-    "importance": {"clips": 2, "removed": [0.5], "random_sets": 2, "word_random_sets": 1},
+    "importance": {
+        "maps": ["composition", "composition_scaled", "raw_probe", "variance", "inverted", "fisher", "ablation"],
+        "clips": 2,
+        "gradient_clips": 1,
+        "oracle_clips": 1,
+        "segment_seconds": 0.1,
+        "val_clips": 1,
+        "removed": [0.5],
+        "random_sets": 2,
+        "word_random_sets": 1,
+    },
     "speech_lm": {"answers": 2, "zeroed_answers": 2, "batch": 2, "conditions": ["intact", "heads_zeroed_.5"]},
     "corpora": {"sentences": {"max_utterances": 40}},
     "lm_layers": {

@@ -345,7 +345,9 @@ def some(**sections) -> dict:
         ({"saes": {"1e5": default()["saes"]["topk"]}}, "config: saes.1e5: the name reads as a number"),
         ({"codec": {"codebooks": [8, 99]}}, "config: codec.codebooks: 99 is more than the 16 codebooks of tiny-mimi"),
         ({"steering": {"codebooks": 17}}, "config: steering.codebooks: 17 is more than the 16 codebooks of tiny-mimi"),
+        ({"importance": {"maps": ["variance"]}}, "config: importance.maps: must hold 'composition'"),
         ({"importance": {"codebooks": 17}}, "config: importance.codebooks: 17 is more than the 16"),
+        ({"report": {"clips": 4}, "steering": {"listen": 3}}, "config: report.clips: 4 is above steering.listen, 3"),
         ({"run": {"targets": ["tiny-mimi.encoder_layer.2"]}}, "encoder_layer.2': the model has layers 0 to 1"),
         ({"run": {"targets": ["tiny-mimi.layer.0"]}}, "of a mimi are encoder_transformer and encoder_layer.<layer>"),
         ({"run": {"targets": ["tiny-mimi.encoder_transformer.0"]}}, "the sites of a mimi are"),
@@ -395,7 +397,7 @@ def test_what_means_the_same_reads_the_same():
         "probes": ("properties", "lags", "l2"),
         "codec": ("codebooks",),
         "steering": ("saes", "alphas", "clamp_features"),
-        "importance": ("removed", "modes"),
+        "importance": ("maps", "removed", "modes"),
     }.items():
         for name in names:
             config[section][name].reverse()
@@ -455,7 +457,7 @@ def test_the_schema_is_one_and_every_key_says_what_it_means():
     ("text", "said"),
     [
         ("probes: {properties: [centroid, timbre]}", "probes.properties: 'timbre' is not one of centroid, rms, pitch"),
-        ("probes: {properties: [centroid, voice]}", "'voice' asks who speaks, but the splits share no speaker"),
+        ("probes: {properties: [voice]}", "the splits of data share no speaker; set data.split_unit: sentence, or"),
         ("probes: {reference: none}", "probes.reference: names 'none', which is not under saes"),
         ("data: {split_unit: sentence, split_by: source}", "data.split_by: keeps speakers apart"),
     ],
@@ -488,6 +490,16 @@ def corpora(config):
     }
 
 
+def voice_of(corpus):
+    """Who speaks is asked of a corpus beside speech that is split by sentence."""
+
+    def change(config):
+        config["data"]["split_unit"] = "sentence"
+        config["probes"].update(properties=["centroid", "voice"], corpora=["speech", corpus])
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -498,6 +510,11 @@ def corpora(config):
         (lambda c: c["corpora"]["mix"].update(path="x"), "corpora.mix: unknown key 'path'"),
         (lambda c: c["corpora"].update(speech=c["data"]), "corpora"),
         (lambda c: c["probes"].update(corpora=["noise"]), "probes.corpora: names the corpus 'noise'"),
+        (
+            voice_of("music"),
+            "'voice' asks who speaks, but the splits of corpora.music share no speaker; set corpora.music",
+        ),
+        (voice_of("mix"), "'voice' asks who speaks, but the splits of corpora.music share no speaker"),
         (lambda c: c["saes"]["topk"].update(corpus="noise"), "saes.topk.corpus: names the corpus 'noise'"),
     ],
 )

@@ -65,7 +65,7 @@ def test_defaults_are_a_copy_of_the_one_source_and_nothing_is_left_out(site):
 
 def test_no_subcommand_is_left_out_below(site, tmp_path):
     commands = re.findall(r"^    ([a-z]\S*)", eqknobs(site, tmp_path, "--help"), re.M)
-    assert sorted(commands) == ["clean", "export-sae", "talk", "vram"]
+    assert sorted(commands) == ["clean", "compress", "export-sae", "talk", "unpack", "vram"]
 
 
 def test_clean(site, tmp_path):
@@ -85,6 +85,13 @@ def test_export_sae(site, tmp_path):
     write_sae(tmp_path / "sae", "topk")
     assert eqknobs(site, tmp_path, "export-sae", "sae", "out") == "wrote out\n"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+def test_compress_and_unpack(site, tmp_path):
+    write_codec(tmp_path / "codec")
+    said = eqknobs(site, tmp_path, "compress", "--model", "codec", "--plan", "uniform:3", "--out", "packed")
+    assert said.endswith("wrote packed\n") and (tmp_path / "packed/packed.safetensors").is_file()
+    assert eqknobs(site, tmp_path, "unpack", "packed", "--out", "plain").endswith("wrote plain\n")
 
 
 def test_talk(site, tmp_path):

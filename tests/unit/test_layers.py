@@ -7,18 +7,23 @@ from eqknobs.provenance import imported_files
 
 PACKAGE = Path(eqknobs.__file__).parent
 ROOMS = {  # room -> the rooms that it may import
-    "models": set(),
+    "packing": set(),
+    "models": {"packing"},
     "corpus": {"models"},
     "sae": {"corpus"},
     "sound": {"corpus", "models"},
     "speaking": {"models", "sound"},
     "evidence": {"corpus"},  # the registry of properties
-    "stages": {"corpus", "models", "sae", "sound", "speaking", "evidence"},
+    "stages": {"corpus", "models", "sae", "sound", "speaking", "evidence", "packing"},
     "report": {"evidence", "stages"},
 }
 # Stages that go on from what another one computes.
-AFTER = {"importance": {"probes"}, "steering": {"probes"}, "lm_layers": {"probes"}}
-ENTRIES = {"cli.py", "talk.py"}  # commands stand above the rooms
+AFTER = {
+    "importance": {"probes"},
+    "lm_layers": {"probes"},
+    "steering": {"probes"},
+}
+ENTRIES = {"cli.py", "compress.py", "talk.py"}  # commands stand above the rooms
 # Foundations that reach into a room, and the only files there that they may.
 REACH = {"config.py": ("checks.py", "sites.py"), "provenance.py": ("files.py",)}
 

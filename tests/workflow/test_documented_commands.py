@@ -57,6 +57,11 @@ WAYS = {
     "eqknobs export-sae": HELP,
     "eqknobs talk": HELP,
     "eqknobs vram": HELP,
+    "eqknobs compress": HELP,
+    "eqknobs unpack": HELP,
+    "eqknobs compress --model tiny-mimi --plan uniform:4 --group 32 --rounding mse --out small": REAL,
+    "eqknobs unpack small --out plain": HELP,  # test_compress.py runs it
+    "eqknobs compress --model kyutai/mimi --plan plan.json --out small": HELP,
     "eqknobs vram --config …": REAL,
     "eqknobs vram --config config/moshiko.yaml": REAL,
     "eqknobs vram --config config/personaplex.yaml": REAL,
@@ -75,6 +80,7 @@ WAYS = {
     "python tools/synthesise.py training work/speech --minutes 100": HELP,
     "snakemake --cores 1 --configfile config/train-tiny-moshi.yaml": DRY,
     ".venv/bin/python benchmarks/speech_lm_answers.py": HELP,
+    ".venv/bin/python benchmarks/lm_heads.py results/demo/lm/tiny-moshi": HELP,
     "eqknobs talk --model resources/models/tiny-moshi --audio resources/corpus/101/1101/101-1101-0000.flac --seconds 5 "
     '--greedy --text-prompt "Emily painted the small golden castle yesterday" '
     "--voice resources/models/tiny-moshi/voices/joe-bright.flac --out answer.wav": REAL,

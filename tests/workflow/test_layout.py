@@ -190,7 +190,10 @@ def test_a_moshi_model_may_say_all_or_nothing() -> None:
         (lambda c: moshi(c, dtype="float8"), "'float8' is not one of ['float32', 'bfloat16', 'float16']"),
         (lambda c: moshi(c, stream="both"), "'both' is not one of ['user', 'agent']"),
         (lambda c: moshi(c, codec=None), "None is not of type 'string'"),
-        (lambda c: moshi(c, targets=["m.residual"]), "sites of a moshi are residual.<layer> and heads.<layer>"),
+        (
+            lambda c: moshi(c, targets=["m.residual"]),
+            "a moshi are embeddings and residual.<layer> and heads.<layer>",
+        ),
         (lambda c: moshi(c, targets=["m.encoder_layer.1"]), "sites of a moshi are"),
     ],
 )

@@ -100,9 +100,23 @@ def test_the_report_shows_probes_and_nothing_that_was_not_run(run: tuple[Path, d
     for target in config["run"]["targets"]:
         assert target in page
     assert "Spectral centroid: the probe on raw latents names the right class in" in page
-    for absent in ("Dictionaries", "The codec alone", "Steering the centroid", "Importance map", "Published by others"):
+    for absent in ("Dictionaries", "The codec alone", "Steering the centroid", "Importance map"):
         assert absent not in page, absent
     assert not (folder / f"results/{name}/saes").exists() and not (folder / f"results/{name}/renders").exists()
+
+
+def test_every_layer_and_head_is_probed_in_both_streams(run: tuple[Path, dict, str]) -> None:
+    folder, _, name = run
+    sizes = WRITE[name][1]
+    layers = pd.read_csv(folder / f"results/{name}/tables/lm_layers.csv")
+    assert set(layers["layer"]) == set(range(sizes.layers)) and set(layers["stream"]) == {"user", "agent", "both"}
+    measured = ["accuracy", "majority", "shuffled", "logmel", "embeddings", "random_network"]
+    assert layers[measured].notna().all().all()
+    heads = pd.read_csv(folder / f"results/{name}/tables/lm_heads.csv")
+    assert len(heads) == sizes.layers * sizes.heads * 2 * 2 * 2  # streams, properties, splits
+    order = pd.read_csv(folder / f"results/{name}/scores/{name}.lm_heads.csv")
+    assert list(order) == "layer head property accuracy selectivity half_a half_b".split()
+    assert "<title>layer 2, head 1: " in (folder / f"results/{name}/report/lm_layers.html").read_text()
 
 
 def planned(folder: Path, config: str) -> set[str]:
@@ -120,7 +134,17 @@ def test_a_second_run_does_nothing_and_an_edit_reruns_what_depends_on_it(run: tu
     assert planned(folder, "changed.yaml") == set()  # another machine, the same results
     config["models"][name]["stream"] = "agent"
     (folder / "changed.yaml").write_text(yaml.safe_dump(config))
-    assert planned(folder, "changed.yaml") == {"activations", "labels", "probes", "tables", "report"}
+    assert planned(folder, "changed.yaml") == {
+        "activations",
+        "labels",
+        "probes",
+        "lm_caches",
+        "lm_labels",
+        "lm_layers",
+        "lm_saes",
+        "tables",
+        "report",
+    }
 
 
 def test_it_refuses_before_work_what_does_not_fit(run: tuple[Path, dict, str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
+from helpers.slices import misfits, recorded, taken
 from helpers.workflow import copy_workflow, snakemake, write_config
 
 TARGET = "tiny-mimi.encoder_transformer"
@@ -19,12 +20,13 @@ PROPERTIES = ["centroid", "pitch", "rms"]
 SAES = ["rms_l1", "topk"]
 
 TABLES = {("tables", ""), ("report", "")}
-CODEC = {("codec_renders", ""), ("judgements", "codec")}
-STEERING_RENDERS = {("steering_renders", ""), ("judgements", "steering")}
+JUDGED = {("judgements", "")}  # of all sounds; of those that did not change it writes what it knows
+CODEC = {("codec_renders", "")} | JUDGED
+STEERING_RENDERS = {("steering_renders", "")} | JUDGED
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
-IMPORTANCE = {("importance_renders", ""), ("judgements", "importance")}
-JUDGEMENTS = {("originals", ""), *(("judgements", stage) for stage in ("codec", "steering", "importance"))}
-JUDGED = JUDGEMENTS - {("originals", "")}
+ABLATIONS = {("importance_renders", "")} | JUDGED
+IMPORTANCE = {("importance_maps", "")} | ABLATIONS
+JUDGEMENTS = {("originals", "")} | JUDGED
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
 PROBES = BASE_PROBES.union(*SAE_PROBES.values())
@@ -57,10 +59,10 @@ def planned(folder: Path) -> set[tuple[str, str]]:
             "sae_grid": r"saes/[^/]+/(\w+)/grid/",
             "probes": r"(?:\.|/)(\w+)\.(?:npz|csv)$",
             "sae_probes": r"(?:probes\.|ridge\.|/)(\w+)(?:\.|/)(\w+)\.(?:npz|csv)$",
-            "judgements": r"\.(codec|steering|importance)\.words\.csv$",
         }.get(rule)
         label = " ".join(re.search(wildcards, path).groups()) if wildcards else ""
-        other = "" if TARGET in path or not re.search(r"\.encoder_", path) else " (new target)"
+        shared = TARGET in path or rule == "judgements" or not re.search(r"\.encoder_", path)
+        other = "" if shared else " (new target)"
         found.add((rule, label + other))
     return found
 
@@ -132,8 +134,9 @@ def new_target(config: dict) -> None:
 
 
 ADDED_TARGET = {
-    (rule, f"{wildcards} (new target)" if wildcards else " (new target)") for rule, wildcards in FROM_CACHE - TABLES
-} | TABLES
+    (rule, f"{wildcards} (new target)" if wildcards else " (new target)")
+    for rule, wildcards in FROM_CACHE - JUDGED - TABLES
+} | (JUDGED | TABLES)
 
 EXTRA = {"variant": "rms_l1", "d_sae": 64, "l1": 0.1, "l1_on": "h", "lr": 0.001, "batch_size": 256, "epochs": 1}
 
@@ -157,7 +160,7 @@ def order(config: dict) -> None:
     for section, names in {
         "probes": ("properties", "lags", "l2"),
         "steering": ("saes", "alphas", "clamp_features"),
-        "importance": ("removed", "modes"),
+        "importance": ("maps", "removed", "modes"),
     }.items():
         for name in names:
             config[section][name].reverse()
@@ -208,7 +211,9 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "steering clip count": (edit_config(lambda c: c["steering"].update(clips=3)), STEERING_RENDERS | TABLES),
     "calibrated shift": (edit_config(lambda c: c["steering"].update(shift=0.8)), STEERING | TABLES),
     "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | LM | TABLES),
-    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), IMPORTANCE | TABLES),
+    "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
+    "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
+    "library: the ablations": (edit_file("src/eqknobs/stages/importance/compute.py", CODE), ABLATIONS | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
@@ -252,10 +257,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         {("report", "")},
     ),
     "a limit of minutes that binds": (edit_config(lambda c: c["data"].update(max_minutes=1)), EVERYTHING),
-    "no codec stage": (edit_config(lambda c: c.update(codec=None)), TABLES),
-    "no steering": (edit_config(lambda c: c.update(steering=None)), TABLES),
-    "no importance": (edit_config(lambda c: c.update(importance=None)), TABLES),
-    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), TABLES),
+    "no codec stage": (edit_config(lambda c: c.update(codec=None)), JUDGED | TABLES),
+    "no steering": (edit_config(lambda c: c.update(steering=None)), JUDGED | TABLES),
+    "no importance": (edit_config(lambda c: c.update(importance=None)), JUDGED | TABLES),
+    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), JUDGED | TABLES),
     "no SAEs": (
         edit_config(lambda c: c.update(saes=None, importance=None) or c["steering"].update(saes=[])),
         CODEC | BASE_PROBES | STEERING | TABLES,
@@ -274,6 +279,8 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "the word threshold": (edit_config(lambda c: c["tables"].update(unmeasurable_wer=0.4)), TABLES),
     "a check": (edit_file("src/eqknobs/stages/steering/checks.py", CODE), set()),
+    "library: the judges": (edit_file("src/eqknobs/sound/judges.py", CODE), JUDGEMENTS | SPOKEN | TABLES),
+    "library: a judge that no stage asks for": (edit_file("src/eqknobs/sound/quality.py", CODE), JUDGEMENTS | TABLES),
     "the schema": (edit_file("src/eqknobs/schema.py", CODE), set()),
     "a target added": (edit_config(new_target), ADDED_TARGET),
     "library: steering": (edit_file("src/eqknobs/stages/steering/compute.py", CODE), STEERING | TABLES),
@@ -456,6 +463,13 @@ def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run
         assert {folder + link for link in links} == names - {"report/report.html"}
         sound = packed.read(folder + min(sounds))
     assert sound == (finished_run / "results/small/report" / min(sounds)).read_bytes()
+
+
+def test_the_slices_of_jobs_are_what_their_scripts_say_that_they_take(finished_run: Path) -> None:
+    slices = recorded(finished_run)
+    assert len(slices) > 15
+    scripts = {rule: {"sae_probes": "probes"}.get(rule, rule) for rule in slices}
+    assert [text for rule, found in slices.items() for text in misfits(found, taken(scripts[rule]), rule)] == []
 
 
 def test_a_page_that_is_gone_is_written_again(pristine: Path) -> None:

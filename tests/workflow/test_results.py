@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
-from helpers.recompute import check_pruning, check_summary, check_table, read, round_trip_wer
+from helpers.recompute import check_layers, check_maps, check_pruning, check_summary, check_table, read, round_trip_wer
 
 RUN = Path(os.environ.get("EQKNOBS_RESULTS", ROOT / "results" / "demo"))
 if not (RUN / "tables" / "summary.json").is_file():
@@ -34,7 +34,8 @@ CFG = {
     "word_codebooks": merged("steering")["codebooks"],
     "properties": merged("probes")["properties"],
 }
-TARGETS = [name for name, facts in SUMMARY["targets"].items() if "answers" not in facts]
+TARGETS = [name for name, facts in SUMMARY["targets"].items() if not facts.keys() & {"answers", "lm_best"}]
+OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in facts]
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 
@@ -58,6 +59,16 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
     if SUMMARY["targets"][target]["words"]:
         measurable = round_trip_wer(RUN, target, CFG, model_of(target))[0] <= CFG["unmeasurable_wer"]
     assert check_table(RUN, target, stage, CFG, model_of(target), measurable) > 20
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["importance"]])
+def test_how_maps_agree_with_the_oracle_is_recomputed_from_clips(target):
+    assert check_maps(RUN, target, CFG) > 20
+
+
+@pytest.mark.parametrize("model", OPENED)
+def test_what_layers_and_heads_hold_is_recomputed_from_clips(model):
+    assert check_layers(RUN, model, CFG, SUMMARY["targets"][model]) > 1000
 
 
 @pytest.mark.parametrize("model", SPEAKING)

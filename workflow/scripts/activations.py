@@ -3,11 +3,15 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.corpus.activations import cache_activations
+from eqknobs.corpus.activations import ActivationsCfg, cache_activations
 from eqknobs.pieces import STORE
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+class JobCfg(ActivationsCfg, total=False):
+    siblings: dict[str, str]  # other sites of the model -> where their caches are to be
+
+
+def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
     siblings = cfg.pop("siblings")
     cache_activations(inputs.manifest, outputs[0], cfg["model"], cfg["site"], cfg, siblings, STORE)
 

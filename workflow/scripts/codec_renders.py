@@ -5,10 +5,10 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.stages.codec.compute import render_codec
+from eqknobs.stages.codec.compute import CodecCfg, render_codec
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: CodecCfg) -> None:
     saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
     render_codec(inputs.manifest, inputs.cache, saes, Path(outputs.index).parent, outputs.signal, cfg, Pieces())
 

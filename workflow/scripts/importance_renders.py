@@ -1,26 +1,16 @@
-"""Map importance and ablate."""
+"""Ablate by the importance maps."""
 
 from pathlib import Path
 from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.stages.importance.compute import render_importance
+from eqknobs.stages.importance.compute import ImportanceCfg, render_importance
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
-    render_importance(
-        inputs.manifest,
-        inputs.cache,
-        saes,
-        inputs.probes,
-        outputs.importance,
-        Path(outputs.index).parent,
-        outputs.signal,
-        cfg,
-        Pieces(),
-    )
+def main(inputs: Any, outputs: Any, cfg: ImportanceCfg) -> None:
+    folder = Path(outputs.index).parent
+    render_importance(inputs.manifest, inputs.cache, inputs.maps, folder, outputs.signal, cfg, Pieces())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""Judge words and voice of rendered clips."""
+"""Judge words and voice of a run's renders."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.sound.judges import judge_renders
+from eqknobs.sound.judges import JudgesCfg
+from eqknobs.sound.judging import Renders, judge_renders
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    judge = {**cfg["judges"], "device": cfg["device"]}
-    judge_renders(inputs.index, inputs.originals, inputs.manifest, outputs[0], judge, Pieces())
+    files = zip(inputs.indexes, inputs.originals, inputs.manifests, outputs, strict=True)
+    renders = [Renders(*paths, quality=Path(paths[0]).parent.name in cfg["dnsmos"]) for paths in files]
+    judges: JudgesCfg = cfg["judges"] | {"device": cfg["device"]}
+    judge_renders(renders, judges, Pieces(), workers=int(os.environ["OMP_NUM_THREADS"]))
 
 
 if __name__ == "__main__":

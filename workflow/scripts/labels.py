@@ -3,10 +3,10 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.corpus.labels import write_labels
+from eqknobs.corpus.labels import LabelsCfg, write_labels
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: LabelsCfg) -> None:
     write_labels(inputs.manifest, inputs.cache, outputs[0], cfg)
 
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import eqknobs.script
-from eqknobs.stages.lm_layers.turns import label_turns
+from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, label_turns
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: TurnLabelsCfg) -> None:
     label_turns(inputs.turns, inputs.index, outputs[0], cfg)
 
 

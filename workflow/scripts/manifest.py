@@ -1,20 +1,32 @@
 """Draw the manifest of a corpus from the configured sound."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import eqknobs.script
-from eqknobs.corpus.manifest import build_manifest, fetch, unite
+from eqknobs.corpus.manifest import CorpusCfg, build_manifest, fetch, unite
 from eqknobs.errors import counted
 from eqknobs.io import read_csv, write_csv, write_json
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    if cfg["data"]["source"] == "union":
-        manifest, rejected = unite({name: read_csv(path) for name, path in zip(cfg["data"]["of"], inputs.parts)})
+class UnionCfg(TypedDict):
+    source: Literal["union"]
+    of: list[str]  # corpora
+
+
+class JobCfg(TypedDict):
+    data: CorpusCfg | UnionCfg
+    max_minutes: float | None  # as the last draw had it, where neither limits that
+    seed: int
+
+
+def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
+    data = cfg["data"]
+    if data["source"] == "union":
+        manifest, rejected = unite({name: read_csv(path) for name, path in zip(data["of"], inputs.parts)})
     else:
-        folder = fetch(cfg["data"], Path("work"))
-        manifest, rejected = build_manifest(folder, cfg["data"], cfg["seed"])
+        folder = fetch(data, Path("work"))
+        manifest, rejected = build_manifest(folder, data, cfg["seed"])
     drawn = f"{counted(len(manifest), 'utterance')} of {counted(manifest.speaker.nunique(), 'speaker')}"
     print(f"{drawn}, {counted(len(rejected), 'file')} rejected")
     record = {"max_minutes": cfg["max_minutes"], "seconds": float(manifest.seconds.sum())}

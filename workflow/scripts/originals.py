@@ -1,14 +1,17 @@
 """Transcribe the untouched test clips."""
 
+import os
 from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.sound.judges import judge_originals
+from eqknobs.sound.judges import JudgesCfg
+from eqknobs.sound.judging import judge_originals
 
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    judge_originals(inputs.manifest, outputs[0], {**cfg["judges"], "device": cfg["device"]}, Pieces())
+    judges: JudgesCfg = cfg["judges"] | {"device": cfg["device"]}
+    judge_originals(inputs.manifest, outputs[0], judges, Pieces(), workers=int(os.environ["OMP_NUM_THREADS"]))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 """Train one SAE."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import eqknobs.script
-from eqknobs.sae import train_sae
+from eqknobs.sae import SAECfg, train_sae
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    train_sae(inputs.cache, Path(outputs.config).parent, {**cfg["sae"], "device": cfg["device"]}, cfg["seed"])
+class JobCfg(TypedDict):
+    sae: SAECfg
+    seed: int
+    device: str
+
+
+def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
+    train_sae(inputs.cache, Path(outputs.config).parent, cfg["sae"], cfg["seed"], cfg["device"])
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.stages.saes.compute import score_saes
+from eqknobs.stages.saes.compute import SaeScoresCfg, score_saes
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: SaeScoresCfg) -> None:
     folders: dict[str, dict[int, Path]] = {}
     for path in map(Path, inputs.saes):
         folders.setdefault(path.parts[-3], {})[int(path.parts[-2].removeprefix("seed"))] = path.parent

@@ -6,13 +6,13 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.stages.speech_lm.compute import answer_sentences
+from eqknobs.stages.speech_lm.compute import AnswersCfg, answer_sentences
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: AnswersCfg) -> None:
     with tempfile.TemporaryDirectory() as folder:
         codes = Path(folder) / "codes.npz"
-        answer_sentences(cfg | cfg["judges"], outputs.answers, Path(outputs.index).parent, codes, Pieces())
+        answer_sentences(cfg, outputs.answers, Path(outputs.index).parent, codes, Pieces())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Speak sentences for a speech LM to learn from."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 
@@ -9,9 +9,21 @@ from eqknobs.io import write_csv
 from eqknobs.stages.speech_lm_training.synthesis import synthesise
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    drawn = [("clips", ("train", "val", "test")), ("held_out", ("val", "test"))]
-    parts = [synthesise(cfg["speech"], range(*cfg["synthesis"][key]), parts, cfg["seed"]) for key, parts in drawn]
+class SynthesisCfg(TypedDict):
+    clips: list[int]  # numbers of clips: the first, and the one after the last
+    held_out: list[int]  # further ones, of which only val and test sentences are spoken
+
+
+class JobCfg(TypedDict):
+    speech: str
+    synthesis: SynthesisCfg
+    seed: int
+
+
+def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
+    numbers = cfg["synthesis"]
+    drawn = [(numbers["clips"], ("train", "val", "test")), (numbers["held_out"], ("val", "test"))]
+    parts = [synthesise(cfg["speech"], range(*ends), parts, cfg["seed"]) for ends, parts in drawn]
     write_csv(outputs[0], pd.concat(parts, ignore_index=True))
 
 

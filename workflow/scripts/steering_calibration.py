@@ -1,21 +1,14 @@
 """Calibrate the steering arms on val."""
 
-from pathlib import Path
 from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.stages.steering.compute import calibrate_steering
+from eqknobs.stages.steering.compute import CalibrationCfg, Sources, calibrate_steering
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
-    probes: dict[str, list[str]] = {}
-    for path in inputs.probes:
-        probes.setdefault(Path(path).stem, []).append(path)
-    calibrate_steering(
-        inputs.manifest, inputs.cache, inputs.labels, saes, probes, outputs.calibration, outputs.scores, cfg, Pieces()
-    )
+def main(inputs: Any, outputs: Any, cfg: CalibrationCfg) -> None:
+    calibrate_steering(Sources.declared(inputs), outputs.calibration, outputs.scores, cfg, Pieces())
 
 
 if __name__ == "__main__":

@@ -5,26 +5,12 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
-from eqknobs.stages.steering.compute import render_steering
+from eqknobs.stages.steering.compute import Sources, SteeringRendersCfg, render_steering
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
-    saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
-    probes: dict[str, list[str]] = {}
-    for path in inputs.probes:
-        probes.setdefault(Path(path).stem, []).append(path)
-    render_steering(
-        inputs.manifest,
-        inputs.cache,
-        inputs.labels,
-        saes,
-        probes,
-        inputs.calibration,
-        Path(outputs.index).parent,
-        outputs.signal,
-        cfg,
-        Pieces(),
-    )
+def main(inputs: Any, outputs: Any, cfg: SteeringRendersCfg) -> None:
+    out_dir = Path(outputs.index).parent
+    render_steering(Sources.declared(inputs), inputs.calibration, out_dir, outputs.signal, cfg, Pieces())
 
 
 if __name__ == "__main__":

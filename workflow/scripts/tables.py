@@ -5,10 +5,11 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.evidence.inputs import Inputs
+from eqknobs.evidence.stage import TablesCfg
 from eqknobs.report.tables import write_tables
 
 
-def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
+def main(inputs: Any, outputs: Any, cfg: TablesCfg) -> None:
     folder = Path(outputs.summary).parent
     write_tables(Inputs(folder.parent, inputs), cfg, folder)
 

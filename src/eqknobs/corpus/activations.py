@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import h5py
 import numpy as np
@@ -35,7 +35,7 @@ from eqknobs.audio import read_clip
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, file_sha256, read_csv, require_free_disk, writer_lock
-from eqknobs.models import Model, load_model
+from eqknobs.models import Model, ModelCfg, load_model
 from eqknobs.pieces import Pieces
 
 # A row of the manifest and sites -> activations [frames, width] at each.
@@ -43,22 +43,31 @@ Encode = Callable[[Any, list[str]], dict[str, np.ndarray]]
 LEAST_FRAMES = 16  # that a clip keeps under a budget of frames, if it has as many
 
 
+class ActivationsCfg(TypedDict, total=False):
+    """Plain values whose change must restart half-done work: a target's model and site, the section `activations`."""
+
+    model: ModelCfg
+    site: str
+    frames: int  # the most that all clips keep together, see `kept_frames`
+    seed: int  # of what they keep
+    content: Any  # digests of what the model's files hold, and of the code
+    device: str
+
+
 def cache_activations(
     manifest_csv: str | Path,
     out_h5: str | Path,
-    cfg_model: dict,
+    cfg_model: ModelCfg,
     target_site: str,
-    cfg: dict | None = None,
+    cfg: ActivationsCfg | None = None,
     siblings: Mapping[str, str | Path] | None = None,
     pieces: str | Path | None = None,
 ) -> None:
     """Encode every utterance of a manifest and write its activations at one site.
 
-    manifest_csv: columns id, path, speaker, split, sha256. cfg_model: see `load_model`. cfg: plain values whose
-    change must restart half-done work; of these are used `frames`, a budget of frames in all (see `kept_frames`), and
-    `seed`. siblings: sites of the same model whose caches at those paths are wanted too; what is missing of them is
-    made in the same pass and left in the store `pieces`. That needs `cfg["content"]`: digests of what the model's files
-    hold, and of the code, as what is in the store must be found before the model is loaded.
+    manifest_csv: columns id, path, speaker, split, sha256. siblings: sites of the same model whose caches at those
+    paths are wanted too; what is missing of them is made in the same pass and left in the store `pieces`. That needs
+    `cfg["content"]`, as what is in the store must be found before the model is loaded.
 
     HDF5: `activations` float32 [N, width] (contiguous), `frame_times` seconds [N] (centre of the hop),
     `utterances/{id,speaker,split,sha256,start,frames,samples}`, under a budget also `utterances/{first,clip_frames}`
@@ -90,8 +99,8 @@ def cache_sites(
     manifest_csv: str | Path,
     outs: Mapping[str, str | Path],
     model: Model,
-    cfg_model: dict,
-    cfg: dict,
+    cfg_model: ModelCfg,
+    cfg: ActivationsCfg,
     encode: Encode | None = None,
 ) -> None:
     """Cache many sites of a loaded model in one pass, each in a file of its own as `cache_activations` writes it.
@@ -130,7 +139,7 @@ def _disk_full(path: Path) -> Iterator[None]:
 
 
 def _one_pass(
-    manifest: pd.DataFrame, wanted: Mapping[str, str | Path], cfg_model: dict, cfg: dict, store: "_Store"
+    manifest: pd.DataFrame, wanted: Mapping[str, str | Path], cfg_model: ModelCfg, cfg: ActivationsCfg, store: "_Store"
 ) -> None:
     """Cache the first of the wanted sites, and in the same pass those others that are nowhere yet."""
     model = load_model(cfg_model)
@@ -164,7 +173,7 @@ def _kept(out: Path) -> Path:
     return out.with_name(f".{out.name}.kept")
 
 
-def _of_site(cfg: dict, site: str) -> dict:
+def _of_site(cfg: ActivationsCfg, site: str) -> ActivationsCfg:
     """The settings with which the job of another site of the model caches it."""
     return {**cfg, "site": site} if "site" in cfg else cfg
 
@@ -172,11 +181,13 @@ def _of_site(cfg: dict, site: str) -> dict:
 class _Store:
     """Finished caches of one pass (a model on a manifest, with settings) in the store of pieces, by their site."""
 
-    def __init__(self, folder: str | Path | None, cfg_model: dict, cfg: dict, device: str, manifest_sha256: str):
+    def __init__(
+        self, folder: str | Path | None, cfg_model: ModelCfg, cfg: ActivationsCfg, device: str, manifest_sha256: str
+    ):
         self.folder = folder if "content" in cfg else None
         self.manifest_sha256, self._cfg, self._model, self._device = manifest_sha256, cfg, cfg_model, device
 
-    def piece(self, site: str | None) -> Path:
+    def piece(self, site: str) -> Path:
         """Where a site's cache is, or would be."""
         made_of = [
             _deviceless(self._model),
@@ -195,7 +206,7 @@ class _Store:
             yield
             return
         # the configuration is the same for all targets but for the site
-        with writer_lock(self.piece(None)):
+        with writer_lock(self.piece("")):
             yield
 
     def put(self, site: str, work: Path) -> None:
@@ -237,18 +248,17 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("h5py", "numpy", "torch", "transformers")}
 
 
-def _sources(cfg_model: dict) -> list[str]:
+def _sources(cfg_model: ModelCfg) -> list[str]:
     """What `content` does not tell of a model: the commits of hub models that are here, and a codec that the model's
     own config.json names (`eqknobs.models.moshi`)."""
     found = []
-    for key in ("path", "codec"):
-        path = cfg_model.get(key)
+    own = cfg_model.get("path"), cfg_model.get("revision")
+    for path, pinned in (own, (cfg_model.get("codec"), cfg_model.get("codec_revision"))):
         if path is None or Path(path).is_dir():
             continue
         from huggingface_hub import try_to_load_from_cache
 
         with suppress(ValueError):  # neither a folder nor a hub id: loading it will say so
-            pinned = cfg_model.get("revision" if key == "path" else "codec_revision")
             file = try_to_load_from_cache(str(path), "config.json", revision=pinned)
             found.append(Path(file).parent.name if isinstance(file, str) else "")
     if "codec" not in cfg_model:
@@ -277,7 +287,7 @@ def _attributes(model: Model, site_name: str) -> dict[str, Any]:
     return found
 
 
-def _deviceless(cfg: dict) -> dict:
+def _deviceless(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Without what was asked for as device: `auto` and `cpu` may be the same one, which the attributes tell."""
     return {k: _deviceless(v) if isinstance(v, dict) else v for k, v in cfg.items() if k != "device"}
 
@@ -373,7 +383,13 @@ class _Work:
     """A cache in the making: of one site, in a work file beside where the cache is to be."""
 
     def __init__(
-        self, site: str, out: Path, attributes: dict[str, Any], cfg_model: dict, cfg: dict, manifest_sha256: str
+        self,
+        site: str,
+        out: Path,
+        attributes: dict[str, Any],
+        cfg_model: ModelCfg,
+        cfg: ActivationsCfg,
+        manifest_sha256: str,
     ):
         self.site, self.out, self.manifest_sha256 = site, out, manifest_sha256
         self._plain, self._made_by = attributes, [_deviceless(cfg_model), _deviceless(cfg)]
@@ -388,9 +404,16 @@ class _Work:
         return _known_clips([path for path in paths if path.exists()], self.identity)
 
     @cached_property
-    def header(self) -> _Header | None:
-        """What the work file said when this pass began (after `_lay_out` there is one)."""
+    def begun(self) -> _Header | None:
+        """What the work file said when this pass began, if it was there."""
         return _header(self.path) if self.path.exists() else None
+
+    @cached_property
+    def header(self) -> _Header:
+        """The same, once `_lay_out` has seen to it that there is one."""
+        if (header := self.begun or _header(self.path)) is None:
+            raise EqknobsError(f"{self.path} is gone or damaged; run again")
+        return header
 
     def is_done(self) -> bool:
         """Whether the cache is there as its own job would make it, on whatever machine that was."""
@@ -405,8 +428,9 @@ class _Work:
     def reusable(self, i: int, sha256: str) -> _KnownClip | None:
         """What is known of the i-th clip, if it is the same run of frames."""
         clip, header = self.known.get(sha256), self.header
-        same = clip is not None and (clip.first, clip.frames) == (header.first[i], header.frames[i])
-        return clip if same else None
+        if clip is None or (clip.first, clip.frames) != (header.first[i], header.frames[i]):
+            return None
+        return clip
 
 
 def kept_frames(
@@ -446,16 +470,16 @@ def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), dcpl=settings)
 
 
-def _lay_out(works: list[_Work], manifest: pd.DataFrame, model: Model, cfg: dict) -> None:
+def _lay_out(works: list[_Work], manifest: pd.DataFrame, model: Model, cfg: ActivationsCfg) -> None:
     """Write those work files that are not there, with everything but activations and the normalisers' values.
 
     Room on the disk is asked for all of them at once.
     """
-    new, needed = [work for work in works if work.header is None], 0
+    new, needed = [work for work in works if work.begun is None], 0
     for work in works:
-        if work.header is not None and work.header.done < len(manifest):  # sparse: its room is not taken yet
-            left = int(work.header.frames.sum()) - int(work.header.start[work.header.done])
-            needed += 4 * left * work.header.width
+        if work.begun is not None and work.begun.done < len(manifest):  # sparse: its room is not taken yet
+            left = int(work.begun.frames.sum()) - int(work.begun.start[work.begun.done])
+            needed += 4 * left * work.begun.width
     if new:
         samples = _lengths(new, manifest, model.sample_rate)
         clip_frames = np.array([model.frames(int(n), new[0].site) for n in samples], dtype=np.int64)
@@ -469,7 +493,6 @@ def _lay_out(works: list[_Work], manifest: pd.DataFrame, model: Model, cfg: dict
         if cfg.get("frames") is not None:
             columns |= {"first": first, "clip_frames": clip_frames}
         _lay_out_one(work, manifest, model, columns)
-        work.header = _header(work.path)
 
 
 def _lengths(works: list[_Work], manifest: pd.DataFrame, rate: int) -> np.ndarray:

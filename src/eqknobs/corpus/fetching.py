@@ -15,7 +15,7 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from tqdm import tqdm
 
@@ -37,11 +37,18 @@ DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAE
 _CHUNK = 1 << 20
 
 
-def fetch(cfg_data: dict[str, Any], work: Path) -> Path:
-    """Folder that holds the corpus's audio, downloaded or unpacked below `work` if need be.
+class SourceCfg(TypedDict):
+    """What `fetch` reads of a corpus: where its sound is from."""
 
-    cfg_data: `source` "librispeech" (official archive `subset`, from the mirror `url` if set), "archive" (`path`
-    to a local tar or zip) or "folder" (`path`); `timeout_seconds` (60) ends a stalled connection. Raises
+    source: Literal["librispeech", "archive", "folder"]
+    path: NotRequired[str | None]  # the archive or folder
+    subset: NotRequired[str | None]  # of LibriSpeech
+    url: NotRequired[str | None]  # a mirror of it
+    timeout_seconds: NotRequired[float | None]  # of silence that end a connection; 60
+
+
+def fetch(cfg_data: SourceCfg, work: Path) -> Path:
+    """Folder that holds the corpus's audio, downloaded or unpacked below `work` if need be. Raises
     EqknobsError for a missing path, a failed download, a wrong checksum, a damaged archive and one that would
     write outside its folder.
     """
@@ -59,17 +66,17 @@ def fetch(cfg_data: dict[str, Any], work: Path) -> Path:
         return folder
     if not path:
         raise EqknobsError(f"data.path: source {source!r} needs the path of the {source}")
-    path = Path(path)
+    found = Path(path)
     if source == "archive":
-        if not path.is_file():
-            raise EqknobsError(f"data.path: no archive {path}; give a .tar.gz, .tar or .zip file")
-        folder = work / f"{path.name.split('.')[0]}-{file_sha256(path)[:8]}"
+        if not found.is_file():
+            raise EqknobsError(f"data.path: no archive {found}; give a .tar.gz, .tar or .zip file")
+        folder = work / f"{found.name.split('.')[0]}-{file_sha256(found)[:8]}"
         if not folder.is_dir():
-            extract(path, folder)
+            extract(found, folder)
         return folder
-    if not path.is_dir():
-        raise EqknobsError(f"data.path: no folder {path}; give a folder of audio files")
-    return path
+    if not found.is_dir():
+        raise EqknobsError(f"data.path: no folder {found}; give a folder of audio files")
+    return found
 
 
 def download(url: str, path: Path, md5: str, timeout: float = 60, retries: int = 5) -> None:

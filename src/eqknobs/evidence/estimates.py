@@ -7,12 +7,19 @@ utterances inside each drawn speaker (`eqknobs.evidence.stats`).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
 
 from eqknobs.evidence import stats
+
+
+class IntervalsCfg(TypedDict):
+    """How intervals are drawn."""
+
+    bootstrap: int  # resamples
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,10 @@ def divide(top: Any, bottom: Any) -> Any:
         return np.where(np.asarray(bottom) > 0, np.asarray(top) / np.asarray(bottom), np.nan)
 
 
-def estimate(clips: pd.DataFrame, measure: Measure, cfg: dict[str, Any], interval: bool = True) -> dict[str, float]:
+def estimate(clips: pd.DataFrame, measure: Measure, cfg: IntervalsCfg, interval: bool = True) -> dict[str, float]:
     """{measure, measure_low, measure_high} over clips; NaN where the raw scores do not hold it.
 
-    clips: `id`, `speaker` and the measure's columns. cfg: `bootstrap` (resamples), `seed`. interval: False leaves the
-    value alone.
+    clips: `id`, `speaker` and the measure's columns. interval: False leaves the value alone.
     """
     name = measure.name
     names = (name, f"{name}_low", f"{name}_high")

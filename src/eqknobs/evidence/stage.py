@@ -6,24 +6,50 @@ computation imports either. `cfg["stages"]` says which stages a run has, with th
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import pandas as pd
 
+from eqknobs.evidence.estimates import IntervalsCfg
 from eqknobs.evidence.inputs import Inputs
+
+
+class TablesCfg(IntervalsCfg):
+    """What all stages' tables share: the section `tables`, the run's seed, and what it works on."""
+
+    unmeasurable_wer: float
+    word_codebooks: int | None  # of the round trip that says whether words can be judged (`evidence.words`)
+    targets: list[str]
+    stages: dict[str, dict[str, Any]]  # name -> `targets` and what its modules ask for; without those that are off
+
+
+class CorpusFiles(TypedDict):
+    """Where the report reads of a corpus."""
+
+    manifest: str
+    facts: str | None  # a corpus.json
+
+
+class ReportCfg(TablesCfg):
+    """What the report takes beside it."""
+
+    config: dict[str, Any]  # the whole configuration
+    training: dict[str, str]  # bundled model -> its training.json
+    bundled_speech: bool  # whether that names speakers of this corpus
+    corpora: dict[str, CorpusFiles]
 
 
 @dataclass(frozen=True)
 class Context:
     """Where a stage's tables or section are made: one target of a run.
 
-    cfg: what all stages share, as `write_tables` or `write_report` take it. own: `cfg["stages"][<stage>]`.
+    own: `cfg["stages"][<stage>]`.
     facts: the target's part of `summary.json`; empty while the tables are made.
     """
 
     target: str
     inputs: Inputs
-    cfg: dict[str, Any]
+    cfg: TablesCfg
     own: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -13,8 +13,8 @@ UNMEASURABLE = "unmeasurable"
 def words_rule(at: Context) -> dict[str, Any]:
     """WER of the codec's round trip on test, with counts, and whether it leaves words to be judged.
 
-    It is that of the codec stage at `word_codebooks`; where there is none, the reference that the steering or the
-    importance stage renders: the same sound.
+    It is that of the codec stage at `word_codebooks` (None: without the quantiser); where there is none, the reference
+    that the steering or the importance stage renders: the same sound.
     """
     codebooks, threshold = at.cfg["word_codebooks"], at.cfg["unmeasurable_wer"]
     for stage in ("codec", "steering", "importance"):
@@ -22,7 +22,8 @@ def words_rule(at: Context) -> dict[str, Any]:
             continue
         clips = at.inputs.scores(at.target, stage)
         if stage == "codec":
-            clips = clips[(clips["path"] == "quantized") & (clips["codebooks"] == codebooks)]
+            quantised = (clips["path"] == "quantized") & (clips["codebooks"] == codebooks)
+            clips = clips[clips["path"] == "unquantized" if codebooks is None else quantised]
         else:
             clips = clips[clips["arm"] == "codec_roundtrip" if stage == "steering" else clips["map"] == "none"]
         clips = clips[clips["split"] == "test"].drop_duplicates("id")

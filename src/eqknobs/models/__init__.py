@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Model(Protocol):
     sites: dict[str, Site]
     n_codebooks: int  # 0: cannot quantise
     decodes: bool
+    gradients: bool  # whether `decode_batch` has them
 
     def site(self, name: str) -> Site:
         """The site of that name. Raises EqknobsError, naming all sites, if there is none."""
@@ -74,6 +75,12 @@ class Model(Protocol):
         do. Raises EqknobsError if the model does not decode."""
         ...
 
+    def decode_batch(self, acts: "Tensor", site: str, codebooks: int | None = None) -> "Tensor":
+        """Waveforms [batch, frames · hop] of activations [batch, frames, width], as `decode` but in one piece, so that
+        memory grows with the clips. Around the quantiser (`codebooks` None) gradients reach `acts` where the model has
+        `gradients`; through it none do. Raises EqknobsError for another shape, and if the model does not decode."""
+        ...
+
     def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
         """Waveform [samples] through the whole codec, edits included. Raises as `decode`."""
         ...
@@ -94,13 +101,24 @@ KINDS = {
 }
 
 
-def load_model(cfg_model: dict) -> Model:
-    """Load a model from a folder or from the hub.
+class ModelCfg(TypedDict):
+    """What `load_model` reads: an entry of `models`, its name and the device."""
 
-    cfg_model: `{name, kind, path, revision, device}`; kind mimi, encodec, dac, hubert, whisper or moshi (which takes
-    more keys, see `eqknobs.models.moshi.adapter`); path a folder with `config.json` and safetensors weights, or a hub
-    id; revision pins a hub model (or, if given, the folder's weights); device auto, cpu or cuda. Weights become
-    float32 (Moshi's: as asked), in evaluation mode.
+    name: str
+    kind: str  # of `KINDS`
+    path: str  # a folder with `config.json` and safetensors weights, or a hub id
+    revision: NotRequired[str | None]  # pins a hub model, or the weights of the folder
+    device: NotRequired[str | None]  # auto | cpu | cuda
+    # Of a moshi (`eqknobs.models.moshi.adapter`):
+    codec: NotRequired[str]
+    codec_revision: NotRequired[str | None]
+    dtype: NotRequired[str]
+    nf4: NotRequired[bool | dict[str, Any]]
+    stream: NotRequired[str]
+
+
+def load_model(cfg_model: ModelCfg) -> Model:
+    """Load a model from a folder or from the hub. Weights become float32 (Moshi's: as asked), in evaluation mode.
 
     Raises EqknobsError: unknown kind, no such folder or hub model, folder without weights, pickled weights,
     weights that do not fit the architecture, no GPU.

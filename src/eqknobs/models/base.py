@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.models import Site
+from eqknobs.models import ModelCfg, Site
+from eqknobs.packing.files import is_packed_folder, read_packed
+from eqknobs.packing.notes import NAME as PACKED
 
 if TYPE_CHECKING:
     from eqknobs.models import SiteEdit
@@ -27,10 +29,20 @@ UNUSED_KEYS = {"masked_spec_embed"}
 
 
 def folder_weights(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a model folder; raises EqknobsError if it has none, or no config."""
+    """The safetensors files of a model folder, or the packed one (docs/packing.md).
+
+    Raises EqknobsError if it has none, both kinds, or no config.
+    """
     if not (folder / "config.json").is_file():
         raise EqknobsError(f"models.{name}.path: {folder} has no config.json; give a whole model folder")
-    if weights := sorted(folder.glob("model*.safetensors")):
+    weights = sorted(folder.glob("model*.safetensors"))
+    if is_packed_folder(folder):
+        if weights:
+            raise EqknobsError(
+                f"models.{name}.path: {folder} holds {PACKED} beside {weights[0].name}; move one of them elsewhere"
+            )
+        return [folder / PACKED]
+    if weights:
         return weights
     if pickled := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
         raise EqknobsError(
@@ -50,7 +62,7 @@ def weights_hash(weights: list[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_pretrained(cls: Any, cfg: dict) -> tuple[Any, str]:
+def load_pretrained(cls: Any, cfg: ModelCfg) -> tuple[Any, str]:
     """Load a network of class `cls` and its revision; see `load_model` for cfg and errors."""
     name, path, pinned = cfg["name"], str(cfg["path"]), cfg.get("revision")
     folder = Path(path)
@@ -75,10 +87,13 @@ def load_pretrained(cls: Any, cfg: dict) -> tuple[Any, str]:
             f"models.{name}.kind: {where} is of type {config.get('model_type')!r}, not {cfg['kind']!r}; "
             "mend kind or path"
         )
+    given: dict[str, Any] = {"pretrained_model_name_or_path": path, "revision": revision, "use_safetensors": True}
+    if folder.is_dir() and is_packed_folder(folder):
+        given = {"pretrained_model_name_or_path": None, "state_dict": read_packed(folder)}
+        with one_line(f"models.{name}: cannot read config.json of {where}"):
+            given["config"] = cls.config_class.from_pretrained(path)
     with one_line(f"models.{name}: cannot load the safetensors weights of {where}"):
-        net, info = cls.from_pretrained(
-            path, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        net, info = cls.from_pretrained(**given, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(key for key in info["missing_keys"] if key.split(".")[-1] not in UNUSED_KEYS):
         # transformers would go on with random values in their place
         raise EqknobsError(
@@ -213,9 +228,9 @@ class Pretrained(ABC):
     sites: dict[str, Site]
     n_codebooks = 0
     min_codebooks = 1
-    decodes = False
+    decodes = gradients = False
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         self.name = cfg["name"]
         self.device = pick_device(cfg.get("device") or "auto")
         self.net, self.revision = load_pretrained(self.net_class, cfg)
@@ -268,6 +283,9 @@ class Pretrained(ABC):
     def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
 
+    def decode_batch(self, acts: Tensor, site: str, codebooks: int | None = None) -> Tensor:
+        raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
+
     def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn activations back into sound")
 
@@ -288,6 +306,13 @@ class Pretrained(ABC):
             raise EqknobsError(f"{self.name}.{site} takes activations [frames, {width}], got {list(np.shape(acts))}")
         return torch.as_tensor(np.ascontiguousarray(acts, dtype=np.float32), device=self.device)[None]
 
+    def _batch(self, acts: Tensor, site: str) -> Tensor:
+        """[batch, frames, width] on the device."""
+        width = self.site(site).width
+        if acts.ndim != 3 or acts.shape[2] != width:
+            raise EqknobsError(f"{self.name}.{site} takes batches [batch, frames, {width}], got {list(acts.shape)}")
+        return acts.to(self.device, torch.float32)
+
     def _codebooks(self, codebooks: int | None) -> int:
         count = self.n_codebooks if codebooks is None else codebooks
         if not self.min_codebooks <= count <= self.n_codebooks:
@@ -300,7 +325,7 @@ class Pretrained(ABC):
 class ConvCodec(Pretrained):
     """A codec whose only site is `encoder`, the output [frames, width] of its convolutional encoder."""
 
-    decodes = True
+    decodes = gradients = True
     chunk_seconds = 20.0
 
     def _set_site(self, hop: int, context: float) -> None:
@@ -358,6 +383,14 @@ class ConvCodec(Pretrained):
             if codebooks is not None:
                 latents = self._quantise(latents, self._codebooks(codebooks))[0]
             return fit(self.net.decoder(latents)[0, 0], samples)
+
+    def decode_batch(self, acts: Tensor, site: str, codebooks: int | None = None) -> Tensor:
+        # cuDNN has gradients of recurrent layers (EnCodec's LSTM) in training only.
+        with gpu_memory(), torch.backends.cudnn.flags(enabled=not acts.requires_grad):
+            latents = self._batch(acts, site).transpose(1, 2)
+            if codebooks is not None:
+                latents = self._quantise(latents.detach(), self._codebooks(codebooks))[0]
+            return self.net.decoder(latents)[:, 0]
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():

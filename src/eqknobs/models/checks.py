@@ -1,11 +1,11 @@
 """Checks of targets and of what their models can do, as far as a local folder's config.json tells."""
 
+import math
 import re
-from pathlib import Path
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.sites import LAYERS, read_facts
+from eqknobs.models.sites import LAYERS, config_file, read_facts
 from eqknobs.plan import parse_target, stage_targets
 
 CODEBOOKS = {"mimi": "num_quantizers", "dac": "n_codebooks"}  # the key of config.json that counts them
@@ -49,11 +49,31 @@ def check_codebooks(config: dict[str, Any], key: str, wanted: int | None, target
     for target in targets:
         name, _ = parse_target(target)
         model = config["models"][name]
-        count = _facts(model).get(CODEBOOKS.get(model["kind"], ""))
-        if wanted is not None and isinstance(count, int) and wanted > count:
+        count = _codebooks(model)
+        if wanted is not None and count is not None and wanted > count:
             raise EqknobsError(f"config: {key}: {wanted} is more than the {count} codebooks of {name}")
 
 
+def _codebooks(model: dict[str, Any]) -> int | None:
+    """How many a codec has, where its config.json tells."""
+    facts = _facts(model)
+    if model["kind"] == "encodec":
+        return _bandwidth_codebooks(facts)
+    count = facts.get(CODEBOOKS.get(model["kind"], ""))
+    return count if isinstance(count, int) else None
+
+
+def _bandwidth_codebooks(facts: dict[str, Any]) -> int | None:
+    """Those of an EnCodec, whose config.json gives the largest bandwidth (kbit/s) instead; as transformers counts."""
+    try:
+        frame_rate = math.ceil(facts["sampling_rate"] / math.prod(facts["upsampling_ratios"]))
+        bits = math.ceil(math.log2(facts["codebook_size"]))
+        return int(1000 * facts["target_bandwidths"][-1] // (frame_rate * bits))
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+        return None
+
+
 def _facts(model: dict[str, Any]) -> dict[str, Any]:
-    """The model's config.json where it is in a folder."""
-    return read_facts(Path(model["path"]) / "config.json")
+    """The model's config.json, where it is in a folder or in the hub's cache."""
+    file = config_file(str(model["path"]), model.get("revision"))
+    return {} if file is None else read_facts(file)

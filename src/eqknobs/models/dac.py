@@ -5,6 +5,7 @@ import math
 from torch import Tensor
 from transformers import DacModel
 
+from eqknobs.models import ModelCfg
 from eqknobs.models.base import ConvCodec, convolution_reach
 
 
@@ -14,7 +15,7 @@ class Dac(ConvCodec):
 
     net_class = DacModel
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         super().__init__(cfg)
         self.sample_rate = self.config.sampling_rate
         self.n_codebooks = self.config.n_codebooks

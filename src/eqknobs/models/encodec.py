@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import EncodecModel
 
 from eqknobs.errors import EqknobsError
+from eqknobs.models import ModelCfg
 from eqknobs.models.base import ConvCodec
 
 
@@ -15,7 +16,7 @@ class Encodec(ConvCodec):
 
     net_class = EncodecModel
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         super().__init__(cfg)
         config = self.config
         if config.audio_channels != 1 or config.normalize or config.norm_type != "weight_norm":

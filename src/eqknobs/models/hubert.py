@@ -7,6 +7,7 @@ import numpy as np
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from eqknobs.errors import EqknobsError
+from eqknobs.models import ModelCfg
 from eqknobs.models.base import LayeredEncoder, captured, inference, one_line, until_last
 
 
@@ -17,7 +18,7 @@ class Hubert(LayeredEncoder):
     net_class = HubertModel
     max_seconds = 120.0
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         super().__init__(cfg)
         with one_line(f"models.{self.name}: cannot load the feature extractor of {cfg['path']}"):
             self._extract = Wav2Vec2FeatureExtractor.from_pretrained(cfg["path"], revision=self.revision)

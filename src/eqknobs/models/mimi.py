@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import MimiModel
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models import Site
-from eqknobs.models.base import Pretrained, captured, convolution_reach, fit, inference, substituted
+from eqknobs.models import ModelCfg, Site
+from eqknobs.models.base import Pretrained, captured, convolution_reach, fit, gpu_memory, inference, substituted
 
 
 class Mimi(Pretrained):
@@ -22,10 +22,10 @@ class Mimi(Pretrained):
     """
 
     net_class = MimiModel
-    decodes = True
+    decodes = gradients = True
     chunk_seconds = 20.0
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         super().__init__(cfg)
         config = self.config
         if config.audio_channels != 1 or not config.use_causal_conv or config.latent_stride < 2:
@@ -74,9 +74,9 @@ class Mimi(Pretrained):
                     pieces.append(seen[name].pop()[0].cpu())
         return {name: torch.cat(pieces).numpy() for name, pieces in out.items()}
 
-    def _latents(self, acts: np.ndarray, site: str) -> Tensor:
-        """Latents [1, width, code frames] at code rate, the encoder continued from `acts`."""
-        given = hidden = self._acts(acts, site)
+    def _latents(self, given: Tensor, site: str) -> Tensor:
+        """Latents [batch, width, code frames] at code rate, the encoder continued from [batch, frames, width]."""
+        hidden = given
         if given.shape[1] % self.stride or not given.shape[1]:
             raise EqknobsError(f"{self.name}: {given.shape[1]} frames are not whole code frames of {self.stride}")
         if site != "encoder_transformer":
@@ -91,10 +91,18 @@ class Mimi(Pretrained):
     def decode(self, acts: np.ndarray, site: str, samples: int, codebooks: int | None = None) -> np.ndarray:
         """Waveform [samples]; see `sound`."""
         with inference():
-            latents = self._latents(acts, site)
+            latents = self._latents(self._acts(acts, site), site)
             if codebooks is not None:
                 latents = self.net.quantizer.decode(self._codes(latents, codebooks))
             return self.sound(latents, samples)
+
+    def decode_batch(self, acts: Tensor, site: str, codebooks: int | None = None) -> Tensor:
+        with gpu_memory():
+            latents = self._latents(self._batch(acts, site), site)
+            if codebooks is not None:
+                latents = self.net.quantizer.decode(self._codes(latents.detach(), codebooks))
+            hidden = self._decoder_transformer(self._upsample(latents).transpose(1, 2), use_cache=False)[0]
+            return self._decoder_seanet(hidden.transpose(1, 2))[:, 0]
 
     def reconstruct(self, wav: np.ndarray, codebooks: int | None = None) -> np.ndarray:
         acts = self.encode(wav, "encoder_transformer")  # after all other sites
@@ -121,4 +129,4 @@ class Mimi(Pretrained):
 
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():
-            return self._codes(self._latents(acts, site), codebooks)[0].cpu().numpy()
+            return self._codes(self._latents(self._acts(acts, site), site), codebooks)[0].cpu().numpy()

@@ -44,7 +44,7 @@ def sites_of(model: dict[str, Any], fetch: bool = False) -> list[str] | None:
         return None
     if not known.count and kind != "moshi":
         return list(known.single)  # whatever the sizes
-    file = _config_file(str(model["path"]), model.get("revision"), fetch)
+    file = config_file(str(model["path"]), model.get("revision"), fetch)
     if kind == "moshi":
         return _moshi(model, file)
     layers = None if file is None else read_facts(file).get(known.count)
@@ -61,7 +61,8 @@ def read_facts(file: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _config_file(path: str, revision: str | None, fetch: bool) -> Path | None:
+def config_file(path: str, revision: str | None, fetch: bool = False) -> Path | None:
+    """The config.json of a folder, or of a hub model where the hub's cache has it, or with `fetch` from the hub."""
     folder = Path(path)
     if folder.is_dir():
         return folder / "config.json"
@@ -69,7 +70,10 @@ def _config_file(path: str, revision: str | None, fetch: bool) -> Path | None:
         return None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    found = try_to_load_from_cache(path, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+    except ValueError:  # no name of the hub's: loading it says so
+        return None
     if isinstance(found, str):
         return Path(found)
     if fetch:

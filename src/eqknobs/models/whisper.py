@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor, WhisperModel
 
+from eqknobs.models import ModelCfg
 from eqknobs.models.base import LayeredEncoder, captured, inference, one_line, until_last
 
 
@@ -15,7 +16,7 @@ class Whisper(LayeredEncoder):
 
     net_class = WhisperModel
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         super().__init__(cfg)
         with one_line(f"models.{self.name}: cannot load the feature extractor of {cfg['path']}"):
             self._extract = WhisperFeatureExtractor.from_pretrained(cfg["path"], revision=self.revision)

@@ -16,7 +16,7 @@ import yaml
 
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.evidence.inputs import Inputs
-from eqknobs.evidence.stage import Context, SectionModule
+from eqknobs.evidence.stage import Context, ReportCfg, SectionModule
 from eqknobs.evidence.wording import ends, number
 from eqknobs.io import atomic_path
 from eqknobs.report import players
@@ -63,7 +63,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _bundled_models(inputs: Inputs, cfg: dict[str, Any], speakers: set[str]) -> list[dict[str, Any]]:
+def _bundled_models(inputs: Inputs, cfg: ReportCfg, speakers: set[str]) -> list[dict[str, Any]]:
     """[{name, kind, known, heard, speech}] of the models that come with this project: what such a model is, and of
     which published one it is a small relative; which of the speakers it heard in its training, and that speech in
     words. Its training.json names speakers of the bundled corpus: of another corpus it says nothing."""
@@ -78,7 +78,7 @@ def _bundled_models(inputs: Inputs, cfg: dict[str, Any], speakers: set[str]) -> 
     return found
 
 
-def _corpora(inputs: Inputs, cfg: dict[str, Any]) -> list[dict[str, Any]]:
+def _corpora(inputs: Inputs, cfg: ReportCfg) -> list[dict[str, Any]]:
     """[{name, splits, synthetic, description}] of the corpora of the run; what its `corpus.json` says of each."""
     found = []
     for name, files in cfg["corpora"].items():
@@ -92,14 +92,14 @@ def _corpora(inputs: Inputs, cfg: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _contexts(inputs: Inputs, cfg: dict[str, Any], facts: dict[str, Any], target: str) -> dict[str, Context]:
+def _contexts(inputs: Inputs, cfg: ReportCfg, facts: dict[str, Any], target: str) -> dict[str, Context]:
     """stage -> where its section of a target is made, for the stages that work on the target."""
     found = {stage: own for stage, own in cfg["stages"].items() if target in own["targets"]}
     return {stage: Context(target, inputs, cfg, own, facts) for stage, own in found.items()}
 
 
 def _listening(
-    inputs: Inputs, cfg: dict[str, Any], contexts: dict[str, dict[str, Context]], out_dir: Path
+    inputs: Inputs, cfg: ReportCfg, contexts: dict[str, dict[str, Context]], out_dir: Path
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], list[dict[str, Any]]]:
     """(players of each target, media, copied files)."""
     played, clips, sounding = {}, {}, []
@@ -171,13 +171,11 @@ def _playing(made: dict[str, list[dict[str, Any]]], media: dict[str, str]) -> di
     }
 
 
-def write_report(inputs: Inputs, cfg: dict[str, Any], out_dir: str | Path) -> None:
+def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
     """Write `out_dir/index.html`, a page a stage beside it (`<stage>.html`) and `out_dir/audio/`.
 
     The pages are self-contained but for links to one another and to the lossless sounds in `audio/`.
-    cfg: `config` (the whole configuration), `targets` and `stages` as in `write_tables`, `training` (bundled model ->
-    its training.json), `bundled_speech` (whether that names speakers of this corpus), `corpora` (name -> its `manifest`
-    and `facts`, a corpus.json or None). Raises EqknobsError if a page would be larger than 25 MB.
+    Raises EqknobsError if a page would be larger than 25 MB.
     """
     out_dir, config, targets = Path(out_dir), cfg["config"], cfg["targets"]
     summary = inputs.json("tables/summary.json")["targets"]
@@ -233,7 +231,7 @@ def _first(made: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, An
 
 
 def _overview(
-    environment: jinja2.Environment, inputs: Inputs, cfg: dict[str, Any], frame: dict[str, Any], playing: dict[str, Any]
+    environment: jinja2.Environment, inputs: Inputs, cfg: ReportCfg, frame: dict[str, Any], playing: dict[str, Any]
 ) -> str:
     config, targets = cfg["config"], cfg["targets"]
     summary = inputs.json("tables/summary.json")["targets"]

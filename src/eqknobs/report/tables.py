@@ -11,7 +11,7 @@ import pandas as pd
 from eqknobs.evidence.comparisons import with_holm
 from eqknobs.evidence.estimates import table
 from eqknobs.evidence.inputs import Inputs
-from eqknobs.evidence.stage import Context, TablesModule
+from eqknobs.evidence.stage import Context, TablesCfg, TablesModule
 from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.importance import tables as importance
@@ -35,7 +35,7 @@ STAGES: tuple[TablesModule, ...] = (
 COLUMNS = {name: columns for stage in STAGES for name, columns in stage.COLUMNS.items()}
 
 
-def _target(inputs: Inputs, target: str, cfg: dict[str, Any], tables: dict[str, list[pd.DataFrame]]) -> dict[str, Any]:
+def _target(inputs: Inputs, target: str, cfg: TablesCfg, tables: dict[str, list[pd.DataFrame]]) -> dict[str, Any]:
     """The summary of one target; its rows are added to `tables`."""
     facts: dict[str, Any] = {name: value for stage in STAGES for name, value in stage.NOTHING.items()}
     comparisons: list[dict[str, Any]] = []
@@ -56,13 +56,11 @@ def _target(inputs: Inputs, target: str, cfg: dict[str, Any], tables: dict[str, 
     return facts
 
 
-def write_tables(inputs: Inputs, cfg: dict[str, Any], out_dir: str | Path) -> None:
+def write_tables(inputs: Inputs, cfg: TablesCfg, out_dir: str | Path) -> None:
     """Write each stage's tables and `summary.json` to a folder; a stage without targets has a table without
     rows, one that is off has none.
 
-    cfg: `targets`; `bootstrap` (resamples), `seed`; `word_codebooks`, `unmeasurable_wer` (`evidence.words`); `stages`:
-    name -> `targets` and what its module asks for, a stage that is off being absent. Raises EqknobsError naming a raw
-    score file that is missing or no input of the rule.
+    Raises EqknobsError naming a raw score file that is missing or no input of the rule.
     """
     tables: dict[str, list[pd.DataFrame]] = {
         name: [] for stage in STAGES if stage.STAGE in cfg["stages"] for name in stage.COLUMNS

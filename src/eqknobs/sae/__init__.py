@@ -6,11 +6,13 @@ A variant is one file: its frozen configuration, its code, its training step. `k
 
 from eqknobs.sae import batchtopk, jumprelu, rms_l1, topk  # each registers its variant
 from eqknobs.sae.base import SAE, VARIANTS, SAEConfig, make_config, new_sae
-from eqknobs.sae.training import train_grid, train_sae
+from eqknobs.sae.training import GridCfg, SAECfg, train_grid, train_sae
 
 __all__ = [
     "SAE",
     "VARIANTS",
+    "GridCfg",
+    "SAECfg",
     "SAEConfig",
     "batchtopk",
     "jumprelu",

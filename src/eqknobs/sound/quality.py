@@ -10,21 +10,17 @@ one.
 """
 
 import math
-import os
 from collections.abc import Iterable
 from functools import cached_property
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soxr
 
-from eqknobs.errors import EqknobsError
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import content
-from eqknobs.sound.judges import RATE, sound_hash, verified
+from eqknobs.sound.judges import RATE, Judge, package_folder, sound_hash, verified
 
 DNSMOS_SHA256 = "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd"
 SECONDS = 9.01  # that the network takes
@@ -33,29 +29,26 @@ WINDOW = int(SECONDS * RATE)  # samples
 OVERALL = (-0.06766283, 1.11546468, 0.04602535)
 
 
-class Quality:
+class Quality(Judge):
     """DNSMOS P.835 with the weights in the package speechmos, on the CPU.
 
-    pieces: where marks are kept; by default nowhere. Raises EqknobsError if the weights are not the pinned ones.
+    pieces, workers: see `Judge`. Raises EqknobsError if the weights are not the pinned ones.
     """
 
-    def __init__(self, pieces: Pieces | None = None) -> None:
-        self.pieces = pieces or Pieces(None)
-        package = find_spec("speechmos")
-        if package is None or package.origin is None:
-            raise EqknobsError("the package speechmos is missing; install what requirements-nodeps.txt lists")
-        # Its modules import librosa and pandas: 1.4 s for ten lines around this file.
-        weights = Path(package.origin).parent / "dnsmos_models/sig_bak_ovr.onnx"
+    def __init__(self, pieces: Pieces | None = None, workers: int | None = None) -> None:
+        super().__init__(pieces, workers)
+        # The package's modules import librosa and pandas: 1.4 s for ten lines around this file.
+        weights = package_folder("speechmos") / "dnsmos_models/sig_bak_ovr.onnx"
         self.weights = verified(weights, DNSMOS_SHA256, "speechmos")
         self.identity = [content(__file__), DNSMOS_SHA256, [version(name) for name in ("onnxruntime", "numpy")]]
 
     @cached_property
     def session(self) -> Any:
-        """Loaded when the first sound is to be rated: often all marks are known."""
+        """The loaded network."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()
+        options.intra_op_num_threads = self.threads
         return onnxruntime.InferenceSession(self.weights, options, providers=["CPUExecutionProvider"])
 
     def rate(self, wav: np.ndarray) -> float:
@@ -72,11 +65,13 @@ class Quality:
         wav = np.clip(wav, -1, 1).astype(np.float32)  # speechmos refuses what is beyond; resampling overshoots
         while len(wav) < WINDOW:
             wav = np.append(wav, wav)
+        with self.loading:
+            session = self.session
         raw = []
         for second in range(int(len(wav) // RATE - SECONDS) + 1):
             window = wav[second * RATE : int((second + SECONDS) * RATE)]
             if len(window) == WINDOW:  # rounding makes some a sample too short: the published judge skips them
-                raw.append(self.session.run(None, {"input_1": window[None]})[0][0][2].item())
+                raw.append(session.run(None, {"input_1": window[None]})[0][0][2].item())
         return float(np.mean(np.polyval(OVERALL, raw)))
 
 

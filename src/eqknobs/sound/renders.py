@@ -1,6 +1,6 @@
 """The one way to make sound: clip -> (filter) -> activations -> edit -> rest of the codec -> signal metrics, FLAC.
 
-Judging words and voices is another stage (`eqknobs.sound.judges`), so that a change of judge renders nothing again.
+Judging words and voices is a job of its own (`eqknobs.sound.judges`), so that a change of judge renders nothing again.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -24,13 +24,20 @@ from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, file_sha256, unused_name, write_csv
-from eqknobs.models import Model, load_model
+from eqknobs.models import Model, ModelCfg, load_model
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import code_inputs, content
 from eqknobs.sound import metrics
 
 Edit = Callable[[np.ndarray], np.ndarray]
 Filter = Callable[[np.ndarray, int], np.ndarray]
+
+
+class OpenedCfg(TypedDict):
+    """What is opened: the model and site of a target. Stages that render take more beside it."""
+
+    model: ModelCfg
+    site: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Condition:
     codebooks: int | None = None  # None: around the quantiser
     wav_filter: Filter | None = None  # (samples, rate) -> samples, before the codec
     codec: bool = True  # False: the clip itself, never encoded
-    keep: bool = False  # FLAC of every clip, to be judged; else of the first clips only, for the report
+    keep: bool = False  # FLAC of every clip, to be judged
+    listen: int = 0  # else FLAC of so many clips, the first ones, for the report
     pitch: bool = False  # measure the error of f0, which costs more than decoding does
     tokens: bool = False  # count the codes that change against the unedited activations'
 
@@ -61,7 +69,7 @@ class Clip:
 
 
 @contextmanager
-def open_codec(cfg: dict[str, Any], cache: ActivationCache) -> Iterator[Model]:
+def open_codec(cfg: OpenedCfg, cache: ActivationCache) -> Iterator[Model]:
     """Load `cfg["model"]` with the GPU (if any) to itself.
 
     Raises EqknobsError if it cannot decode, is not the model whose activations the cache holds, or the cache holds
@@ -80,7 +88,7 @@ def open_codec(cfg: dict[str, Any], cache: ActivationCache) -> Iterator[Model]:
         yield model
 
 
-def render_pieces(pieces: Pieces | None, model: Model, cfg: dict[str, Any]) -> Pieces:
+def render_pieces(pieces: Pieces | None, model: Model, cfg: OpenedCfg) -> Pieces:
     """The store for what `cfg["model"]` makes of given activations at `cfg["site"]`, and for metrics of it.
 
     Pieces are told apart by the code of renders, metrics and the model's kind, the model, its device and the versions
@@ -211,7 +219,6 @@ def render_conditions(
     conditions: Sequence[Condition],
     out_dir: str | Path,
     signal_csv: str | Path,
-    listen: int = 0,
     pieces: Pieces | None = None,
 ) -> None:
     """Render every clip under every condition.
@@ -219,7 +226,7 @@ def render_conditions(
     clips: manifest rows. pieces: those of `render_pieces`, where what was measured is kept, so that a sound is decoded
     only for what is not known of it, or for a FLAC that is not there from the last time.
 
-    Writes `out_dir/<condition key>/<id>.flac` (all clips of a condition with `keep`, else the first `listen`),
+    Writes `out_dir/<condition key>/<id>.flac` (all clips of a condition with `keep`, else its first `listen`),
     `out_dir/index.csv` (id, condition, file, judged, the conditions' columns) and `signal_csv`: id, speaker, split,
     condition, the conditions' columns, seconds, `signal_metrics`, and the error in latent space as its two sums over
     frames and dimensions, latent_sq_error = Σ(edited − cached)²,
@@ -230,7 +237,9 @@ def render_conditions(
     if len(set(keys)) != len(keys):
         raise EqknobsError(f"two conditions are called {max(keys, key=keys.count)}; a key must be unique")
     store = pieces or Pieces(None)
-    signal, index, names = [], [], set()
+    signal: list[dict[str, Any]] = []
+    index: list[dict[str, Any]] = []
+    names: set[str] = set()
     progress = tqdm(desc="renders", total=len(clips) * len(conditions), unit="render")
     with progress, atomic_path(out_dir) as folder:
         folder.mkdir()
@@ -244,7 +253,7 @@ def render_conditions(
                     progress.update()
                     render = _Render(model, site, clip, condition, known)
                     about = {"id": clip.id, "condition": condition.key, **condition.columns}
-                    if condition.keep or number < listen:
+                    if condition.keep or number < condition.listen:
                         file = f"{condition.key}/{sound}"
                         render.write(folder / file, Path(out_dir) / file)
                         index.append({**about, "file": file, "judged": condition.keep})

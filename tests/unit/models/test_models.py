@@ -32,6 +32,7 @@ from transformers import (
 from eqknobs.device import gpu_lock
 from eqknobs.errors import EqknobsError
 from eqknobs.models import load_model
+from eqknobs.models.checks import check_codebooks
 from helpers import ROOT
 
 BUNDLED = ROOT / "resources/models/tiny-mimi"
@@ -330,6 +331,22 @@ def test_bundled_codec():
 # EnCodec and DAC
 
 
+@pytest.mark.parametrize("kind", ["mimi", "encodec", "dac"])
+def test_codebooks_are_counted_before_a_codec_is_loaded(folders, kind):
+    config = {"models": {"c": {"kind": kind, "path": str(folders / kind), "revision": None}}}
+    most = load(folders / kind).n_codebooks
+    check_codebooks(config, "codec.codebooks", most, ["c.encoder"])
+    with pytest.raises(EqknobsError, match=rf"codec.codebooks: {most + 1} is more than the {most} codebooks of c"):
+        check_codebooks(config, "codec.codebooks", most + 1, ["c.encoder"])
+
+
+def test_codebooks_that_no_config_tells_of_are_left_to_loading(tmp_path):
+    (tmp_path / "config.json").write_text('{"sampling_rate": 24000, "target_bandwidths": []}')
+    for path in (str(tmp_path), "nobody/here", "no name/of-the hub's"):
+        config = {"models": {"c": {"kind": "encodec", "path": path, "revision": None}}}
+        check_codebooks(config, "codec.codebooks", 99, ["c.encoder"])
+
+
 @pytest.mark.parametrize(("kind", "count"), [("encodec", 8), ("dac", 4)])
 def test_codec_path_equals_forward(folders, kind, count):
     model, wav = load(folders / kind), noise(1.2345)
@@ -370,6 +387,26 @@ def test_codec_chunks_are_exact(folders, kind, samples):
     assert np.abs(model.encode(wav[16000:17000], "encoder")[0] - whole[50]).max() > 1e-3 * np.abs(whole).max()
 
 
+@pytest.mark.parametrize(
+    ("kind", "site"),
+    [("mimi", "encoder_transformer"), ("mimi", "encoder_layer.0"), ("encodec", "encoder"), ("dac", "encoder")],
+)
+def test_batches_decode_as_clips_do_and_have_gradients(folders, kind, site):
+    model = load(folders / kind)
+    wav = noise(0.8)
+    acts = np.stack([model.encode(part, site) for part in (wav[:6400], wav[6400:12800])])
+    for codebooks in (model.n_codebooks, None):
+        given = torch.from_numpy(acts).requires_grad_()
+        wavs = model.decode_batch(given, site, codebooks)
+        for ours, each in zip(wavs.detach().numpy(), acts):
+            assert close(ours, model.decode(each, site, len(ours), codebooks), 1e-5)
+        assert model.gradients and wavs.requires_grad == (codebooks is None)
+    wavs[0].square().sum().backward()
+    assert given.grad[0].abs().sum() > 0 and (given.grad[1] == 0).all()
+    with pytest.raises(EqknobsError, match=r"takes batches \[batch, frames, \d+\], got"):
+        model.decode_batch(given[0], site)
+
+
 def test_encodec_with_level_normalisation_is_refused(tmp_path):
     save(EncodecModel(encodec_config(normalize=True)), tmp_path)
     with pytest.raises(EqknobsError, match="without normalisation"):
@@ -390,7 +427,12 @@ def test_hubert_layers(folders):
         assert np.abs(acts - own[i + 1][0].numpy()).max() <= 1e-5
     assert (model.site("layer.0").hop, model.site("layer.0").frame_rate, model.decodes) == (320, 50.0, False)
     assert model.n_codebooks == 0
-    for call in (lambda: model.decode(acts, "layer.0", 10), lambda: model.tokens(acts, "layer.0")):
+    batch = torch.from_numpy(acts)[None]
+    for call in (
+        lambda: model.decode_batch(batch, "layer.0"),
+        lambda: model.decode(acts, "layer.0", 10),
+        lambda: model.tokens(acts, "layer.0"),
+    ):
         with pytest.raises(EqknobsError, match=r"small (is an encoder|has no codebooks)"):
             call()
     model.max_seconds = 1.0

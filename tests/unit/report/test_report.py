@@ -124,7 +124,7 @@ def test_every_headline_and_every_table_stands_on_its_page(written):
     for words in ("What these numbers prove", "The speech is synthetic", "target not reached", "Configuration"):
         assert words in text or words in pages["steering"]
     drawn = {name: page.count("<svg ") for name, page in pages.items()}
-    assert drawn == {"index": 0, "codec": 0, "saes": 4, "probes": 3, "steering": 5, "importance": 5}
+    assert drawn == {"index": 0, "codec": 0, "saes": 4, "probes": 3, "steering": 5, "importance": 6}
     assert "bootstrap: 200" in text and "torch" in text
     for name in re.findall(r"#0a0[bc]..", "".join(pages.values())):
         raise AssertionError(f"stand-in colour {name} left in a drawing")

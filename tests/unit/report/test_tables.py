@@ -17,14 +17,16 @@ from eqknobs.evidence.stage import Context
 from eqknobs.evidence.stats import holm as library_holm
 from eqknobs.evidence.words import words_rule
 from eqknobs.plan import voice_records
+from eqknobs.report.findings import matrix
 from eqknobs.report.tables import COLUMNS, write_tables
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
+from eqknobs.stages.speech_lm import tables as speech_lm
 from eqknobs.stages.steering import tables as steering
 from helpers import ROOT
-from helpers.recompute import check_summary, check_table, holm, read
+from helpers.recompute import check_maps, check_summary, check_table, holm, read
 from helpers.results_fixture import ALPHAS, TARGET, inputs_of, make_results, make_tables, tables_cfg
 
 ISSUE_COLUMNS = {
@@ -36,6 +38,7 @@ ISSUE_COLUMNS = {
     "steering": "target property arm alpha alpha_raw calibrated split clips centroid_hz wer wer_low wer_high wer_text "
     "speaker_similarity f0_error_cents loudness_change_db mel_distance",
     "importance_ablation": "target map mode removed seed clips mel_distance latent_error wer speaker_similarity",
+    "importance_maps": "target map spearman_oracle spearman_oracle_low spearman_oracle_high val_mel_distance",
 }
 
 
@@ -74,6 +77,11 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(results, stage):
 def test_every_number_of_the_summary_is_recomputed_from_clips(results):
     run, config = results
     assert check_summary(run, TARGET, tables_cfg(config), config["models"]["tiny-mimi"]) > 300
+
+
+def test_how_maps_agree_with_the_oracle_is_recomputed_from_clips(results):
+    run, config = results
+    assert check_maps(run, TARGET, tables_cfg(config)) > 60
 
 
 def test_recomputation_can_fail(copy):
@@ -140,6 +148,29 @@ def test_without_the_codec_stage_the_steering_stages_own_reference_decides_on_wo
     facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
     assert facts["words"]["wer"] == pytest.approx(rows["errors"].sum() / rows["words"].sum())
     assert not [h for h in facts["headlines"] if h["topic"] == "codec"]
+
+
+def test_without_a_quantiser_the_codec_is_said_to_have_none(results):
+    at = context(*results, "codec", word_codebooks=None)
+    words, clips = words_rule(at), at.inputs.scores(TARGET, "codec")
+    clips = clips[(clips["path"] == "unquantized") & (clips["split"] == "test")]
+    assert words["wer"] == clips["errors"].sum() / clips["words"].sum() != words_rule(context(*results, "codec"))["wer"]
+    (line,) = codec.findings(at, {"words": words})
+    assert line["text"].startswith("The codec alone, without its quantiser, costs a word error rate of ")
+
+
+def test_what_a_speech_lm_says_stands_beside_what_is_heard_of_it():
+    row = {"codec_wer": 0.1, "voice_right": 0.75, "answers": 8, "seeds": 1, "speakers": 2}
+    for name, value in (("wer_monologue", 0.2), ("wer_prompt", 0.3)):
+        row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+    rows = [row | {"condition": name} for name in ("intact", "forced", "heads_zeroed_.5")]
+    found = matrix(speech_lm.findings(None, {"answers": rows}))
+    assert [row["name"] for row in found["rows"]] == ["intact", "heads off, share .5"] and not found["sentences"]
+    assert found["columns"] == ["WER, heard against monologue", "WER, monologue against prompt"]
+    assert [[cell["value"] for cell in row["cells"]] for row in found["rows"]] == [[0.2, 0.3]] * 2
+    assert found["rows"][1]["cells"][1]["text"].startswith(
+        "With 50% of its heads off the model writes what it was told"
+    )
 
 
 def test_arms_that_miss_the_shift_keep_their_row_and_no_rank(results):
@@ -312,10 +343,26 @@ def test_what_fails_holms_correction_is_not_claimed(results):
     }
     records = with_holm([{**record, "p": 0.03}, {**record, "b": "variance", "p": 0.04}])
     facts = {"comparisons": records}
-    facts["importance"] = {"expendable": 3, "moderate": 4, "critical": 1, "width": 8}
+    facts |= {"importance": {"expendable": 3, "moderate": 4, "critical": 1, "width": 8}, "importance_maps": []}
     assert records[0]["p_holm"] == pytest.approx(0.06)
-    line = importance.findings(context(*results, "importance"), facts)[-1]
+    found = importance.findings(context(*results, "importance"), facts)
+    (line,) = (line for line in found if "at random" in line["text"])
     assert line["verdict"] == "undecided" and "after Holm's correction is not shown" in line["text"]
+
+
+def test_findings_say_what_val_chooses_and_which_cheap_map_is_good_enough(copy):
+    run, config = copy
+    facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
+    text = " ".join(line["text"] for line in facts["headlines"] if line["stage"] == "importance")
+    assert "Val chooses the variance map" in text and "Rank correlation with the sound" in text
+    assert "The variance map is the cheapest that is good enough" in text
+    assert "There is no Fisher map here: model x gives no gradients." in text
+    val = run / "scores" / f"{TARGET}.importance_maps.val.csv"
+    rewrite(val, lambda t: t.assign(mel_distance=t["mel_distance"] + 9 * (t["map"] == "variance")))
+    make_tables(run, config)
+    facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]
+    assert not [line for line in facts["headlines"] if "good enough" in line["text"]]
+    assert not [record for record in facts["comparisons"] if record["b"] == "ablation"]
 
 
 def test_the_reference_holm_agrees():

@@ -8,10 +8,12 @@ import torch
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
+from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE, VARIANTS, make_config, new_sae, train_grid, train_sae, training
 from eqknobs.sae.rms_l1 import rms_normalise
 from eqknobs.sae.training import Trainer, epoch_order
 from eqknobs.sae.unit_norm import geometric_median
+from eqknobs.stages.saes import compute
 from eqknobs.stages.saes.compute import match_features, score_saes
 from helpers.synthetic import write_cache
 
@@ -355,6 +357,31 @@ def test_scores(trained, tmp_path):
     assert same["cosine_p"] == same["iou_p"] == 0.01
     assert other["cosine"] < same["cosine"] - 0.15
     assert details["cross_seed"]["one"] is None
+
+
+def test_scores_are_kept_by_what_an_sae_is(trained, tmp_path, monkeypatch):
+    folders = {"topk": {seed: trained / f"planted/seed{seed}" for seed in (0, 1)}}
+    made, pieces = [], Pieces(tmp_path / "pieces")
+    for name in ("_scored", "match_features"):
+        own = getattr(compute, name)
+        monkeypatch.setattr(compute, name, lambda *args, name=name, own=own: made.append(name) or own(*args))
+
+    def score(out, saes, store=pieces, **cfg):
+        made.clear()
+        score_saes(
+            trained / "planted.h5", saes, tmp_path / f"{out}.csv", tmp_path / f"{out}.json", {"seed": 0} | cfg, store
+        )
+        return (tmp_path / f"{out}.csv").read_bytes() + (tmp_path / f"{out}.json").read_bytes(), made.copy()
+
+    plain, names = score("plain", folders, None)
+    assert names == ["_scored", "_scored", "match_features"] and score("first", folders) == (plain, names)
+    assert score("again", folders) == (plain, [])
+    assert score("renamed", {"other": folders["topk"]})[1] == []
+    assert score("one", {"topk": {0: folders["topk"][0]}})[1] == ["match_features"]
+    assert score("seeded", folders, seed=1)[1] == ["match_features"]
+    assert score("coded", folders, content={"code": "other"})[1] == names
+    more = {"topk": folders["topk"] | {2: trained / "control/seed0"}}
+    assert score("more", more)[1] == ["_scored", "match_features"]
 
 
 def test_matching_says_chance_when_it_is_chance(trained):

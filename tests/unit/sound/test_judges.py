@@ -1,30 +1,27 @@
-"""Word errors, the recogniser, the speaker encoder, and the judging of rendered clips."""
+"""Word errors, the recogniser and the speaker encoder."""
 
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from eqknobs.audio import read_audio, write_flac
+from eqknobs.audio import read_audio
 from eqknobs.errors import EqknobsError
-from eqknobs.io import file_sha256, read_csv, write_csv
 from eqknobs.pieces import Pieces
+from eqknobs.schema import schema
 from eqknobs.sound import judges
 from eqknobs.sound.judges import (
     RATE,
+    JudgesCfg,
     SpeakerEncoder,
     Transcriber,
-    judge_originals,
-    judge_renders,
     normalise,
     similarity,
     word_errors,
 )
-from helpers import ROOT
+from helpers.speech import labelled_clips
 
-CORPUS = ROOT / "resources/corpus"
-CFG = {"asr": "tiny.en", "beam": 1, "device": "cpu"}
+CFG = JudgesCfg(asr="tiny.en", beam=1, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -52,18 +49,7 @@ def test_normalise_is_whispers():
 
 @pytest.fixture(scope="module")
 def clips():
-    """Two clips of each of four voices: id, path, speaker, text."""
-    if not (CORPUS / "labels.csv").is_file():
-        pytest.skip("the bundled corpus is not here")
-    labels = read_csv(CORPUS / "labels.csv")
-    apart = labels[labels["derived_from"].isna()]["speaker"].drop_duplicates().iloc[[0, 1, 2, 3]]
-    rows = []
-    for speaker in apart:
-        for file in sorted((CORPUS / speaker).rglob("*.flac"))[:2]:
-            lines = (file.parent / f"{'-'.join(file.stem.split('-')[:2])}.trans.txt").read_text().splitlines()
-            text = dict(line.split(" ", 1) for line in lines)[file.stem]
-            rows.append((file.stem, str(file), speaker, "test", text, file_sha256(file)))
-    return pd.DataFrame(rows, columns=["id", "path", "speaker", "split", "text", "sha256"])
+    return labelled_clips()
 
 
 @pytest.fixture(scope="module")
@@ -127,61 +113,6 @@ def test_silence_and_noise_have_an_embedding(encoder):
     assert similarity(silent, noise) == 0
 
 
-def test_judging(clips, tmp_path):
-    clips = clips[:2]
-    write_csv(tmp_path / "manifest.csv", clips)
-    judge_originals(tmp_path / "manifest.csv", tmp_path / "originals.csv", CFG)
-    originals = read_csv(tmp_path / "originals.csv")
-    assert list(originals) == "id speaker split transcript text words_text errors_text".split()
-    assert originals["words_text"].tolist() == [len(normalise(text).split()) for text in clips["text"]]
-    rng, index = np.random.default_rng(0), []
-    for clip in clips.itertuples():
-        wav = read_audio(clip.path, RATE)
-        ruined = 0.05 * rng.standard_normal(len(wav))
-        for condition, sound, judged in (("same", wav, True), ("ruined", ruined, True), ("sweep", wav, False)):
-            file = f"{condition}/{clip.id}.flac"
-            write_flac(tmp_path / "out" / file, sound, RATE)
-            index.append({"id": clip.id, "condition": condition, "file": file, "judged": judged, "alpha": 1})
-    write_csv(tmp_path / "out/index.csv", pd.DataFrame(index))
-    files = tmp_path / "out/index.csv", tmp_path / "originals.csv", tmp_path / "manifest.csv"
-    judge_renders(*files, tmp_path / "words.csv", CFG)
-    words = read_csv(tmp_path / "words.csv")
-    expected = "id speaker split condition transcript words errors words_text errors_text speaker_similarity"
-    assert list(words) == expected.split() and set(words["condition"]) == {"same", "ruined"} and len(words) == 4
-    same, ruined = (words[words["condition"] == name].reset_index() for name in ("same", "ruined"))
-    assert (same["errors"] == 0).all() and (same["transcript"] == originals["transcript"]).all()
-    assert (same["errors_text"] == originals["errors_text"]).all() and (same["words"] > 3).all()
-    np.testing.assert_allclose(same["speaker_similarity"], 1, atol=1e-5)
-    assert (ruined["errors"] / ruined["words"] > 0.5).all()
-    assert (ruined["speaker_similarity"] < 0.8).all()
-
-    write_csv(tmp_path / "short.csv", originals[:1])
-    with pytest.raises(EqknobsError, match="no transcript of"):
-        judge_renders(files[0], tmp_path / "short.csv", files[2], tmp_path / "none.csv", CFG)
-    (tmp_path / "out/ruined" / f"{clips['id'][1]}.flac").unlink()
-    with pytest.raises(EqknobsError, match=r"no such render .* run again, and its stage renders them anew"):
-        judge_renders(*files, tmp_path / "none.csv", CFG)
-    assert not (tmp_path / "none.csv").exists()
-
-
-def test_a_clip_without_a_text_has_no_errors_against_it(clips, tmp_path):
-    """Or the words that were heard of it would count as errors of the others."""
-    clips = clips[:2].assign(text=["", clips["text"][1]])
-    write_csv(tmp_path / "manifest.csv", clips)
-    judge_originals(tmp_path / "manifest.csv", tmp_path / "originals.csv", CFG)
-    originals = read_csv(tmp_path / "originals.csv")
-    assert originals["transcript"].str.len().gt(3).all()
-    assert originals[["words_text", "errors_text"]].isna().all(axis=1).tolist() == [True, False]
-    path, id = clips["path"][0], clips["id"][0]
-    write_flac(tmp_path / "out/x.flac", read_audio(path, RATE), RATE)
-    index = pd.DataFrame([{"id": id, "condition": "x", "file": "x.flac", "judged": True}])
-    write_csv(tmp_path / "out/index.csv", index)
-    files = tmp_path / "out/index.csv", tmp_path / "originals.csv", tmp_path / "manifest.csv"
-    judge_renders(*files, tmp_path / "words.csv", CFG)
-    words = read_csv(tmp_path / "words.csv")
-    assert words[["words_text", "errors_text"]].isna().all(axis=None) and (words["words"] > 3).all()
-
-
 def test_a_recogniser_is_all_files_of_its_folder(tmp_path):
     packaged = Transcriber(CFG).weights.parent
     shutil.copytree(packaged, tmp_path / "asr")
@@ -227,11 +158,7 @@ def test_the_normaliser_is_that_of_transformers():
     assert normalise(text) == EnglishTextNormalizer({})(text).strip()
 
 
-def test_nothing_to_judge(clips, tmp_path):
-    write_csv(tmp_path / "manifest.csv", clips[:1])
-    columns = ["id", "condition", "file", "judged"]
-    write_csv(tmp_path / "index.csv", pd.DataFrame([("x", "sweep", "x.flac", False)], columns=columns))
-    originals = pd.DataFrame(columns="id speaker split transcript text words_text errors_text".split())
-    write_csv(tmp_path / "originals.csv", originals)
-    judge_renders(*(tmp_path / f"{n}.csv" for n in ("index", "originals", "manifest", "words")), CFG)
-    assert len(read_csv(tmp_path / "words.csv")) == 0
+def test_the_typed_configuration_has_the_keys_of_the_schema():
+    section = schema()["properties"]["judges"]
+    assert set(JudgesCfg.__annotations__) - {"device"} == set(section["properties"])
+    assert JudgesCfg.__required_keys__ - {"device"} == set(section["required"])

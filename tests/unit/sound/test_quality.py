@@ -8,7 +8,7 @@ import pytest
 from eqknobs.audio import read_audio
 from eqknobs.errors import EqknobsError
 from eqknobs.pieces import Pieces
-from eqknobs.sound import quality
+from eqknobs.sound import judges, quality
 from eqknobs.sound.judges import RATE
 from eqknobs.sound.quality import Quality, dnsmos
 from helpers import ROOT
@@ -60,7 +60,7 @@ def test_other_weights_are_another_judge(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_without_the_package_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    monkeypatch.setattr(judges, "find_spec", lambda name: None)
     with pytest.raises(EqknobsError, match="speechmos is missing"):
         Quality()
 

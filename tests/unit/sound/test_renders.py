@@ -69,9 +69,9 @@ def test_files_and_columns(world, tmp_path):
 
     conditions = [
         Condition("all", {"arm": "a", "alpha": 1.5}, keep=True, pitch=True),
-        Condition("first", {"arm": "b"}, edit=half),
+        Condition("first", {"arm": "b"}, edit=half, listen=1),
     ]
-    signal, index = render(world, tmp_path, conditions, listen=1)
+    signal, index = render(world, tmp_path, conditions)
     assert list(signal) == ["id", "speaker", "split", "condition", "arm", "alpha", "seconds", *METRICS]
     assert len(signal) == 2 * 4 and (signal["split"] == "test").all()
     assert list(index) == ["id", "condition", "file", "judged", "arm", "alpha"]

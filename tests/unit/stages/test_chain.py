@@ -13,7 +13,8 @@ from eqknobs.corpus.labels import write_labels
 from eqknobs.corpus.manifest import build_manifest
 from eqknobs.io import read_csv, read_json, write_csv
 from eqknobs.sae import train_sae
-from eqknobs.stages.probes.compute import fit_probes
+from eqknobs.stages.probes.compute import Outputs, Sources, fit_probes
+from eqknobs.stages.steering.compute import Sources as SteeringSources
 from eqknobs.stages.steering.compute import calibrate_steering, render_steering
 from helpers import ROOT
 
@@ -67,21 +68,22 @@ def test_encodec_runs_through_caching_probes_and_steering(encodec: dict, tmp_pat
     write_labels(tmp_path / "manifest.csv", cache, labels, LABELS)
 
     sae = {"variant": "topk", "d_sae": 64, "k": 4, "aux_k": 8, "dead_epochs": 1, "lr": 1e-3}
-    train_sae(cache, tmp_path / "topk", {**sae, "batch_size": 128, "epochs": 2, "device": "cpu"}, 0)
+    train_sae(cache, tmp_path / "topk", {**sae, "batch_size": 128, "epochs": 2}, 0)
     probes = tmp_path / "centroid.npz"
-    cfg = {"bins": 5, "lags": [0], "l2": [0.01], "epochs": 3, "device": "cpu"}
+    cfg = {"property": "centroid", "seed": 0, "bins": 5, "lags": [0], "l2": [0.01], "epochs": 3, "device": "cpu"}
     scores = (tmp_path / "probes.csv", tmp_path / "ridge.csv")
-    fit_probes(cache, labels, {"topk": tmp_path / "topk"}, "centroid", probes, *scores, cfg, 0)
+    saes = {"topk": tmp_path / "topk"}
+    fit_probes(Sources(cache, labels, saes), Outputs(probes, *scores), cfg)
     assert {"raw", "sae:topk", "logmel", "majority"} <= set(read_csv(scores[0])["space"])
 
-    inputs = (tmp_path / "manifest.csv", cache, labels, {"topk": tmp_path / "topk"}, {"centroid": probes})
+    sources = SteeringSources(tmp_path / "manifest.csv", cache, labels, saes, {"centroid": probes})
     steering = {"model": encodec, "site": "encoder", **STEERING}
     calibration = tmp_path / "calibration.json"
     limits = {"val_clips": 1, "shift": 0.9, "tolerance": 0.05, "alpha_max": 4}
-    calibrate_steering(*inputs, calibration, tmp_path / "calibration.csv", {**steering, **limits})
+    calibrate_steering(sources, calibration, tmp_path / "calibration.csv", {**steering, **limits})
     assert read_json(calibration)
     counts = {"clips": 1, "alphas": [0, 2], "other_alpha": {}, "listen": 1}
-    render_steering(*inputs, calibration, tmp_path / "renders", tmp_path / "signal.csv", {**steering, **counts})
+    render_steering(sources, calibration, tmp_path / "renders", tmp_path / "signal.csv", {**steering, **counts})
     signal = read_csv(tmp_path / "signal.csv").set_index("condition")
     assert signal["mel_distance"].notna().all()
     index = pd_index(tmp_path / "renders/index.csv")

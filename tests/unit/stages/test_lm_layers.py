@@ -13,19 +13,18 @@ import sentencepiece
 import soundfile as sf
 import torch
 import yaml
-from eqknobs.stages.speech_lm_training.data import Sequences
 from sklearn.linear_model import LogisticRegression
 
+import lm_heads
 from eqknobs.config import validate
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context
-from eqknobs.io import file_sha256, read_csv, read_json
+from eqknobs.io import file_sha256, read_csv
 from eqknobs.models import load_model
-from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.monologue import monologue
-from eqknobs.schema import schema
+from eqknobs.speaking.clips import Sequences
 from eqknobs.stages.lm_layers import dictionaries, tables, turns
 from eqknobs.stages.lm_layers.batched import scored, told_right
 from eqknobs.stages.lm_layers.compute import Asked, LmLayersCfg, probe_layers
@@ -33,7 +32,7 @@ from eqknobs.stages.lm_layers.ranking import pruning_order, rank_heads
 from eqknobs.stages.lm_layers.section import heatmap
 from eqknobs.stages.probes.compute import LabelledFrames
 from helpers import ROOT
-from helpers.moshi_world import KYUTAI, write_codec, write_kyutai
+from helpers.moshi_world import write_codec, write_kyutai
 
 SENTENCES = ["good morning jane", "the lazy dog", "the quick fox", "you help the bank", "the dog jumps", "good fox"] * 2
 SPLITS = ["train"] * 6 + ["val"] * 3 + ["test"] * 3
@@ -133,7 +132,7 @@ def make(world: Path, out: Path, **changes: object) -> None:
 
 
 def test_every_site_is_cached_of_both_streams_and_of_a_random_network(world: Path) -> None:
-    index, table = read_json(world / "caches.json"), read_csv(world / "turns.csv")
+    index, table = turns.read_index(world / "caches.json"), read_csv(world / "turns.csv")
     assert set(index["caches"]["random"]) == {"residual.0", "residual.1", "residual.2"}
     assert set(index["caches"]["trained"]) == set(index["caches"]["random"]) | {"embeddings"} | {
         f"heads.{layer}" for layer in range(3)
@@ -342,6 +341,16 @@ def test_saes_of_layers_and_all_tables(world: Path) -> None:
     assert {line["topic"] for line in lines} == {"lm_layers", "lm_heads", "lm_saes"}
 
 
+def test_the_benchmark_runs_and_the_committed_one_is_fifty_times_as_fast(world: Path, tmp_path: Path) -> None:
+    lm_heads.main([str(world), "--quick", "--out", str(tmp_path / "out.csv")])
+    found, committed = pd.read_csv(tmp_path / "out.csv"), pd.read_csv(ROOT / "benchmarks/results/lm_heads.csv")
+    assert list(found) == list(committed) and list(found["case"]) == list(committed["case"])
+    ours = committed[committed["heads"] == 48]
+    assert (ours["ratio"] >= 50).all() and len(ours) == 4
+    told = ours[ours["case"].str.startswith("agent")]  # neither reads much of the user's stream
+    assert (told["difference"].abs() <= 0.01).all() and len(told) == 2
+
+
 # --- page and configuration
 
 
@@ -350,17 +359,6 @@ def test_a_heat_map_tells_its_values_where_one_points() -> None:
     drawn = heatmap("Heads", "caption", rows, "accuracy")["svg"]
     assert drawn.count("<rect ") == 3 and "<title>layer 1, head 1: 0.350</title>" in drawn
     assert 'fill-opacity="1.000"' in drawn and 'fill-opacity="0.060"' in drawn
-
-
-def test_the_typed_configurations_have_the_keys_of_the_schema() -> None:
-    section = schema()["properties"]["lm_layers"]
-    ours = {"seed", "device", "content"}
-    assert set(dictionaries.SaeCfg.__annotations__) == set(section["properties"]["sae"]["properties"])
-    for typed in (LmLayersCfg, dictionaries.DictionariesCfg, turns.TurnsCfg):
-        rest = set(typed.__annotations__) - ours - {"model", "asr", "beam"}
-        assert rest <= set(section["properties"])
-        assert typed.__required_keys__ - ours - {"model", "asr", "beam"} <= set(section["required"])
-    assert FRAME_RATE == 12.5 and KYUTAI.heads == 4
 
 
 @pytest.mark.parametrize(

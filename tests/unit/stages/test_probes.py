@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -8,17 +9,18 @@ import scipy.sparse
 
 import eqknobs.stages.probes.compute as probes
 import eqknobs.stages.probes.spaces as spaces_module
+from eqknobs.corpus.activations import kept_frames
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import write_csv
 from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE, make_config, new_sae
-from eqknobs.stages.probes.compute import bin_edges, fit_probes, load_probe, to_classes
+from eqknobs.stages.probes.compute import Outputs, Sources, bin_edges, fit_probes, load_probe, to_classes
 from eqknobs.stages.probes.spaces import make_spaces, top_k
 from helpers.synthetic import write_cache, write_labels
 
 D, FRAMES, LAG = 16, 70, 1
-CFG = {"bins": 20, "lags": [-2, -1, 0, 1, 2], "l2": [0.001, 0.1], "device": "cpu"}
+CFG = {"seed": 0, "bins": 20, "lags": [-2, -1, 0, 1, 2], "l2": [0.001, 0.1], "device": "cpu"}
 SPEAKERS = ["train"] * 8 + ["val"] * 3 + ["test"] * 4
 UTTERANCES = [(f"{i:02d}-{u}", f"{i:02d}", split, FRAMES) for i, split in enumerate(SPEAKERS) for u in range(4)]
 COUNT = FRAMES * len(UTTERANCES)
@@ -60,8 +62,9 @@ class World:
 
     def fit_labelled(self, name: str, tag: str, labels: Path, epochs: int = 25, cfg: dict | None = None, **more):
         paths = [self.folder / f"{tag}.{end}" for end in ("npz", "scores.csv", "ridge.csv")]
-        saes = more.pop("saes", self.saes)
-        fit_probes(self.cache, labels, saes, name, *paths, CFG | {"epochs": epochs} | (cfg or {}), 0, **more)
+        sources = Sources(self.cache, labels, more.pop("saes", self.saes), more.pop("manifest", None))
+        asked = {"property": name, "epochs": epochs} | ({"parts": more.pop("parts")} if "parts" in more else {})
+        fit_probes(sources, Outputs(*paths), CFG | asked | (cfg or {}), **more)
         return Fitted(labels, *paths)
 
     def manifest(self, **columns: list[str]) -> Path:
@@ -194,7 +197,7 @@ def test_saved_weights_act_on_the_features_of_the_space(world, centroid, space):
     """The score of an utterance can be recomputed from the npz and `Space.features` alone."""
     rows = expected_frames(world, "energetic", "test")
     with ActivationCache(world.cache) as cache:
-        features = make_spaces(cache, world.saes, {"seed": 0}, centroid.labels)[space]
+        features = make_spaces(cache, world.saes, 0, centroid.labels)[space]
         x = features.features(np.array(features.source[rows - centroid.arrays[f"lag:{space}"]]))
     values = world.labels["centroid"].astype(np.float32)[rows]
     W, b = load_probe(centroid.npz, space, "quantile")
@@ -254,13 +257,15 @@ def test_a_corpus_without_pitch_says_what_to_do(world):
 def test_labels_of_another_cache_are_refused(world, tmp_path):
     labels = write_labels(tmp_path / "short.h5", world.logmel[:-1], centroid=world.labels["centroid"][:-1])
     with pytest.raises(EqknobsError, match="make the labels again"):
-        fit_probes(world.cache, labels, world.saes, "centroid", *(tmp_path / n for n in "abc"), CFG, 0)
+        fit_probes(
+            Sources(world.cache, labels), Outputs(*(tmp_path / n for n in "abc")), CFG | {"property": "centroid"}
+        )
 
 
 def test_spaces(world):
     with ActivationCache(world.cache) as cache:
-        found = make_spaces(cache, world.saes, {"seed": 0})
-        swapped = make_spaces(cache, dict(reversed(world.saes.items())), {"seed": 0})
+        found = make_spaces(cache, world.saes, 0)
+        swapped = make_spaces(cache, dict(reversed(world.saes.items())), 0)
         acts = np.array(cache.acts[:500])
         raw = found["raw"].features(acts)
         assert raw == pytest.approx((acts - cache.mean) / cache.std, abs=1e-4)
@@ -276,7 +281,27 @@ def test_spaces(world):
         assert "logmel" not in found
         for space in found.values():
             assert space.features(acts).dtype == np.float32 and space.features(acts).shape == (500, space.width)
-        assert list(make_spaces(cache, {}, {"seed": 0})) == ["raw", "pca_d"]  # the others take their size from an SAE
+        assert list(make_spaces(cache, {}, 0)) == ["raw", "pca_d"]  # the others take their size from an SAE
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_features_that_are_not_finite_end_in_a_line(world, centroid, split):
+    with ActivationCache(world.cache) as cache:
+        raw = make_spaces(cache, {}, 0)["raw"]
+        source = np.array(cache.acts)
+        source[cache.rows(split)[-1]] = np.nan
+        with pytest.raises(EqknobsError, match=r"space raw has values that are not finite; train the SAE"):
+            replace(raw, source=source).matrix()
+
+
+def test_features_too_large_for_a_ridge_end_in_a_line(world, centroid):
+    cfg = CFG | {"property": "centroid", "epochs": 1}
+    with ActivationCache(world.cache) as cache:
+        raw = make_spaces(cache, {}, 0)["raw"]
+        large = replace(raw, features=lambda acts: raw.features(acts) * np.float32(1e25))
+        question = probes.ask(cache, Sources(world.cache, centroid.labels), cfg)
+        with pytest.raises(EqknobsError, match=r"space raw are too large for a ridge"), np.errstate(all="ignore"):
+            probes.fit_space(large, question, cfg, "cpu")
 
 
 def test_top_k():
@@ -291,7 +316,7 @@ def test_sparse_half_and_dense_storage_agree(world, monkeypatch):
     with ActivationCache(world.cache) as cache, h5py.File(world.folder / "s.h5", "w"):
         labels = write_labels(world.folder / "storage.h5", world.logmel, **world.labels)
         frames = probes.labelled_frames(cache, labels, "pitch", [0])
-        space = make_spaces(cache, world.saes, {"seed": 0})["sae:sparse"]
+        space = make_spaces(cache, world.saes, 0)["sae:sparse"]
         truth = to_classes(frames.values, bin_edges(frames.values[frames.of("train")], "quantile", 5))
         for kind, below, limit in (("dense", 0.0, 1 << 29), ("half", 0.0, 0), ("csr", 0.1, 0)):
             monkeypatch.setattr(spaces_module, "SPARSE_BELOW", below)
@@ -373,6 +398,33 @@ def test_a_fitted_space_is_kept_by_what_made_it(world, centroid, monkeypatch):
     assert len(fit(labels=moved)[1]) == 6
 
 
+def test_lags_stay_inside_what_a_budget_of_frames_keeps_of_a_clip(world, centroid, tmp_path):
+    clips = np.full(len(UTTERANCES), FRAMES)
+    first, frames = kept_frames(clips, [f"{7919 * i:015x}" * 4 for i in range(len(clips))], COUNT // 3, 0)
+    assert (frames < FRAMES).all() and len(set(first)) > 10
+    whole = np.concatenate([i * FRAMES + np.arange(f, f + n) for i, (f, n) in enumerate(zip(first, frames))])
+    utterances = [(*utterance[:3], int(n)) for utterance, n in zip(UTTERANCES, frames)]
+    cache = write_cache(tmp_path / "cache.h5", world.acts[whole], utterances, first=first, clip_frames=clips)
+    labels = write_labels(tmp_path / "l.h5", world.logmel[whole], **{k: v[whole] for k, v in world.labels.items()})
+    with ActivationCache(cache) as opened, ActivationCache(world.cache) as full:
+        found = probes.labelled_frames(opened, labels, "centroid", [-2, 3])
+        assert len(found.rows) == sum(world.labels["energetic"][whole][edge(frames, 3, 2)])
+        same = probes.labelled_frames(full, centroid.labels, "centroid", [0])
+        assert np.array_equal(found.values, same.values[np.searchsorted(same.rows, whole[found.rows])])
+        for lag in (-2, 3):
+            assert np.array_equal(opened.acts[found.rows - lag], full.acts[whole[found.rows] - lag])
+    paths = [tmp_path / name for name in ("p.npz", "s.csv", "r.csv")]
+    cfg = CFG | {"property": "centroid", "epochs": 1, "parts": ["base"]}
+    fit_probes(Sources(cache, labels), Outputs(*paths), cfg)
+    assert Fitted(labels, *paths).arrays["lag:raw"] == LAG
+
+
+def edge(frames: np.ndarray, left: int, right: int) -> np.ndarray:
+    """Mask of the rows that lie so far inside their run."""
+    place = np.concatenate([np.arange(n) for n in frames])
+    return (place >= left) & (np.repeat(frames, frames) - 1 - place >= right)
+
+
 # --- categories ---
 
 
@@ -389,7 +441,7 @@ def sexed(tmp_path_factory) -> World:
 
 def test_a_probe_of_a_category_of_clips(sexed):
     manifest = sexed.manifest(sex=["F", "M"] * 8)
-    found = sexed.fit_labelled("sex", "sex", sexed.plain, 4, manifest_csv=manifest)
+    found = sexed.fit_labelled("sex", "sex", sexed.plain, 4, manifest=manifest)
     assert found.arrays["categories"].tolist() == ["F", "M"] and set(found.scores["binning"]) == {"category"}
     assert found.accuracy("raw", "category") > 0.9
     assert abs(found.accuracy("raw", "category", "shuffled") - 0.5) < 0.1
@@ -407,7 +459,7 @@ def test_a_category_that_cannot_be_judged_is_named(sexed, capsys):
     values = ["UK", "US"] * 8
     values[2], values[13], values[1] = "NZ", "IE", ""
     manifest = sexed.manifest(accent=values, sex=["F"] * 16, domain=["read"] * 8 + ["told"] * 8)
-    found = sexed.fit_labelled("accent", "accent", sexed.plain, 1, manifest_csv=manifest)
+    found = sexed.fit_labelled("accent", "accent", sexed.plain, 1, manifest=manifest)
     assert found.arrays["categories"].tolist() == ["UK", "US"]
     assert "accent: left out IE (0 speakers in train), NZ (1 speaker in train)" in capsys.readouterr().out
     assert set(found.scores["speaker"]) == {"08", "09", "10", "11", "12", "14"}
@@ -418,7 +470,7 @@ def test_a_category_that_cannot_be_judged_is_named(sexed, capsys):
         ("voice", r"voice: left out 00 \(none in test\)"),
     ):
         with pytest.raises(EqknobsError, match=f"{said}.*remove {name} from probes.properties"):
-            sexed.fit_labelled(name, "none", sexed.plain, 1, manifest_csv=manifest)
+            sexed.fit_labelled(name, "none", sexed.plain, 1, manifest=manifest)
 
 
 def test_a_probe_of_a_category_of_frames(sexed):

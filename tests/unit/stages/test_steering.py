@@ -1,6 +1,7 @@
 """Directions, arms, calibration and the steering stages."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from eqknobs.io import read_csv, read_json
 from eqknobs.sae import SAE, make_config, new_sae
 from eqknobs.stages.steering.compute import (
     Direction,
+    Sources,
     bandpass,
     calibrate,
     calibrate_steering,
@@ -252,13 +254,17 @@ def test_calibrate_reports_unreached(curve, alpha):
 # --- stages ----------------------------------------------------------------------------------------------------
 
 
+def sources(world, **changes) -> Sources:
+    return replace(Sources(world.manifest, world.cache, world.labels, world.saes, world.probes), **changes)
+
+
 @pytest.fixture(scope="module")
 def calibrated(world):
     cfg = {**world.cfg, **BINS, "saes": ["topk", "rms_l1"], "clamp_features": [1, 6], "val_clips": 2}
     # A random decoder's sound hardly depends on its latents: a small shift, finely measured.
     cfg |= {"shift": 0.99, "tolerance": 0.002, "alpha_max": 8}
     out = world.root / "calibration.json", world.root / "calibration.csv"
-    calibrate_steering(world.manifest, world.cache, world.labels, world.saes, world.probes, *out, cfg)
+    calibrate_steering(sources(world), *out, cfg)
     return cfg, *out
 
 
@@ -290,17 +296,7 @@ def test_calibration_stage(world, calibrated):
 def test_render_stage(world, calibrated, tmp_path):
     cfg, calibration, _ = calibrated
     cfg = {**cfg, "clips": 2, "alphas": [0, 2], "other_alpha": {"pitch": 2}, "listen": 1}
-    render_steering(
-        world.manifest,
-        world.cache,
-        world.labels,
-        world.saes,
-        world.probes,
-        calibration,
-        tmp_path / "sounds",
-        tmp_path / "signal.csv",
-        cfg,
-    )
+    render_steering(sources(world), calibration, tmp_path / "sounds", tmp_path / "signal.csv", cfg)
     signal, index = read_csv(tmp_path / "signal.csv"), read_csv(tmp_path / "sounds/index.csv")
     assert {"property", "arm", "alpha", "alpha_raw", "calibrated"} <= set(signal)
     assert set(signal["split"]) == {"test"} and (signal.groupby("condition")["id"].nunique() == 2).all()
@@ -341,18 +337,17 @@ def test_render_stage(world, calibrated, tmp_path):
 def test_render_needs_its_probe(world, calibrated, tmp_path):
     cfg, calibration, _ = calibrated
     cfg = {**cfg, "clips": 1, "alphas": [], "other_alpha": {"pitch": 2}, "listen": 0, "binning": "semitone"}
-    inputs = world.manifest, world.cache, world.labels, world.saes, world.probes, calibration
     with pytest.raises(EqknobsError, match="fit the probes again"):
-        render_steering(*inputs, tmp_path / "out", tmp_path / "s.csv", cfg)
+        render_steering(sources(world), calibration, tmp_path / "out", tmp_path / "s.csv", cfg)
     assert not (tmp_path / "out").exists() and not (tmp_path / "s.csv").exists()
 
 
 def test_without_saes_raw_latents_are_steered(world, calibrated, tmp_path):
     cfg = {**calibrated[0], "saes": [], "clips": 1, "alphas": [1], "other_alpha": {}, "listen": 1}
-    inputs = world.manifest, world.cache, world.labels, {}, world.probes
+    without = sources(world, saes={})
     calibration = tmp_path / "calibration.json"
-    calibrate_steering(*inputs, calibration, tmp_path / "calibration.csv", cfg)
-    render_steering(*inputs, calibration, tmp_path / "sounds", tmp_path / "signal.csv", cfg)
+    calibrate_steering(without, calibration, tmp_path / "calibration.csv", cfg)
+    render_steering(without, calibration, tmp_path / "sounds", tmp_path / "signal.csv", cfg)
     arms = set(read_csv(tmp_path / "signal.csv")["arm"])
     assert {"raw_probe", "difference_in_means", "random", "dsp_lowpass", "codec_roundtrip"} <= arms
     assert not any(":" in arm for arm in arms)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.models import Site
+from eqknobs.models import ModelCfg, Site
 from eqknobs.models.base import Pretrained, gpu_memory, inference, one_line
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi import interventions
@@ -57,7 +57,7 @@ class Moshi(Pretrained):
     n_codebooks = 0
     decodes = False
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: ModelCfg):
         self.name = cfg["name"]
         self.device = pick_device(cfg.get("device") or "auto")
         self.stream = cfg.get("stream") or "user"
@@ -71,8 +71,8 @@ class Moshi(Pretrained):
             self.net = load_net(self.files, DTYPES[dtype], nf4, self.device)
         self.config = self.net.config
         path = codec_of(cfg, self.files.config, f"models.{self.name}")
-        codec = {"name": f"{self.name}.codec", "path": path, "device": self.device}
-        self.codec = Mimi(codec | {"kind": "mimi", "revision": cfg.get("codec_revision")})
+        codec: ModelCfg = {"name": f"{self.name}.codec", "kind": "mimi", "path": path, "device": self.device}
+        self.codec = Mimi({**codec, "revision": cfg.get("codec_revision")})
         self.sample_rate = self.codec.sample_rate
         place = self.codec.site("encoder_transformer")
         self.hop = place.hop * self.codec.stride

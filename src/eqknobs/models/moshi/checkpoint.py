@@ -2,6 +2,7 @@
 
 A folder (or hub repository) holds `config.json`, `model.safetensors` and `tokenizer_*.model`, as kyutai and NVIDIA
 publish them. `save_net` writes such a folder too; what is special about it stands in config.json under `eqknobs`.
+Of a network with packed integers the weights are `packed.safetensors` (docs/packing.md).
 """
 
 import json
@@ -25,7 +26,12 @@ from eqknobs.models.base import folder_weights, weights_hash
 from eqknobs.models.moshi.config import Nf4, heads_left, raw_config, read_config, read_raw
 from eqknobs.models.moshi.interventions import linears
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear, put_module
+from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear
+from eqknobs.packing.files import PackedFile, is_packed_folder, stored, write_file
+from eqknobs.packing.modules import PackedModule, packed_module, put_module
+from eqknobs.packing.notes import NAME as PACKED
+from eqknobs.packing.plan import Plan
+from eqknobs.packing.quantise import Packed
 
 _STEPPED = re.compile(r"(.+\.self_attn\.)(in|out)_projs\.(\d+)\.weight")
 
@@ -83,7 +89,7 @@ def find_files(name: str, path: str, revision: str | None = None) -> MoshiFiles:
 def _files_of_folder(name: str, folder: Path, revision: str | None) -> MoshiFiles:
     weights = folder_weights(folder, name)
     raw = read_raw(folder / "config.json", f"models.{name}")
-    chosen = folder / raw.get("moshi_name", "model.safetensors")
+    chosen = folder / (PACKED if is_packed_folder(folder) else raw.get("moshi_name", "model.safetensors"))
     if chosen not in weights:
         raise EqknobsError(f"models.{name}.path: {folder} has no {chosen.name}; Moshi's weights are one file")
     found = weights_hash([chosen])
@@ -97,6 +103,8 @@ def _files_of_folder(name: str, folder: Path, revision: str | None) -> MoshiFile
 
 
 def _open(weights: Path) -> Any:
+    if weights.name == PACKED:
+        return PackedFile(weights)
     try:
         return safe_open(weights, framework="pt", device="cpu")
     except Exception as error:  # OSError, SafetensorError
@@ -119,7 +127,7 @@ def load_net(
     raw = {} if files.config is None else read_raw(files.config, where)
     with _open(files.weights) as file:
         names = set(file.keys())
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        shapes = {name: _shape(file, name) for name in names}
         config = read_config(raw, shapes, where)
         heads = heads_left(raw, config, where)
         with torch.device("meta"):
@@ -147,11 +155,12 @@ def load_net(
                     f"{where}: {source} is {list(found)}, but config.json makes it {[rows, *wanted[1:]]}; "
                     "the two do not belong together"
                 )
-            if step is None:
-                value = file.get_tensor(source)
-            else:
-                value = file.get_slice(source)[step * wanted[0] : (step + 1) * wanted[0]]
+            value = _read(file, source, None if step is None else slice(step * wanted[0], (step + 1) * wanted[0]))
             module = net.get_submodule(owner)
+            if isinstance(value, Packed) and isinstance(module, nn.Linear | nn.Embedding):
+                put_module(net, owner, packed_module(module, value.to(device), dtype))
+                continue
+            value = value.dequantise() if isinstance(value, Packed) else value
             if owner in packable:
                 put_module(net, owner, packed_linear(*pack(value.to(device), packable[owner], dtype), dtype))
             else:
@@ -159,6 +168,20 @@ def load_net(
         if extra := sorted(name for name in names - used if not _dropped(name, config.codebooks)):
             raise EqknobsError(f"{where}: unknown tensor {extra[0]} (one of {len(extra)}); this is no Moshi checkpoint")
     return net.eval().requires_grad_(False)
+
+
+def _shape(file: Any, name: str) -> tuple[int, ...]:
+    return file.shape(name) if isinstance(file, PackedFile) else tuple(file.get_slice(name).get_shape())
+
+
+def _read(file: Any, name: str, rows: slice | None) -> Tensor | Packed:
+    """A tensor, or some of its rows, as the file has it."""
+    if not isinstance(file, PackedFile):
+        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+    value = file.get(name)
+    if rows is None:
+        return value
+    return value.take_rows(torch.arange(rows.start, rows.stop)) if isinstance(value, Packed) else value[rows]
 
 
 def _source(name: str, names: set[str]) -> tuple[str, int | None]:
@@ -197,20 +220,37 @@ def _read_packed(
     return packed_linear(file.get_tensor(source).to(device), state, dtype)
 
 
-def save_net(net: MoshiNet, folder: str | Path, tokenizer: Path | None = None, codec: str | None = None) -> None:
+def save_net(
+    net: MoshiNet,
+    folder: str | Path,
+    tokenizer: Path | None = None,
+    codec: str | None = None,
+    plan: Plan | None = None,
+) -> None:
     """Write a folder that `load_net` reads back bit for bit: heads that are left, packed weights, pruned ones.
 
     tokenizer: the sentencepiece model to put beside the weights; codec: the codec's folder, relative to this
-    one. An earlier folder there is replaced.
+    one; plan: by which linears and embeddings were packed (`pack_modules`): what stays is stored as its `rest` says. An
+    earlier folder there is replaced.
     """
     state: dict[str, Tensor] = {}
     for name, value in net.state_dict().items():
         state[name] = value.detach().cpu().contiguous()
+    modules = {name: module for name, module in net.named_modules() if isinstance(module, PackedModule)}
+    packed = {f"{name}.weight": module.packed for name, module in modules.items()}
+    for name, module in modules.items():
+        for part in module.state_dict():
+            del state[f"{name}.{part}"]
+    if plan is not None:
+        state = {name: stored(name, value, plan.rest) for name, value in state.items()}
     sounds = {"silence": list(net.config.silence), "sine": list(net.config.sine)}
     raw = raw_config(net.config) | {"eqknobs": {"heads": [list(kept) for kept in net.heads], "codec": codec} | sounds}
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_file(state, temporary / "model.safetensors")
+        if modules:
+            write_file(temporary / PACKED, {**state, **packed}, plan)
+        else:
+            save_file(state, temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / tokenizer.name)

@@ -1,6 +1,7 @@
 """Sizes of a Moshi checkpoint, from its config.json or, where that says nothing, from its tensors' shapes."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -153,7 +154,7 @@ def read_raw(path: Path, where: str) -> dict[str, Any]:
     return raw
 
 
-def codec_of(model: dict[str, Any], config_file: Path | None, where: str) -> str:
+def codec_of(model: Mapping[str, Any], config_file: Path | None, where: str) -> str:
     """Folder or hub id of a model's codec: `codec` of its configuration, else what its own config.json says.
 
     That is `eqknobs.codec`, a folder relative to the model's; a model of kyutai's or NVIDIA's says nothing and has

@@ -1,7 +1,7 @@
 """What can be done to a network: activations edited, heads zeroed or removed, layers skipped, weights pruned or
 rounded, streams muted, the depformer shortened.
 
-Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed in NF4 everywhere.
+Heads go by their original numbers, also after removals: `{layer: [head, …]}`. Linears may be packed everywhere.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,8 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.base import checked
 from eqknobs.models.moshi.config import TEMPORAL_LINEARS
 from eqknobs.models.moshi.network import MoshiNet
-from eqknobs.models.moshi.quantise import Linear, is_packed, put_module, weight_of, with_weight
+from eqknobs.models.moshi.quantise import Linear, cut, is_packed, put_module, weight_of, with_weight
+from eqknobs.packing.modules import PackedLinear
 
 Heads = Mapping[int, Sequence[int]]
 
@@ -126,10 +127,16 @@ def first_codebooks(net: MoshiNet, count: int) -> Iterator[None]:
 def remove_heads(net: MoshiNet, heads: Heads, means: Sequence[Tensor] | None = None) -> None:
     """Take heads out for good: their rows of q, k and v, their columns of the output projection.
 
-    What remains computes what it did with those heads zeroed (or, with `means`, giving those: then their part of the
-    projection's output becomes a bias), but for rounding: shorter sums are added up in another order. In NF4 the rest
-    is unpacked, cut and packed again, which gives the same values unless scales are doubled or head_dim is no multiple
-    of the block. A KV cache made before does not fit any more. Raises EqknobsError for heads that are not there.
+        if means is not None:
+            projection = weight_of(attention.out_proj).view(-1, count, dim)[:, places].float()
+            given = means[layer][list(attention.heads)][places].to(net.device, torch.float32)
+            before = 0 if attention.bias is None else attention.bias
+            added = before + torch.einsum("ohd,hd->o", projection, given)
+            attention.bias = nn.Parameter(added.to(net.dtype), requires_grad=False)
+    What remains computes what it did with those heads zeroed, but for rounding: shorter sums are added up in another
+    order. In NF4 the rest is unpacked, cut and packed again, which gives the same values unless scales are doubled or
+    head_dim is no multiple of the block; packed integers keep all that is left as it was. A KV cache made before does
+    not fit any more. Raises EqknobsError for heads that are not there.
     """
     for layer, places in _places(net, heads).items():
         if not places:
@@ -137,22 +144,22 @@ def remove_heads(net: MoshiNet, heads: Heads, means: Sequence[Tensor] | None = N
         attention, dim = net.layers[layer].self_attn, net.config.head_dim
         count = len(attention.heads)
         keep = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=net.device)
-        rows = weight_of(attention.in_proj).view(3, count, dim, -1)[:, keep].flatten(0, 2)
-        projection = weight_of(attention.out_proj).view(-1, count, dim)
-        columns = projection[:, keep].flatten(1)
         if means is not None:
+            projection = weight_of(attention.out_proj).view(-1, count, dim)[:, places].float()
             given = means[layer][list(attention.heads)][places].to(net.device, torch.float32)
-            added = torch.einsum("ohd,hd->o", projection[:, places].float(), given)
             before = 0 if attention.bias is None else attention.bias
-            attention.bias = nn.Parameter((before + added).to(net.dtype), requires_grad=False)
+            added = before + torch.einsum("ohd,hd->o", projection, given)
+            attention.bias = nn.Parameter(added.to(net.dtype), requires_grad=False)
+        columns = torch.arange(count * dim, device=net.device).view(count, dim)[keep].flatten()
+        rows = torch.cat([columns + part * count * dim for part in range(3)])  # of q, k and v
         attention.heads = tuple(attention.heads[i] for i in keep.tolist())
-        attention.in_proj = with_weight(attention.in_proj, rows) if len(keep) else None
-        attention.out_proj = with_weight(attention.out_proj, columns) if len(keep) else None
+        attention.in_proj = cut(attention.in_proj, rows=rows) if len(keep) else None
+        attention.out_proj = cut(attention.out_proj, columns=columns) if len(keep) else None
 
 
 def linears(net: MoshiNet, patterns: Iterable[str] = TEMPORAL_LINEARS) -> list[str]:
     """Names of the linears that match any pattern. Raises EqknobsError if a pattern matches none."""
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | PackedLinear)]
     found = []
     for pattern in patterns:
         if not (matching := [name for name in names if fnmatchcase(name, pattern)]):
@@ -209,6 +216,8 @@ def fake_quantise(net: MoshiNet, bits: int, block: int = 64, patterns: Iterable[
     names = linears(net, patterns)
     for name in names:
         linear: Linear = net.get_submodule(name)
+        if isinstance(linear, PackedLinear):
+            raise EqknobsError(f"fake_quantise: {name} is packed; unpack the model (eqknobs unpack) to round it")
         if is_packed(linear):
             raise EqknobsError(f"fake_quantise: {name} is packed in NF4; load the model without nf4 to round it")
         if linear.in_features % block:

@@ -24,6 +24,8 @@ from eqknobs.models.moshi.config import (
     read_config,
     read_raw,
 )
+from eqknobs.packing.notes import NAME as PACKED
+from eqknobs.packing.notes import parts, read_notes
 from eqknobs.plan import parse_target
 
 GIB = 1 << 30
@@ -266,17 +268,35 @@ def read_shapes(model: dict[str, Any]) -> Shapes | None:
         with safe_open(weights_file, framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             sizes = {name: math.prod(shape) * _width(file, name) for name, shape in shapes.items()}
+            said = file.metadata()
     except Exception as error:  # OSError, ValueError, SafetensorError
         raise EqknobsError(f"{where}: cannot read the shapes of {path} ({error}); is it a whole checkpoint?") from error
+    integers = _packed_integers(weights_file, said, shapes, sizes)
     config = read_config(raw, shapes, where)
     heads = tuple(map(len, heads_left(raw, config, where)))
-    packed: dict[str, int] = {}
+    packed = integers
     for mark in (name for name in shapes if name.endswith(MARK)):
         source = mark.removesuffix(MARK)
         parts = [part for part in shapes if part == source or (part.startswith(f"{source}.") and part != mark)]
         mean = 4 if f"{source}.nested_absmax" in shapes else 0  # of the scales; it is kept within the mark
         packed[re.sub("[._]weight$", "", source)] = sum(sizes[part] for part in parts) + mean
     return Shapes(config, heads, packed)
+
+
+def _packed_integers(
+    file: Path, said: dict[str, str] | None, shapes: dict[str, tuple[int, ...]], sizes: dict[str, int]
+) -> dict[str, int]:
+    """Bytes by module of weights that a packed file (docs/packing.md) holds; `shapes` get theirs in place of parts'."""
+    if file.name != PACKED:
+        return {}
+    found = {}
+    for name, note in read_notes(said, str(file))[1].items():
+        names = [f"{name}.{part}" for part in parts(note)]
+        if missing := [part for part in names if shapes.pop(part, None) is None]:
+            raise EqknobsError(f"{file}: lacks {missing[0]}; pack it again")
+        shapes[name] = tuple(note["shape"])
+        found[name.removesuffix(".weight")] = sum(sizes[part] for part in names)
+    return found
 
 
 def _width(file: Any, name: str) -> int:
@@ -289,7 +309,8 @@ def _files(path: str, revision: str | None, where: str) -> tuple[Path, Path] | N
     folder = Path(path)
     if folder.is_dir():
         config = folder / "config.json"
-        return config, folder / read_raw(config, where).get("moshi_name", "model.safetensors")
+        name = read_raw(config, where).get("moshi_name", "model.safetensors")
+        return config, folder / (PACKED if (folder / PACKED).is_file() else name)
     if path.count("/") != 1:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -300,14 +321,19 @@ def _files(path: str, revision: str | None, where: str) -> tuple[Path, Path] | N
 
 
 def _codec_bytes(model: dict[str, Any]) -> int:
-    """Bytes of the codec in float32: by its file's header where it is in a folder, else those of kyutai/mimi."""
+    """Bytes of the codec in float32, to which packed ones unpack: by its file's header where it is in a folder, else
+    those of kyutai/mimi."""
     total = 0
     where = f"models.{model['name']}"
     files = _files(str(model["path"]), model.get("revision"), where)
-    for path in sorted(Path(codec_of(model, files and files[0], where)).glob("model*.safetensors")):
+    folder = Path(codec_of(model, files and files[0], where))
+    for path in sorted([*folder.glob("model*.safetensors"), *folder.glob(PACKED)]):
         try:
             with safe_open(path, framework="np") as file:
-                total += 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                said = file.metadata()
         except Exception as error:  # OSError, SafetensorError
             raise EqknobsError(f"{where}.codec: cannot read {path} ({error}); fetch it again") from error
+        _packed_integers(path, said, shapes, dict.fromkeys(shapes, 0))
+        total += 4 * sum(map(math.prod, shapes.values()))
     return total or MIMI_BYTES

@@ -202,7 +202,8 @@ class MoshiNet(nn.Module):
     """Temporal transformer and depformer.
 
     `heads[l]`: the original numbers of the heads that layer l has left, by default all. Tensors are float or bfloat16
-    on one device; linears may be packed in 4 bits (`eqknobs.models.moshi.quantise`).
+    on one device; linears may be packed in 4 bits (`eqknobs.models.moshi.quantise`), linears and embeddings in 2 to 8
+    (`eqknobs.packing.modules`).
     """
 
     def __init__(self, config: MoshiConfig, heads: tuple[tuple[int, ...], ...] | None = None):
@@ -241,11 +242,11 @@ class MoshiNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.text_emb.weight.dtype
+        return self.out_norm.alpha.dtype  # is never packed
 
     @property
     def device(self) -> torch.device:
-        return self.text_emb.weight.device
+        return self.out_norm.alpha.device
 
     def initial(self) -> Tensor:
         """Column 0: the initial tokens [17]."""

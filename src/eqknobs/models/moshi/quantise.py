@@ -1,4 +1,7 @@
-"""Linears in NF4 (Dettmers et al. 2023, arXiv 2305.14314) through bitsandbytes, on the CPU as on a GPU."""
+"""Linears in NF4 (Dettmers et al. 2023, arXiv 2305.14314) through bitsandbytes, on the CPU as on a GPU.
+
+And what is done to a linear's weight, however it is kept: plain, in NF4, or as packed integers (`eqknobs.packing`).
+"""
 
 import logging
 from typing import Any
@@ -8,6 +11,9 @@ from torch import Tensor, nn
 
 from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.config import Nf4
+from eqknobs.packing.modules import PackedLinear
+from eqknobs.packing.modules import put_module as put_module  # beside with_weight, with which it is used
+from eqknobs.packing.quantise import quantise
 
 MARK = ".quant_state.bitsandbytes__nf4"  # with this suffix a file holds the sizes of a packed weight
 _PIECE = 1 << 20  # values quantised at once: bitsandbytes needs 20 bytes of scratch for each
@@ -30,8 +36,8 @@ Linear = Any
 
 
 def is_packed(linear: Linear) -> bool:
-    """Whether a module is a linear in 4 bits."""
-    return hasattr(linear.weight, "quant_state")
+    """Whether a module is a linear in NF4."""
+    return not isinstance(linear, PackedLinear) and hasattr(linear.weight, "quant_state")
 
 
 def pack(weight: Tensor, nf4: Nf4, dtype: torch.dtype) -> tuple[Tensor, Any]:
@@ -81,14 +87,23 @@ def packed_linear(data: Tensor, state: Any, dtype: torch.dtype) -> Linear:
 
 
 def weight_of(linear: Linear) -> Tensor:
-    """The weight [out, in] of a linear, unpacked if need be (then a copy)."""
+    """The weight [out, in] of a linear, unpacked if need be (then a copy; of packed integers float32)."""
+    if isinstance(linear, PackedLinear):
+        return linear.packed.dequantise()
     if not is_packed(linear):
         return linear.weight.data
     return bitsandbytes().functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 def with_weight(linear: Linear, weight: Tensor) -> Linear:
-    """A linear of the same kind with another weight, of whatever shape; packed ones keep block and double scales."""
+    """A linear of the same kind with another weight, of whatever shape; packed ones keep block and double scales.
+
+    Packed integers are rounded to nearest with the same bits and groups: weights that change move the others. `cut`
+    moves none.
+    """
+    if isinstance(linear, PackedLinear):
+        form = linear.packed
+        return PackedLinear(quantise(weight, form.bits, form.group, form.symmetric), linear.bias)
     if not is_packed(linear):
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
@@ -98,11 +113,14 @@ def with_weight(linear: Linear, weight: Tensor) -> Linear:
     return packed_linear(*pack(weight, nf4, state.dtype), linear.compute_dtype)
 
 
-def put_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into the network under a dotted name."""
-    parent, _, leaf = name.rpartition(".")
-    owner = net.get_submodule(parent)
-    if isinstance(owner, nn.ModuleList):
-        owner[int(leaf)] = module
-    else:
-        setattr(owner, leaf, module)
+def cut(linear: Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> Linear:
+    """A linear of the same kind with only those rows (outputs) and columns (inputs) of the weight, by their numbers.
+
+    Bit for bit what was there; in NF4, which is packed again, only unless scales are doubled or blocks are cut.
+    """
+    if isinstance(linear, PackedLinear):
+        packed = linear.packed if rows is None else linear.packed.take_rows(rows)
+        return PackedLinear(packed if columns is None else packed.take_columns(columns), linear.bias)
+    weight = weight_of(linear)
+    weight = weight if rows is None else weight[rows]
+    return with_weight(linear, weight if columns is None else weight[:, columns])

@@ -7,7 +7,14 @@ from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import read_csv
 from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE
-from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions, render_pieces
+from eqknobs.sound.renders import Condition, OpenedCfg, open_codec, pick_clips, render_conditions, render_pieces
+
+
+class CodecCfg(OpenedCfg):
+    """What `render_codec` reads: of the section `codec`, and what is opened."""
+
+    codebooks: list[int]
+    clips: int
 
 
 def codec_conditions(codebooks: list[int], saes: dict[str, SAE]) -> list[Condition]:
@@ -35,13 +42,12 @@ def render_codec(
     sae_dirs: dict[str, Path],
     out_dir: str | Path,
     signal_csv: str | Path,
-    cfg: dict[str, Any],
+    cfg: CodecCfg,
     pieces: Pieces | None = None,
 ) -> None:
     """Render and measure round trips of test clips; see `render_conditions` for the files.
 
-    sae_dirs: SAE name -> folder. cfg: `model`, `site`, `codebooks` (list), `clips`. Raises EqknobsError if the model
-    cannot decode or has fewer codebooks.
+    sae_dirs: SAE name -> folder. Raises EqknobsError if the model cannot decode or has fewer codebooks.
     """
     clips = pick_clips(read_csv(manifest_csv), "test", cfg["clips"])
     with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:

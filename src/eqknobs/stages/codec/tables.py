@@ -59,7 +59,8 @@ def tabulate(at: Context) -> Tabulated:
 def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """What the codec costs in words."""
     words = facts["words"]
-    text = f"The codec alone, at {counted(words['codebooks'], 'codebook')}, costs a word error rate of "
+    path = "without its quantiser" if words["codebooks"] is None else f"at {counted(words['codebooks'], 'codebook')}"
+    text = f"The codec alone, {path}, costs a word error rate of "
     text += f"{number(words['wer'])} {ends(words['wer_low'], words['wer_high'])}"
     if not words["measurable"]:
         text += f": above {words['threshold']}, so what an edit costs in words is {UNMEASURABLE}"

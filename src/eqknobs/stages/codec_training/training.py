@@ -19,28 +19,22 @@ number generators, and on one machine a resumed run equals an uninterrupted one.
 import json
 import os
 import shutil
-import types
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
+from transformers import EncodecFeatureExtractor, MimiModel
 
-from eqknobs.audio import read_samples
-from eqknobs.corpus.files import walk
 from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
-
-WINDOWS = (1024, 512, 256, 128)  # samples
-MEL_BANDS = (80, 64, 40, 20)
-LOG_FLOOR = 3e-4  # of full scale: about 50 dB below speech at -23 dBFS
-
-# ---------------------------------------------------------------- configuration
+from eqknobs.stages.codec_training.codebooks import fit_codebooks, latent_frames, quantise, quantise_straight_through
+from eqknobs.stages.codec_training.data import Speech, cut
+from eqknobs.stages.codec_training.losses import Discriminator, SpectralLoss, discriminator_loss, generator_losses
+from eqknobs.stages.codec_training.network import channels_last, decode, encode, hop, new_model
 
 
 class AdversarialCfg(TypedDict):
@@ -86,323 +80,6 @@ class CodecTrainingCfg(TypedDict):
 
 # Not in training.json's `config`: they say where and on what, or have a place of their own there.
 APART = ("content", "data", "device", "start", "voices_heard", "voices_unheard")
-
-# ---------------------------------------------------------------- data
-
-
-class Speech:
-    """All speech below some folders in memory as 16-bit samples; one file in fifty is held out for validation.
-
-    `shares` maps each folder to its share of the training crops. A file below two of the folders belongs to the inner
-    one. Raises EqknobsError when a folder has no audio of its own, or a file has another rate than `rate` (Hz) or more
-    than one channel.
-    """
-
-    def __init__(self, shares: dict[str, float], rate: int) -> None:
-        owner: dict[Path, str] = {}
-        for folder in sorted(shares, key=len):  # an inner folder's path is the longer one
-            owner |= {p: folder for p in walk(Path(folder))[0] if p.suffix.lower() in (".wav", ".flac")}
-        for folder in shares:
-            if list(owner.values()).count(folder) < 2:
-                raise EqknobsError(f"codec training: fewer than two .wav or .flac files below {folder}")
-        files = sorted(owner)
-        self.clips: list[np.ndarray] = []
-        for path in files:
-            audio, found = read_samples(path)  # float files too: read as integers, they would be silent
-            if found != rate or audio.shape[1] != 1:
-                raise EqknobsError(f"{path}: {found} Hz, {audio.shape[1]} channel(s); convert it to {rate} Hz mono")
-            self.clips.append(np.clip(np.rint(audio[:, 0] * 32768), -32768, 32767).astype(np.int16))
-        every = min(50, len(files))
-        self.validation = self.clips[every - 1 :: every]
-        kept = [i for i in range(len(self.clips)) if i % every != every - 1]
-        self.training = [self.clips[i] for i in kept]
-        owners = np.array([owner[files[i]] for i in kept])
-        self.share = np.array([len(c) for c in self.training], dtype=np.float64)
-        for folder, share in shares.items():
-            mine = owners == folder
-            self.share[mine] *= share / self.share[mine].sum() if mine.any() else 0.0
-        self.share /= self.share.sum()
-        self.minutes = sum(map(len, self.clips)) / rate / 60
-
-    def batch(self, rng: np.random.Generator, size: int, samples: int, augment: float) -> Tensor:
-        """Draws [size, 1, samples] float32 crops; within a folder a clip's chance is proportional to its length.
-
-        `augment` is the share of crops played slower or faster by up to 20 % (which moves pitch and formants too).
-        """
-        crops = []
-        for index in rng.choice(len(self.training), size, p=self.share):
-            speed = rng.uniform(0.83, 1.2) if rng.random() < augment else 1.0
-            crop = cut(self.training[index], rng.random(), round(samples * speed))
-            crop = crop * 10 ** (rng.uniform(-6, 6) / 20)
-            crops.append(F.interpolate(crop[None, None], samples, mode="linear")[0] if speed != 1.0 else crop[None])
-        return torch.stack(crops)
-
-
-def cut(clip: np.ndarray, where: float, samples: int) -> Tensor:
-    """Returns `samples` float32 samples of a 16-bit clip starting at the share `where` of its range, zero-padded."""
-    start = int(where * max(0, len(clip) - samples + 1))
-    crop = torch.from_numpy(clip[start : start + samples].astype(np.float32) / 32768)
-    return F.pad(crop, (0, samples - len(crop)))
-
-
-# ---------------------------------------------------------------- model and loss
-
-
-def new_model(config: dict[str, Any], seed: int) -> MimiModel:
-    """Builds a MimiModel with unit-gain normal weights: variance 1 / fan-in for every convolution and linear layer.
-
-    With PyTorch's default initialisation of the same layers the loss stands still for thousands of steps.
-    """
-    torch.manual_seed(seed)
-    model = MimiModel(MimiConfig(**config))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.ConvTranspose1d):
-                taps = module.kernel_size[0] / module.stride[0]
-                module.weight.normal_(0, (module.in_channels / module.groups * taps) ** -0.5)
-            elif isinstance(module, nn.Conv1d | nn.Linear):
-                module.weight.normal_(0, module.weight[0].numel() ** -0.5)
-            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) and module.bias is not None:
-                module.bias.zero_()
-    return model
-
-
-def hop(model: MimiModel) -> int:
-    """Samples per code frame: the encoder's stride with its downsampling."""
-    return round(model.config.sampling_rate / model.config.frame_rate)
-
-
-def _channels_last(model: MimiModel) -> None:
-    """Runs the convolutions as 2-d ones in channels-last order: equal but for rounding, a quarter faster on a CPU."""
-
-    def layout(x: Tensor) -> Tensor:
-        return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-
-    def conv(self: nn.Conv1d, x: Tensor) -> Tensor:
-        stride, dilation = (1, self.stride[0]), (1, self.dilation[0])
-        return F.conv2d(layout(x), self.weight.unsqueeze(2), self.bias, stride, 0, dilation, self.groups).squeeze(2)
-
-    def transposed(self: nn.ConvTranspose1d, x: Tensor) -> Tensor:
-        weight = self.weight.unsqueeze(2)
-        return F.conv_transpose2d(layout(x), weight, self.bias, (1, self.stride[0]), groups=self.groups).squeeze(2)
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv1d):
-            vars(module)["forward"] = types.MethodType(conv, module)
-        elif isinstance(module, nn.ConvTranspose1d):
-            vars(module)["forward"] = types.MethodType(transposed, module)
-
-
-class SpectralLoss(nn.Module):
-    """Mean over window lengths of the relative L1 distance of magnitudes plus the L1 distance of log-mel magnitudes."""
-
-    def __init__(self, rate: int) -> None:
-        super().__init__()
-        import librosa
-
-        for window, bands in zip(WINDOWS, MEL_BANDS, strict=True):
-            taper = torch.hann_window(window)
-            self.register_buffer(f"taper{window}", taper / taper.square().sum().sqrt())
-            mel = librosa.filters.mel(sr=rate, n_fft=window, n_mels=bands, norm=None)
-            mel = mel / np.maximum(mel.sum(1, keepdims=True), 1e-9)  # a band's mean magnitude
-            self.register_buffer(f"mel{window}", torch.from_numpy(mel.astype(np.float32)))
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Returns the scalar loss of `output` against `target`, both [batch, 1, samples]."""
-        both = torch.cat([output, target]).squeeze(1)
-        losses = []
-        for window in WINDOWS:
-            taper, mel = getattr(self, f"taper{window}"), getattr(self, f"mel{window}")
-            spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
-            magnitude = (spectrum.real.square() + spectrum.imag.square() + 1e-10).sqrt()
-            a, b = magnitude.chunk(2)
-            log_a, log_b = (mel @ magnitude + LOG_FLOOR).log().chunk(2)
-            losses.append((a - b).abs().mean() / b.mean() + (log_a - log_b).abs().mean())
-        return torch.stack(losses).mean()
-
-
-class Discriminator(nn.Module):
-    """Tells speech from its reconstruction: convolutions over complex STFTs of three window lengths.
-
-    The multi-scale STFT discriminator of EnCodec (Défossez et al. 2022, section 3.4) with fewer channels and dilations.
-    """
-
-    windows = (1024, 512, 256)  # samples
-
-    def __init__(self, channels: int, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        norm = nn.utils.parametrizations.weight_norm
-        self.stacks = nn.ModuleList()
-        for window in self.windows:
-            self.register_buffer(f"taper{window}", torch.hann_window(window) / (window * 0.375) ** 0.5)
-            layers = [norm(nn.Conv2d(2, channels, (9, 3), (2, 1), (4, 1)))]
-            for dilation in (1, 2):
-                layers.append(norm(nn.Conv2d(channels, channels, (9, 3), (2, 1), (4, dilation), (1, dilation))))
-            layers.append(norm(nn.Conv2d(channels, 1, 3, 1, 1)))
-            self.stacks.append(nn.ModuleList(layers))
-
-    def forward(self, audio: Tensor) -> list[list[Tensor]]:
-        """Returns for each window the feature maps of audio [batch, 1, samples]; the last one holds the logits."""
-        found = []
-        for window, layers in zip(self.windows, self.stacks, strict=True):
-            taper = getattr(self, f"taper{window}")
-            spectrum = torch.stft(audio.squeeze(1), window, window // 4, window=taper, return_complex=True)
-            x = torch.view_as_real(spectrum).movedim(-1, 1)
-            # Compressed to the power 0.3, or the loudest partials would be all that it sees.
-            x = x * (x.square().sum(1, keepdim=True) + 1e-6) ** -0.35
-            maps = []
-            for number, layer in enumerate(cast(nn.ModuleList, layers)):
-                x = layer(x if not number else F.leaky_relu(x, 0.2))
-                maps.append(x)
-            found.append(maps)
-        return found
-
-
-def discriminator_loss(real: list[list[Tensor]], fake: list[list[Tensor]]) -> Tensor:
-    """The hinge loss that the discriminator minimises (scalar)."""
-    pairs = [(r[-1], f[-1]) for r, f in zip(real, fake, strict=True)]
-    return torch.stack([F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in pairs]).mean()
-
-
-def generator_losses(real: list[list[Tensor]], fake: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """What the codec minimises: the hinge term, and the relative L1 distance of the features (two scalars)."""
-    hinge = torch.stack([F.relu(1 - f[-1]).mean() for f in fake]).mean()
-    pairs = [(r.detach(), f) for a, b in zip(real, fake, strict=True) for r, f in zip(a[:-1], b[:-1], strict=True)]
-    return hinge, torch.stack([(r - f).abs().mean() / r.abs().mean() for r, f in pairs]).mean()
-
-
-def encode(model: MimiModel, audio: Tensor) -> Tensor:
-    """Returns the continuous latents [batch, width, frames] at the code rate of audio [batch, 1, samples]."""
-    if "downsample" in model._modules:  # transformers before 5.21
-        hidden = model.encoder_transformer(model.encoder(audio).transpose(1, 2))[0]
-        return model.downsample(hidden.transpose(1, 2))
-    return model.encoder(audio).latents
-
-
-def decode(model: MimiModel, latents: Tensor) -> Tensor:
-    """Returns audio [batch, 1, samples] from latents [batch, width, frames] at the code rate."""
-    if "upsample" in model._modules:  # transformers before 5.21
-        hidden = model.decoder_transformer(model.upsample(latents).transpose(1, 2))[0]
-        return model.decoder(hidden.transpose(1, 2))
-    return model.decoder(latents).audio_values
-
-
-def quantise(model: MimiModel, latents: Tensor, codebooks: int) -> Tensor:
-    """Returns the latents [batch, width, frames] as the first `codebooks` codebooks represent them."""
-    codes = model.quantizer.encode(latents, codebooks)
-    return model.quantizer.decode(codes.transpose(0, 1))
-
-
-def quantise_straight_through(
-    model: MimiModel, latents: Tensor, codebooks: int, decay: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Quantises as `quantise` does, with the gradient passed straight through each quantiser's projected latents.
-
-    latents is [batch, width, frames]; returns the quantised latents of the same shape and the commitment term, the mean
-    square of what the codebooks leave relative to the projected latents' own (scalar). With `decay` the codebooks move
-    towards what they were chosen for, as exponential moving averages of that decay a step.
-    """
-    quantizer = model.quantizer
-    semantic, acoustic = quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer
-    depth = min(codebooks, quantizer.num_semantic_quantizers)
-    out, left, power = torch.zeros_like(latents), latents.new_zeros(()), latents.new_zeros(())
-    for part, used in ((semantic, depth), (acoustic, codebooks - depth)):
-        if not used:
-            continue
-        projected = part.input_proj(latents)
-        rows = projected.detach().transpose(1, 2).flatten(0, 1)
-        residual = rows
-        for layer in part.layers[:used]:
-            book = layer.codebook
-            chosen = book.quantize(residual)
-            found = book.embed[chosen]
-            if decay is not None:
-                move_codebook(book, residual, chosen, decay)
-            residual = residual - found
-        quantised = (rows - residual).unflatten(0, (len(latents), -1)).transpose(1, 2)
-        out = out + part.output_proj(projected + (quantised - projected).detach())
-        left = left + (projected - quantised).square().mean()
-        power = power + projected.detach().square().mean()
-    return out, left / power
-
-
-@torch.no_grad()
-def move_codebook(book: Any, rows: Tensor, chosen: Tensor, decay: float) -> None:
-    """Moves a codebook's entries towards the rows [n, dims] that chose them (indices [n]): one step of the average.
-
-    `book` is transformers' MimiEuclideanCodebook.
-    """
-    one_hot = F.one_hot(chosen, book.codebook_size).to(rows.dtype)
-    book.cluster_usage.mul_(decay).add_(one_hot.sum(0), alpha=1 - decay)
-    book.embed_sum.mul_(decay).add_(one_hot.T @ rows, alpha=1 - decay)
-    book._embed = None  # transformers caches the quotient of the two buffers
-
-
-# ---------------------------------------------------------------- codebooks
-
-
-@torch.no_grad()
-def fit_codebooks(model: MimiModel, latents: Tensor, semantic_dims: int, iterations: int, seed: int) -> list[float]:
-    """Fits projections and codebooks in place on latents [frames, width]; returns the error left after each codebook.
-
-    Mimi's semantic and acoustic quantisers both see the latents and their outputs are added, so the two must share the
-    space out: the semantic one takes the first `semantic_dims` principal directions (uncentred, because the projections
-    have no bias), the acoustic one the directions after them. Errors are mean squares relative to the latents' own.
-    """
-    from sklearn.cluster import KMeans
-
-    latents, device = latents.cpu(), model.device
-    quantizer = model.quantizer.cpu()  # scikit-learn's k-means runs there
-    frames, entries = len(latents), model.config.codebook_size
-    if frames < entries:
-        raise EqknobsError(f"codebooks: {frames} latent frames for {entries} entries; give more speech")
-    _, directions = torch.linalg.eigh(latents.double().T @ latents.double())
-    directions = directions.flip(1).T.float()  # [width, width], strongest first
-    width = model.config.vector_quantization_hidden_dimension
-    stages = [
-        (quantizer.semantic_residual_vector_quantizer, directions[:semantic_dims]),
-        (quantizer.acoustic_residual_vector_quantizer, directions[semantic_dims : semantic_dims + width]),
-    ]
-    remaining = latents.clone()
-    errors = []
-    for residual_quantizer, basis in stages:
-        projection = F.pad(basis, (0, 0, 0, width - len(basis)))
-        residual_quantizer.input_proj.weight.copy_(projection[:, :, None])
-        residual_quantizer.output_proj.weight.copy_(projection.T[:, :, None])
-        residual = latents @ projection.T
-        for number, layer in enumerate(residual_quantizer.layers):
-            fit = KMeans(entries, init="random", n_init=1, max_iter=iterations, random_state=seed + number)
-            fit.fit(residual[:, : len(basis)].numpy())
-            centres = torch.from_numpy(fit.cluster_centers_)
-            layer.codebook.embed_sum.copy_(F.pad(centres, (0, width - len(basis))))
-            layer.codebook.cluster_usage.fill_(1)
-            layer.codebook._embed = None  # transformers caches the quotient of the two buffers
-            chosen = layer.codebook.embed[layer.codebook.quantize(residual)]
-            residual = residual - chosen
-            remaining = remaining - chosen @ projection
-            errors.append((remaining.square().mean() / latents.square().mean()).item())
-    quantizer.to(device)
-    return errors
-
-
-@torch.no_grad()
-def latent_frames(model: MimiModel, clips: list[np.ndarray], limit: int) -> Tensor:
-    """Returns up to `limit` latent frames [frames, width] of whole clips taken evenly from the list."""
-    size = hop(model)
-    found, count = [], 0
-    order = np.random.default_rng(0).permutation(len(clips))
-    for index in order:
-        samples = -(-len(clips[index]) // size) * size
-        clip = cut(clips[index], 0, samples)[None, None]
-        found.append(encode(model, clip.to(model.device))[0].T.cpu())
-        count += len(found[-1])
-        if count >= limit:
-            break
-    return torch.cat(found)[:limit]
-
-
-# ---------------------------------------------------------------- training
 
 
 def train(cfg: CodecTrainingCfg, out: str | Path, checkpoint: str | Path, stop_after: int | None = None) -> None:
@@ -461,7 +138,7 @@ class Training:
         self.model = new_model(cfg["model"], cfg["seed"]).to(self.device)
         self.speech = Speech(cfg["data"], self.model.config.sampling_rate)
         self.samples = max(1, round(cfg["seconds"] * self.model.config.frame_rate)) * hop(self.model)
-        _channels_last(self.model)
+        channels_last(self.model)
         self.loss_of = SpectralLoss(self.model.config.sampling_rate).to(self.device)
         self.optimizer = _adam(self.model)
         self.total = cfg["steps"] + cfg["finetune_steps"]

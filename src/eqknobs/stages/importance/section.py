@@ -32,6 +32,12 @@ LOOKS = {
     "raw_probe": Look(HUES["orange"], "v"),
     "variance": Look(HUES["green"], "s"),
     "inverted": Look(HUES["purple"], "D"),
+    "composition_raw": Look(HUES["sky"], "o"),
+    "composition_scaled": Look(HUES["blue"], "^"),
+    "raw_probe_scaled": Look(HUES["orange"], "^"),
+    "gradient": Look(HUES["yellow"], "P"),
+    "fisher": Look(HUES["yellow"], "*"),
+    "ablation": Look(INK, "h"),
     "random": Look(HUES["grey"], "X"),
 }
 
@@ -59,6 +65,31 @@ def _map(importance: dict[str, Any]) -> dict[str, str]:
     return figure("Importance map (SAE × probe)", ranked, f"{said[0].upper()}{said[1:]}.")
 
 
+def _agreement(maps: pd.DataFrame) -> dict[str, str]:
+    """Rank correlation of each map with the oracle, best on val at the top. maps: of `importance_maps.csv`."""
+    known = maps[maps["spearman_oracle"].notna()]
+    null = known[known["map"] == "random"]
+    shown = known[~known["map"].isin(["random", "ablation"])].sort_values("val_mel_distance", ascending=False)
+
+    def dots(axes: plt.Axes) -> None:
+        for low, high in null[["spearman_oracle_low", "spearman_oracle_high"]].itertuples(index=False):
+            axes.axvspan(low, high, color=LOOKS["random"].color, alpha=0.25, lw=0)
+        for place, row in enumerate(shown.to_dict("records")):
+            color, marker = look(row["map"], LOOKS)
+            ends = [row["spearman_oracle_low"], row["spearman_oracle_high"]]
+            axes.plot(ends, [place, place], color=color, lw=1.4)
+            axes.plot(row["spearman_oracle"], place, color=color, marker=marker, lw=0)
+        names = [f"{label(row['map'], MAPS)}: {row['val_mel_distance']:.2f} dB" for row in shown.to_dict("records")]
+        axes.set(xlabel="rank correlation", xlim=(-1.05, 1.05))
+        axes.set_yticks(range(len(names)), names)
+
+    caption = (
+        "Lines: 95 % over the clips of the one-at-a-time map, which is noisier in each draw than in all; grey: 95 % "
+    )
+    caption += "of random orders. Beside the names, mel distance on val with the lowest dimensions removed."
+    return figure("Maps against removing one dimension at a time", dots, caption, height=2.9, width=4.8)
+
+
 def _ablation(rows: pd.DataFrame, untouched: pd.DataFrame, mode: str, measure: str, unit: str) -> dict[str, str]:
     """A measure against the share removed; rows: of one mode."""
 
@@ -69,18 +100,24 @@ def _ablation(rows: pd.DataFrame, untouched: pd.DataFrame, mode: str, measure: s
             color = LOOKS["random"].color
             axes.fill_between(spread.index, spread["min"], spread["max"], color=color, alpha=0.25, lw=0)
             axes.plot(spread.index, spread["mean"], color=color, label=f"random sets ({sets.size().max()})")
-        for name in [m for m in rows["map"].unique() if m != "random"]:
+        names = [m for m in rows["map"].unique() if m != "random"]
+        shares = np.unique(rows["removed"])
+        step = 0.5 * (np.diff(shares).min() if len(shares) > 1 else 0.1) / len(names)  # side by side, as many coincide
+        for place, name in enumerate(names):
             line = rows[rows["map"] == name].groupby("removed")[measure].mean()
             color, marker = look(name, LOOKS)
-            axes.plot(line.index, line, color=color, marker=marker, label=label(name, MAPS))
+            x = line.index + (place - (len(names) - 1) / 2) * step
+            axes.plot(x, line, color=color, marker=marker, lw=1.2, alpha=0.9, label=label(name, MAPS))
         for value in untouched[measure]:
             axes.axhline(value, color=INK, lw=1, ls="--")
-        axes.set(xlabel="share of dimensions removed", ylabel=unit, ylim=(0, None))
+        axes.set(xlabel="share of dimensions removed", xticks=shares, ylabel=unit, ylim=(0, None))
         legend(axes)
 
     title = f"Ablation to {'the mean' if mode == 'mean' else mode}: {unit}"
-    caption = "Grey band: smallest to largest of the random sets; dashed: nothing removed."
-    return figure(title, curves, caption, height=2.9)
+    caption = (
+        "Grey band: smallest to largest of the random sets; dashed: nothing removed. Maps side by side at each share."
+    )
+    return figure(title, curves, caption, height=4.2, width=4.8)
 
 
 def show(at: Context) -> dict[str, Any]:
@@ -88,7 +125,11 @@ def show(at: Context) -> dict[str, Any]:
     rows = at.inputs.csv("tables/importance_ablation.csv")
     rows = rows[rows["target"] == at.target]
     untouched = rows[rows["map"] == "none"]
+    maps = at.inputs.csv("tables/importance_maps.csv")
+    maps = maps[maps["target"] == at.target]
     drawn = [_map(at.inputs.json(f"importance/{at.target}.json"))]
+    if maps["spearman_oracle"].notna().any():
+        drawn.append(_agreement(maps))
     for mode in [mode for mode in rows["mode"].unique() if mode != "none"]:
         part = rows[(rows["mode"] == mode) & (rows["map"] != "keep_critical")]
         for measure, unit in (("mel_distance", "mel distance (dB)"), ("latent_error", "latent error (share)")):
@@ -102,4 +143,14 @@ def show(at: Context) -> dict[str, Any]:
         "latent error": ("latent_error", 3),
         "clips / speakers": display.sample,
     }
-    return {"drawn": drawn, "judged": display.laid_out(rows[rows["speaker_similarity"].notna()], columns)}
+    about = {
+        "map": lambda r: label(r["map"], MAPS) + (" (chosen)" if r["chosen"] else ""),
+        "mel, val (dB)": ("val_mel_distance", 3),
+        "rank correlation": ("spearman_oracle", 2),
+        "clips / speakers": display.sample,
+    }
+    return {
+        "drawn": drawn,
+        "maps": display.laid_out(maps.sort_values("val_mel_distance"), about),
+        "judged": display.laid_out(rows[rows["speaker_similarity"].notna()], columns),
+    }

@@ -36,15 +36,16 @@ def told_right(x: Tensor, labels: np.ndarray, truth: np.ndarray, classes: int, f
     positions = (frames.of("train"), frames.of("val"), scored(frames))
     train, val, places = (torch.from_numpy(at).to(x.device) for at in positions)
     best: Tensor | None = None
-    for weights, bias in _discriminants(x[:, train], y[train], classes):
-        hits = (torch.baddbmm(bias, x[:, val], weights).argmax(-1) == y[val]).sum(1)
+    chosen_on = x.index_select(1, val)
+    for weights, bias in _discriminants(x.index_select(1, train), y[train], classes):
+        hits = (torch.baddbmm(bias, chosen_on, weights).argmax(-1) == y[val]).sum(1)
         if best is None:
             best, kept, offset = hits, weights, bias
             continue
         better = hits > best
         best = torch.where(better, hits, best)
         kept, offset = (torch.where(better[:, None, None], a, b) for a, b in ((weights, kept), (bias, offset)))
-    return (torch.baddbmm(offset, x[:, places], kept).argmax(-1) == right[places]).cpu().numpy()
+    return (torch.baddbmm(offset, x.index_select(1, places), kept).argmax(-1) == right[places]).cpu().numpy()
 
 
 def scored(frames: LabelledFrames) -> np.ndarray:
@@ -53,13 +54,13 @@ def scored(frames: LabelledFrames) -> np.ndarray:
 
 
 def _discriminants(x: Tensor, y: Tensor, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weights [G, width, classes] and bias [G, 1, classes] for every shrinkage."""
-    mean = x.mean(1, keepdim=True)
-    centred, member = x - mean, torch.nn.functional.one_hot(y, classes).to(x.dtype)
+    """Weights [G, width, classes] and bias [G, 1, classes] for every shrinkage; x is centred in place."""
+    mean, member = x.mean(1, keepdim=True), torch.nn.functional.one_hot(y, classes).to(x.dtype)
+    x -= mean  # it is a copy of our own
     counts = member.sum(0)
-    means = centred.transpose(1, 2) @ member / counts.clamp(min=1)
+    means = x.transpose(1, 2) @ member / counts.clamp(min=1)
     shares = counts / len(y)
-    total = torch.bmm(centred.transpose(1, 2), centred) / len(y)
+    total = torch.bmm(x.transpose(1, 2), x) / len(y)
     within = total - torch.bmm(means * shares, means.transpose(1, 2))
     # Where the classes are all that varies, rounding is what is left within them.
     usual, least = (matrix.diagonal(dim1=1, dim2=2).mean(1) for matrix in (within, 1e-3 * total))

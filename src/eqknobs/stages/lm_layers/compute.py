@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import h5py
 import numpy as np
@@ -21,11 +21,11 @@ from tqdm import tqdm
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.corpus.properties import PROPERTIES
 from eqknobs.device import gpu_lock, pick_device
-from eqknobs.io import read_csv, read_json, write_csv
+from eqknobs.io import read_csv, write_csv
 from eqknobs.stages.lm_layers.batched import blocks, scored, told_right
 from eqknobs.stages.lm_layers.ranking import ACOUSTIC, HALVES, SEMANTIC, accuracies, pruning_order
-from eqknobs.stages.lm_layers.turns import STREAMS
-from eqknobs.stages.probes.compute import LabelledFrames, ask
+from eqknobs.stages.lm_layers.turns import STREAMS, read_index
+from eqknobs.stages.probes.compute import LabelledFrames, ProbesCfg, Sources, ask
 
 BOTH = "both"  # the stream of what is asked of user and agent together
 WHO = "who"
@@ -66,7 +66,7 @@ class Asked:
         said = self.labels if labels == "true" else self.shuffled
         for lag in lags:
             rows = torch.from_numpy(self.frames.rows - lag).to(matrices.device)
-            found = told_right(matrices[:, rows], said, self.labels, self.classes, self.frames)
+            found = told_right(matrices.index_select(1, rows), said, self.labels, self.classes, self.frames)
             self.right |= {(labels, lag, name): right for name, right in zip(names, found, strict=True)}
 
     def counts(self, table: pd.DataFrame, labels: str, lag: int) -> pd.DataFrame:
@@ -90,10 +90,11 @@ class Turns:
     """The caches of a model's sites, opened, with what is asked of their frames."""
 
     def __init__(self, turns_csv: str | Path, index_json: str | Path, labels_h5: str | Path, cfg: LmLayersCfg):
-        index = read_json(index_json)
+        index = read_index(index_json)
         self.caches, self.heads = index["caches"], index["heads"]
         self.cfg, self.labels_h5, self.turns_csv = cfg, labels_h5, turns_csv
-        with ActivationCache(self.caches["trained"]["embeddings"]) as cache:
+        self.cache = self.caches["trained"]["embeddings"]
+        with ActivationCache(self.cache) as cache:
             turns = read_csv(turns_csv).set_index("id")
             self.table = cache.utterances.join(turns[["clip", "stream"]], on="id")
             self.rows = len(cache.acts)
@@ -106,8 +107,9 @@ class Turns:
     def _ask(self, cache: ActivationCache, stream: str, name: str) -> Asked:
         lags = [0] if PROPERTIES[name].level == "clip" else self.cfg["lags"]
         turns = np.flatnonzero((self.table["stream"] == stream) | (stream == BOTH))
-        settings = {"seed": self.cfg["seed"], "bins": self.cfg["bins"]}
-        found = ask(cache, self.labels_h5, name, settings, lags, turns, manifest_csv=self.turns_csv)
+        asks = {"property": name, "bins": self.cfg["bins"], "seed": self.cfg["seed"]}
+        settings = cast(ProbesCfg, asks)  # how softmax probes are fitted is not asked here
+        found = ask(cache, Sources(self.cache, self.labels_h5, manifest=self.turns_csv), settings, lags, turns)
         at = 0 if found.unordered else found.binnings.index(BINNING)
         labels = found.classes[:, at], found.shuffled[:, at]
         return Asked(stream, name, found.frames, *labels, found.sizes[at], lags)

@@ -7,7 +7,7 @@ of the probes) and a probe of shuffled labels.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import h5py
 import numpy as np
@@ -16,12 +16,23 @@ import scipy.sparse
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import pick_device
-from eqknobs.io import read_csv, read_json, write_csv
+from eqknobs.io import read_csv, write_csv
 from eqknobs.sae import train_sae
+from eqknobs.sae.training import SAECfg
 from eqknobs.stages.lm_layers.compute import BINNING
 from eqknobs.stages.lm_layers.ranking import ACOUSTIC
-from eqknobs.stages.lm_layers.turns import STREAMS
-from eqknobs.stages.probes.compute import SCORED, Question, Tasks, ask, fit_softmax, times
+from eqknobs.stages.lm_layers.turns import STREAMS, read_index
+from eqknobs.stages.probes.compute import (
+    SCORED,
+    FitCfg,
+    ProbesCfg,
+    Question,
+    Sources,
+    Tasks,
+    ask,
+    fit_softmax,
+    times,
+)
 from eqknobs.stages.probes.spaces import Matrix, make_spaces
 
 SAE, RANDOM = "sae", "random"
@@ -30,7 +41,7 @@ TAGGED = 0.8  # the share of them from which on it is
 TAGS = ("user", "agent", "text")  # heard; said, where no text token is written; said, where one is
 
 
-class SaeCfg(TypedDict):
+class LayerSaesCfg(TypedDict):
     """A TopK SAE (see `eqknobs.sae`), and the layers that have one."""
 
     layers: list[int]
@@ -45,7 +56,7 @@ class SaeCfg(TypedDict):
 class DictionariesCfg(TypedDict):
     """bins: of the centroid; l2, epochs: of the probes of codes."""
 
-    sae: SaeCfg
+    sae: LayerSaesCfg
     bins: int
     l2: list[float]
     epochs: int
@@ -71,19 +82,28 @@ def train_dictionaries(
     `<stream>_class`, `<stream>_shuffled` (of the centroid, that it weighs most for, true and shuffled labels; empty
     where it does not fire there), `classes`.
     """
-    device, sae = pick_device(cfg.get("device") or "cpu"), dict(cfg["sae"])
-    caches, turns = read_json(index_json)["caches"]["trained"], read_csv(turns_csv).set_index("id")
-    variant = {"variant": "topk", "dead_epochs": 2, **{key: sae[key] for key in sae if key != "layers"}}
+    device, sae = pick_device(cfg.get("device") or "cpu"), cfg["sae"]
+    caches, turns = read_index(index_json)["caches"]["trained"], read_csv(turns_csv).set_index("id")
+    variant = SAECfg(
+        variant="topk",
+        d_sae=sae["d_sae"],
+        k=sae["k"],
+        aux_k=sae["aux_k"],
+        dead_epochs=2,
+        lr=sae["lr"],
+        batch_size=sae["batch_size"],
+        epochs=sae["epochs"],
+    )
     scores: list[pd.DataFrame] = []
     features: list[pd.DataFrame] = []
-    for layer in cfg["sae"]["layers"]:
+    for layer in sae["layers"]:
         cache_h5, home = caches[f"residual.{layer}"], Path(folder) / f"residual.{layer}"
-        train_sae(cache_h5, home, {**variant, "device": device}, cfg["seed"])
+        train_sae(cache_h5, home, variant, cfg["seed"], device)
         with ActivationCache(cache_h5) as cache:
             table = cache.utterances.join(turns[["clip", "stream"]], on="id")
-            asked = dict(_questions(cache, labels_h5, table, cfg, turns_csv))
+            asked = dict(_questions(cache, Sources(cache_h5, labels_h5, manifest=turns_csv), table, cfg))
             kinds = _kinds(labels_h5, table)
-            spaces = make_spaces(cache, {SAE: home}, {"seed": cfg["seed"]})
+            spaces = make_spaces(cache, {SAE: home}, cfg["seed"])
             for space, name in ((SAE, f"sae:{SAE}"), (RANDOM, "random_topk")):
                 matrix = spaces[name].matrix()
                 about = {"layer": layer, "space": space}
@@ -105,12 +125,16 @@ def _column(question: Question) -> int:
 
 
 def _questions(
-    cache: ActivationCache, labels_h5: str | Path, table: pd.DataFrame, cfg: DictionariesCfg, turns_csv: str | Path
+    cache: ActivationCache, sources: Sources, table: pd.DataFrame, cfg: DictionariesCfg
 ) -> Iterator[tuple[str, Question]]:
-    settings = {"seed": cfg["seed"], "bins": cfg["bins"]}
+    settings: ProbesCfg = {"property": ACOUSTIC, **_fit(cfg), "bins": cfg["bins"]}
     for stream in STREAMS:
         turns = np.flatnonzero(table["stream"] == stream)
-        yield stream, ask(cache, labels_h5, ACOUSTIC, settings, [0], turns, manifest_csv=turns_csv)
+        yield stream, ask(cache, sources, settings, [0], turns)
+
+
+def _fit(cfg: DictionariesCfg) -> FitCfg:
+    return {"l2": cfg["l2"], "epochs": cfg["epochs"], "seed": cfg["seed"]}
 
 
 def _kinds(labels_h5: str | Path, table: pd.DataFrame) -> np.ndarray:
@@ -149,8 +173,7 @@ def _probed(
     """The class that each feature weighs most for, by true and by shuffled labels [width], and counts by clip."""
     at, frames = _column(question), question.frames
     labels = np.stack([question.classes[:, at], question.shuffled[:, at]], 1)
-    settings: dict[str, Any] = {key: cfg[key] for key in ("l2", "epochs", "seed")}
-    true, other = fit_softmax(matrix, frames.rows, Tasks(frames, labels, [question.sizes[at]] * 2), settings, device)
+    true, other = fit_softmax(matrix, frames.rows, Tasks(frames, labels, [question.sizes[at]] * 2), _fit(cfg), device)
     places = np.flatnonzero(np.isin(frames.split, SCORED))
     told = (times(matrix, frames.rows[places], true.W.T) + true.b).argmax(1)
     turns = table.iloc[frames.utterance[places]]

@@ -88,7 +88,7 @@ def heatmap(title: str, caption: str, rows: pd.DataFrame, column: str) -> dict[s
     values = rows[column].to_numpy(float)
     low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if np.isfinite(values).any() else (0.0, 1.0)
     layers, heads = int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1
-    width, height = CELL * heads + 46, CELL * layers + 34
+    width, height = CELL * heads + 46, CELL * layers + 22
     cells = []
     for row in rows.to_dict("records"):
         value = row[column]
@@ -108,11 +108,9 @@ def heatmap(title: str, caption: str, rows: pd.DataFrame, column: str) -> dict[s
         f'<text x="{40 + CELL * i + 6}" y="{CELL * layers + 15}" text-anchor="middle" {text}>{i}</text>'
         for i in range(0, heads, max(1, heads // 8))
     ]
-    cells.append(
-        f'<text x="40" y="{height - 6}" {text}>head; layers downwards; {low:.3f} pale to {high:.3f} full</text>'
-    )
-    opening = f'<svg role="img" aria-label="{html.escape(title, quote=True)}" viewBox="0 0 {max(width, 260)} {height}">'
-    return {"title": title, "svg": opening + "".join(cells) + "</svg>", "caption": caption}
+    opening = f'<svg role="img" aria-label="{html.escape(title, quote=True)}" viewBox="0 0 {width} {height}">'
+    scale = f"Layers downwards, heads across; pale {low:.3f}, full {high:.3f}: point at a cell.".replace("-", "−")
+    return {"title": title, "svg": opening + "".join(cells) + "</svg>", "caption": f"{caption} {scale}"}
 
 
 def _heatmaps(heads: pd.DataFrame) -> list[dict[str, str]]:
@@ -139,11 +137,12 @@ def show(at: Context) -> dict[str, Any]:
     for row in best:
         same = test[(test["stream"] == row["stream"]) & (test["property"] == row["property"])]
         drawn.append(_by_layer(row["property"], row["stream"], same[same["lag"] == row["lag"]]))
+    swept = test[test.groupby(["stream", "property"])["lag"].transform("nunique") > 1]
     lags = [
-        _by_lag(stream, [row for row in best if row["stream"] == stream], rows)
-        for stream, rows in test[
-            test["lag"].groupby([test["stream"], test["property"]]).transform("nunique") > 1
-        ].groupby("stream")
+        _by_lag(
+            stream, [row for row in best if row["stream"] == stream and row["property"] in set(rows["property"])], rows
+        )
+        for stream, rows in swept.groupby("stream")
     ]
     columns: dict[str, Any] = {
         "property": lambda r: PROPERTIES.get(r["property"], r["property"]),

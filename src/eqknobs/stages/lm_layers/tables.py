@@ -49,6 +49,7 @@ RIVALS = {
     "logmel": "log-mel spectra",
     "random_network": "the same layer of a random network",
 }
+BRIEF = {"embeddings": "embeddings", "logmel": "log-mel", "random_network": "random network"}  # in the matrix
 TAGS = ("user", "agent", "text", "mixed")
 
 
@@ -201,7 +202,7 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         text = f"{what}: the probe on layer {record['layer']} (lag {record['lag']}, both chosen on val) {words} "
         text += f"the one on {RIVALS[record['b']]}."
         nulls = f"majority {number(row['majority'])}, shuffled labels {number(row['shuffled'])}"
-        cell = (f"best layer over {record['b'].replace('_', ' ')}", what)
+        cell = (f"best layer over {BRIEF[record['b']]}", what)
         lines.append(
             headline("lm_layers", verdict, text, f"{numbers(record, ACCURACY)}; {nulls}", cell, difference(record))
         )

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip
-from eqknobs.corpus.activations import cache_sites
-from eqknobs.corpus.labels import write_labels
+from eqknobs.corpus.activations import ActivationsCfg, cache_sites
+from eqknobs.corpus.labels import LabelsCfg, write_labels
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv, read_json, write_csv, write_json
-from eqknobs.models import Model
+from eqknobs.models import Model, ModelCfg
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.monologue import monologue
@@ -43,7 +43,7 @@ Words = list[tuple[str, float, float]]  # each with the seconds in which it begi
 class TurnsCfg(TypedDict):
     """model: see `load_model`; lead: frames; frames: a budget (see `cache_activations`), absent for all of them."""
 
-    model: dict[str, Any]
+    model: ModelCfg
     asr: str
     beam: int
     lead: int
@@ -53,13 +53,26 @@ class TurnsCfg(TypedDict):
     content: NotRequired[dict[str, str]]
 
 
+class CachesCfg(ActivationsCfg, total=False):
+    """What decides the caches besides model and site."""
+
+    network: str  # trained | random
+    tokens: str  # what is written and spoken
+
+
+class TurnLabelsCfg(LabelsCfg):
+    """Those of frames, and how many text tokens are told apart."""
+
+    tokens: int
+
+
 def cache_turns(
     manifest_csv: str | Path, out_turns: str | Path, out_index: str | Path, cfg: TurnsCfg, pieces: Pieces | None = None
 ) -> None:
     """Cache every residual layer, the summed embeddings and all heads of a model, and the layers of a random network.
 
     out_turns: the manifest with a row for each clip and stream, `id` `<clip>.<stream>`. out_index: JSON, `caches`
-    (network, trained or random -> site -> HDF5 file as `cache_activations` writes it, below `caches/` beside the index)
+    (network, trained or random -> site -> HDF5 file as `cache_activations` writes it, as seen from the index's folder)
     and `tokens` (turn -> `spoken`, the piece of text that sounds in each frame, or null, and `written`, the text tokens
     of the monologue; of the user none), `silent` (those of them that stand for no text), `heads` (the numbers of each
     layer's). The caches are no outputs of the job: a run that was killed goes on.
@@ -88,10 +101,14 @@ def _cached(
     for network, sites in networks.items():
         if network == "random":
             randomise(model.net, cfg["seed"])
-        index[network] = {site: str(home / "caches" / f"{network}.{site}.h5") for site in sites}
-        made_by = {key: value for key, value in cfg.items() if key in ("frames", "seed", "content")}
-        made_by |= {"network": network, "tokens": json.dumps(tokens)}
-        cache_sites(turns_csv, index[network], cast(Model, model), cfg["model"], made_by, encode)
+        index[network] = {site: f"caches/{network}.{site}.h5" for site in sites}
+        made_by: CachesCfg = {"seed": cfg["seed"], "network": network, "tokens": json.dumps(tokens)}
+        if "frames" in cfg:
+            made_by["frames"] = cfg["frames"]
+        if "content" in cfg:
+            made_by["content"] = cfg["content"]
+        outs = {site: home / file for site, file in index[network].items()}
+        cache_sites(turns_csv, outs, cast(Model, model), cfg["model"], made_by, encode)
     silent = [model.config.pad, model.config.epad]  # tokens that stand for no text
     return {
         "caches": index,
@@ -99,6 +116,13 @@ def _cached(
         "tokens": tokens,
         "silent": silent,
     }
+
+
+def read_index(index_json: str | Path) -> dict[str, Any]:
+    """The index that `cache_turns` writes, with the places of its caches as they are seen from here."""
+    index, home = read_json(index_json), Path(index_json).parent
+    places = {network: {site: str(home / file) for site, file in of.items()} for network, of in index["caches"].items()}
+    return {**index, "caches": places}
 
 
 def _said(
@@ -156,13 +180,13 @@ def spoken_tokens(words: Sequence[Sequence[int]], times: Sequence[tuple[float, f
     return found
 
 
-def label_turns(turns_csv: str | Path, index_json: str | Path, out_h5: str | Path, cfg: dict[str, Any]) -> None:
+def label_turns(turns_csv: str | Path, index_json: str | Path, out_h5: str | Path, cfg: TurnLabelsCfg) -> None:
     """Label the frames of the turns: as `write_labels`, and `token`, `who` and `written`.
 
     token: code of the piece of text that sounds, of the `cfg["tokens"]` most frequent ones of train, else −1; who:
     user, agent or nobody (frames that are not energetic); written: whether the monologue has a token of text there.
     """
-    index, turns = read_json(index_json), read_csv(turns_csv).set_index("id")
+    index, turns = read_index(index_json), read_csv(turns_csv).set_index("id")
     cache = index["caches"]["trained"]["embeddings"]
     with atomic_path(out_h5) as unfinished:
         write_labels(turns_csv, cache, unfinished, cfg)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import read_csv
+from eqknobs.models import ModelCfg
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import Sampling
@@ -71,7 +72,7 @@ class CodebooksCfg(TypedDict):
 class PruningCfg(TypedDict):
     """What `prune_and_score` reads: the section `lm_pruning`, the model, the judges and the device."""
 
-    model: dict[str, Any]  # see `eqknobs.models.load_model`
+    model: ModelCfg
     prompts: PromptsCfg
     property: str
     heads: HeadsCfg

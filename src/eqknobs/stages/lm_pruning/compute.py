@@ -123,7 +123,7 @@ class Inputs(TypedDict):
 
 def open_bench(cfg: PruningCfg, inputs: Inputs, pieces: Pieces) -> Bench:
     """The model, its judge and its speech. Raises EqknobsError as these do."""
-    model = Moshi({**cfg["model"]})
+    model = Moshi(cfg["model"])
     judge = Judge(model, {**cfg["judges"], "dnsmos": cfg["dnsmos"]}, pieces)
     speech = speech_of(model, judge, cfg, inputs["manifest"], inputs["codes"])
     made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]

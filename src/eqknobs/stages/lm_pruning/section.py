@@ -127,7 +127,7 @@ def codebooks(rows: pd.DataFrame) -> dict[str, str]:
     return figure("Fewer codebooks", draw, "95 % intervals over prompts.", height=3.4)
 
 
-def played(at: Context) -> list[dict[str, Any]]:
+def side_by_side(at: Context) -> list[dict[str, Any]]:
     """Answers to the same prompts side by side: [{told, speaker, takes: [{name, said, heard, sound}]}]."""
     name = f"renders/{at.target}/pruned/index.csv"
     index, folder = at.inputs.csv(name), at.inputs.path(name).parent
@@ -238,5 +238,5 @@ def show(at: Context) -> dict[str, Any]:
         "removal": display.laid_out(read("lm_removal"), removal),
         "gates": display.laid_out(read("lm_gates"), gates),
         "books": display.laid_out(read("lm_codebooks"), books),
-        "answers": played(at),
+        "answers": side_by_side(at),
     }

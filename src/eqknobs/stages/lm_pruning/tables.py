@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from eqknobs.evidence.comparisons import compare
-from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.evidence.estimates import IntervalsCfg, Measure, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import difference, ends, headline, listed, number, said
 from eqknobs.speaking.gates import GATES, Gate
@@ -102,7 +102,7 @@ def with_gates(answers: pd.DataFrame) -> pd.DataFrame:
     return answers.assign(gates_published=passed[0].astype(int), gates_calibrated=passed[1].astype(int))
 
 
-def paired(intact: pd.DataFrame, mine: pd.DataFrame, measure: Measure, cfg: dict[str, Any]) -> dict[str, Any] | None:
+def paired(intact: pd.DataFrame, mine: pd.DataFrame, measure: Measure, cfg: IntervalsCfg) -> dict[str, Any] | None:
     """`compare` of pruned answers with the intact model's of the same prompts and draws."""
     same = intact[intact["draw"].isin(mine["draw"].unique()) & intact["id"].isin(mine["id"].unique())]
     return compare(by_prompt(mine), by_prompt(same), measure, cfg)

@@ -4,7 +4,7 @@ from typing import Any
 
 from eqknobs.corpus.properties import PROPERTIES
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import check_saes, stage_targets
+from eqknobs.plan import SPEECH, check_saes, corpora_used, corpus_config, stage_targets
 
 
 def check(config: dict[str, Any]) -> None:
@@ -18,11 +18,14 @@ def check(config: dict[str, Any]) -> None:
 
 def _check_properties(config: dict[str, Any]) -> None:
     """Properties must be registered, and not ask who speaks of speakers that train never holds."""
+    heard = corpora_used(config, stage_targets(config, "probes"))
+    drawn = {("data" if c == SPEECH else f"corpora.{c}"): corpus_config(config, c) for c in heard}
+    apart = [key for key, data in drawn.items() if "of" not in data and data.get("split_unit", "speaker") == "speaker"]
     for name in config["probes"]["properties"]:
         if name not in PROPERTIES:
             raise EqknobsError(f"config: probes.properties: {name!r} is not one of {', '.join(PROPERTIES)}")
-        if not PROPERTIES[name].of_speakers and config["data"].get("split_unit", "speaker") == "speaker":
+        if apart and not PROPERTIES[name].of_speakers:
             raise EqknobsError(
-                f"config: probes.properties: {name!r} asks who speaks, but the splits share no speaker; "
-                f"set data.split_unit: sentence, or remove {name}"
+                f"config: probes.properties: {name!r} asks who speaks, but the splits of {apart[0]} share no speaker; "
+                f"set {apart[0]}.split_unit: sentence, or remove {name}"
             )

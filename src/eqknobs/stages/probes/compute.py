@@ -5,10 +5,11 @@ regularisation, the epoch and the lag are chosen on val, and test is scored once
 same choice; the majority class stands beside them.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import h5py
 import numpy as np
@@ -25,7 +26,7 @@ from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import array_hash, atomic_path, read_csv, write_csv
 from eqknobs.pieces import Pieces
-from eqknobs.stages.probes.spaces import PARTS, Matrix, Space, make_spaces
+from eqknobs.stages.probes.spaces import MEND, PARTS, Matrix, Space, make_spaces
 
 BATCH = 256
 # Of a probe of width 1; divided by √width, so that a step moves the logits alike in every space. Within half a point of
@@ -36,6 +37,44 @@ SCORED = ("val", "test")
 RIDGE_COLUMNS = ["id", "speaker", "split", "space", "frames", "sum_y", "sum_yy", "sse", "lag"]
 
 ProbeFiles = str | Path | Sequence[str | Path]  # of one property: of the base spaces, and of each SAE that is read
+
+
+class FitCfg(TypedDict):
+    """How softmax-linear probes are fitted."""
+
+    l2: list[float]
+    epochs: int
+    seed: int
+
+
+class ProbesCfg(FitCfg):
+    """What `fit_probes` reads: of the section `probes`, a property and a part of the spaces, the run's seed."""
+
+    property: str  # of `eqknobs.corpus.properties`
+    parts: NotRequired[list[str]]  # of `PARTS`, see `make_spaces`; all
+    bins: NotRequired[int]  # neither has a category: its classes are its values, its lag is 0
+    lags: NotRequired[list[int]]  # frames
+    device: NotRequired[str]
+    content: NotRequired[dict[str, str]]  # digests, of which `code` tells fitted spaces apart
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files that probes of a target are fitted to."""
+
+    cache: str | Path
+    labels: str | Path
+    saes: Mapping[str, Path] = field(default_factory=dict)  # SAE name -> folder of its first seed
+    manifest: str | Path | None = None  # needed for a property of whole clips
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files that `fit_probes` writes."""
+
+    probes: str | Path  # npz
+    scores: str | Path
+    ridge: str | Path
 
 
 def bin_edges(values: np.ndarray, binning: str, bins: int) -> np.ndarray:
@@ -82,8 +121,8 @@ class LabelledFrames:
 
     def at(self, positions: np.ndarray) -> "LabelledFrames":
         """Those at some positions."""
-        parts = (self.rows, self.values, self.split, self.utterance)
-        return LabelledFrames(*(part[positions] for part in parts), self.categories)
+        rows, values = self.rows[positions], self.values[positions]
+        return LabelledFrames(rows, values, self.split[positions], self.utterance[positions], self.categories)
 
 
 def labelled_frames(
@@ -133,6 +172,8 @@ def _of_clips(
     wanted: Property, table: pd.DataFrame, manifest_csv: str | Path | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Place of each utterance's value among the sorted values (nan: none), and these."""
+    if manifest_csv is None:
+        raise TypeError(f"{wanted.name} is a property of whole clips: manifest_csv is needed")
     manifest = read_csv(manifest_csv).set_index("id")
     if wanted.source not in manifest:
         raise EqknobsError(
@@ -214,27 +255,25 @@ class Question:
 
 def ask(
     cache: ActivationCache,
-    labels_h5: str | Path,
-    name: str,
-    cfg: dict[str, Any],
+    sources: Sources,
+    cfg: ProbesCfg,
     lags: list[int] | None = None,
     utterances: np.ndarray | None = None,
-    **files: Any,
 ) -> Question:
-    """The question of one property. cfg: `seed`; `bins`, `lags` (frames) unless it is a category, whose lag is 0.
+    """The question of one property. Raises EqknobsError as `labelled_frames` and `bin_edges`.
 
-    lags: others than these. utterances: places of those that are asked about; by default all. files: `manifest_csv`
-    for a property of whole clips. Raises EqknobsError as `labelled_frames` and `bin_edges`.
+    lags: others than cfg's; utterances: places of those that are asked about, by default all.
     """
-    wanted = PROPERTIES[name]
+    wanted = PROPERTIES[cfg["property"]]
     unordered = wanted.kind == "category"
     lags = ([0] if unordered else cfg["lags"]) if lags is None else lags
-    frames = labelled_frames(cache, labels_h5, name, lags, **files)
+    frames = labelled_frames(cache, sources.labels, wanted.name, lags, sources.manifest)
     if utterances is not None:
         frames = frames.at(np.flatnonzero(np.isin(frames.utterance, utterances)))
     train = frames.of("train")
     if unordered:
-        edges, classes, sizes = {}, frames.values.astype(np.int64)[:, None], [len(frames.categories)]
+        edges: dict[str, np.ndarray] = {}
+        classes, sizes = frames.values.astype(np.int64)[:, None], [len(frames.categories)]
     else:
         edges = {binning: bin_edges(frames.values[train], binning, cfg["bins"]) for binning in wanted.binnings}
         classes = np.stack([to_classes(frames.values, found) for found in edges.values()], 1)
@@ -245,45 +284,30 @@ def ask(
     return Question(frames, wanted.binnings, edges, classes, shuffled, sizes, unordered)
 
 
-def fit_probes(
-    cache_h5: str | Path,
-    labels_h5: str | Path,
-    sae_dirs: dict[str, Path],
-    name: str,
-    out_npz: str | Path,
-    out_scores_csv: str | Path,
-    out_ridge_csv: str | Path,
-    cfg: dict[str, Any],
-    seed: int,
-    parts: Collection[str] = PARTS,
-    manifest_csv: str | Path | None = None,
-    pieces: Pieces | None = None,
-) -> None:
-    """Fit and score the probes of one property (of `eqknobs.corpus.properties`) on feature spaces.
+def fit_probes(sources: Sources, out: Outputs, cfg: ProbesCfg, pieces: Pieces | None = None) -> None:
+    """Fit and score the probes of one property on feature spaces.
 
-    sae_dirs, parts: which spaces, see `make_spaces`. manifest_csv: needed for a property of whole clips. pieces: where
-    fitted spaces are kept; by default nowhere.
-    cfg: `bins`, `lags` (frames), `l2`, `epochs`, `device`. Binnings: equal_width and quantile, for pitch semitone too;
-    edges from train. The classes of a category (binning `category`) are its values in train. Loss: cross-entropy +
-    l2/2 ‖W‖² on features standardised with train frames (see `_moments`); l2 and epoch by val accuracy. Ridge: mean
-    squared error + l2 ‖w‖² on a standardised target; its l2 and the lag by val R². Lag ℓ pairs the activation of
-    frame t with the label of frame t + ℓ. A category has no ridge, and lag 0. Shuffled labels are permuted within
-    train and within val.
+    pieces: where fitted spaces are kept; by default nowhere.
+    Binnings: equal_width and quantile, for pitch semitone too; edges from train. The classes of a category (binning
+    `category`) are its values in train. Loss: cross-entropy + l2/2 ‖W‖² on features standardised with train frames (see
+    `_moments`); l2 and epoch by val accuracy. Ridge: mean squared error + l2 ‖w‖² on a standardised target; its l2 and
+    the lag by val R². Lag ℓ pairs the activation of frame t with the label of frame t + ℓ. A category has no ridge, and
+    lag 0. Shuffled labels are permuted within train and within val.
 
-    out_npz: `edges:<binning>` or `categories`; `<space>:<binning>:W` [classes, width] and `:b` (acting on
+    out.probes: `edges:<binning>` or `categories`; `<space>:<binning>:W` [classes, width] and `:b` (acting on
     `Space.features`); `<space>:<binning>:chosen` (l2, epoch); `ridge:<space>:w`, `ridge:<space>:b`; `lag:<space>`.
-    out_scores_csv: id, speaker, split, space, binning, labels (true | shuffled | majority), class, frames, correct,
+    out.scores: id, speaker, split, space, binning, labels (true | shuffled | majority), class, frames, correct,
     within_one (empty for a category); one row an utterance and true class. With the base spaces comes the majority
     class of train, the space `majority`.
-    out_ridge_csv: id, speaker, split, space, frames, sum_y, sum_yy, sse, lag.
-    Raises EqknobsError: no frame with the property, constant property, labels of another cache.
+    out.ridge: id, speaker, split, space, frames, sum_y, sum_yy, sse, lag.
+    Raises EqknobsError: no frame with the property, constant property, labels of another cache, features that are not
+    finite.
     """
-    cfg = {**cfg, "seed": seed}
-    device = pick_device(cfg.get("device") or "cpu")
+    device, parts = pick_device(cfg.get("device") or "cpu"), cfg.get("parts", PARTS)
     pieces = pieces or Pieces(None)
-    with ActivationCache(cache_h5) as cache, gpu_lock(device):
-        question = ask(cache, labels_h5, name, cfg, manifest_csv=manifest_csv)
-        arrays = {f"edges:{binning}": values for binning, values in question.edges.items()}
+    with ActivationCache(sources.cache) as cache, gpu_lock(device):
+        question = ask(cache, sources, cfg)
+        arrays: dict[str, Any] = {f"edges:{binning}": values for binning, values in question.edges.items()}
         if question.unordered:
             arrays["categories"] = np.array(question.frames.categories)
         rows = _Rows(cache.utterances)
@@ -295,33 +319,36 @@ def fit_probes(
             "code": cfg.get("content", {}).get("code"),
             "cache": cache.digest() if pieces.folder else None,
             "question": question.digest(),
-            "cfg": {key: cfg[key] for key in keys},
+            "cfg": {key: value for key, value in cfg.items() if key in keys},
         }
-        spaces = make_spaces(cache, sae_dirs, {"seed": seed}, labels_h5, parts)
-        progress = tqdm(spaces.values(), desc=f"probes {name}", unit="space")
+        spaces = make_spaces(cache, sources.saes, cfg["seed"], sources.labels, parts)
+        progress = tqdm(spaces.values(), desc=f"probes {cfg['property']}", unit="space")
         for space in progress:
             progress.set_postfix_str(space.name)
             key = [made_of, space.made_of]
-            fitted = pieces.arrays("probes", key, lambda space=space: fit_space(space, question, cfg, device))
+            fitted = pieces.arrays("probes", key, partial(fit_space, space, question, cfg, device))
             arrays |= _named(space.name, fitted)
             rows.add(space.name, question, fitted)
-    with atomic_path(out_npz) as path, open(path, "wb") as file:
+    with atomic_path(out.probes) as path, open(path, "wb") as file:
         np.savez(file, **arrays)
-    write_csv(out_scores_csv, pd.concat(rows.class_rows, ignore_index=True))
+    write_csv(out.scores, pd.concat(rows.class_rows, ignore_index=True))
     ridge = pd.concat(rows.ridge_rows, ignore_index=True) if rows.ridge_rows else pd.DataFrame(columns=RIDGE_COLUMNS)
-    write_csv(out_ridge_csv, ridge)
+    write_csv(out.ridge, ridge)
 
 
-def fit_space(space: Space, question: Question, cfg: dict[str, Any], device: str) -> dict[str, np.ndarray]:
+def fit_space(space: Space, question: Question, cfg: ProbesCfg, device: str) -> dict[str, np.ndarray]:
     """Fit and score the probes of one space: all that is kept of it, under names that do not hold the space's.
 
     `lag`, `ridge:w`, `ridge:b`, `ridge:scores` (columns of `_sums`); `<binning>:W`, `:b`, `:chosen`;
-    `<labels>:<binning>:scores` [k, 5]: utterance, class, frames, correct, within_one.
+    `<labels>:<binning>:scores` [k, 5]: utterance, class, frames, correct, within_one. Raises EqknobsError if no ridge
+    can be fitted.
     """
     matrix, frames, fitted = space.matrix(), question.frames, {"lag": np.array(0)}
     places = np.flatnonzero(np.isin(frames.split, SCORED))
     if not question.unordered:
         ridge = _fit_ridge(matrix, frames, cfg["lags"], cfg["l2"])
+        if ridge is None:
+            raise EqknobsError(f"probes: values in the space {space.name} are too large for a ridge; {MEND}")
         fitted = {"lag": np.array(ridge.lag), "ridge:w": ridge.w, "ridge:b": np.array(ridge.b)}
         fitted["ridge:scores"] = _ridge_scores(matrix, frames, places, ridge)
     rows = frames.rows - int(fitted["lag"])
@@ -465,11 +492,15 @@ class _RidgeFit:
     lag: int
 
 
-def _fit_ridge(matrix: Matrix, frames: LabelledFrames, lags: list[int], l2s: list[float]) -> _RidgeFit:
-    """Closed-form ridge at every lag and l2; the best on val. Of equals, the lag nearest 0 and the largest l2."""
+def _fit_ridge(matrix: Matrix, frames: LabelledFrames, lags: list[int], l2s: list[float]) -> _RidgeFit | None:
+    """Closed-form ridge at every lag and l2; the best on val. Of equals, the lag nearest 0 and the largest l2.
+
+    None where sums or errors of all overflow.
+    """
     train, val = frames.of("train"), frames.of("val")
     y, y_val = frames.values[train], frames.values[val]
-    best, best_error = None, np.inf
+    best: _RidgeFit | None = None
+    best_error = np.inf
     for lag in sorted(lags, key=lambda lag: (abs(lag), lag)):
         rows = frames.rows[train] - lag
         mean, scale = _moments(matrix, rows)
@@ -477,11 +508,13 @@ def _fit_ridge(matrix: Matrix, frames: LabelledFrames, lags: list[int], l2s: lis
         cross = np.zeros(matrix.shape[1])
         for start in range(0, len(rows), BLOCK):
             block = _dense32(matrix[rows[start : start + BLOCK]])
-            product = block.T @ block
+            product: Any = block.T @ block
             gram += product.toarray() if scipy.sparse.issparse(product) else product
             cross += block.T @ (y[start : start + BLOCK] - y.mean())
         gram = (gram / len(rows) - np.outer(mean, mean)) * np.outer(scale, scale)
         cross = cross / len(rows) * scale / y.std()
+        if not (np.isfinite(gram).all() and np.isfinite(cross).all()):
+            continue
         for l2 in sorted(l2s, reverse=True):
             # The floor keeps the system solvable at l2 = 0 when features are collinear or never vary.
             regularised = gram + max(l2, 1e-7) * np.eye(len(gram))
@@ -594,8 +627,8 @@ class _Best:
 
 
 @torch.no_grad()
-def fit_softmax(matrix: Matrix, rows: np.ndarray, tasks: Tasks, cfg: dict[str, Any], device: str) -> list[SoftmaxFit]:
-    """Fit all tasks × l2 at once; returns the best on val for each task. cfg: `l2` (list), `epochs`, `seed`."""
+def fit_softmax(matrix: Matrix, rows: np.ndarray, tasks: Tasks, cfg: FitCfg, device: str) -> list[SoftmaxFit]:
+    """Fit all tasks × l2 at once; returns the best on val for each task."""
     train, val = tasks.frames.of("train"), tasks.frames.of("val")
     stack = _Stack(matrix, rows, tasks, cfg["l2"], device)
     best = _Best(stack.width, stack.shape)

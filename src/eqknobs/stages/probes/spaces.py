@@ -1,12 +1,15 @@
 """Feature spaces that the probes compare: raw latents, PCA, random projection + TopK, SAE codes, log-mel."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 import numpy as np
 import scipy.sparse
+from numpy.typing import DTypeLike
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
@@ -17,10 +20,11 @@ BLOCK = 4096  # rows worked on at a time
 SPARSE_BELOW = 0.1  # share of non-zero features below which a matrix is kept in CSR
 FLOAT32_BYTES = 1 << 29  # a dense matrix larger than this is kept in half precision
 PARTS = ("base", "sae")
+MEND = "train the SAE with a lower lr, or leave it out of probes.saes"
 SAE_FILES = ("config.json", "sae.safetensors")
 SAMPLE = 16384  # train frames on which the L0 of an SAE is measured
 
-Matrix = np.ndarray | scipy.sparse.csr_array
+Matrix: TypeAlias = np.ndarray | scipy.sparse.csr_array
 
 
 @dataclass(frozen=True)
@@ -38,28 +42,38 @@ class Space:
     made_of: tuple = ()  # plain values that, beside the cache, decide the features
 
     def matrix(self) -> Matrix:
-        """Features of all N frames, computed once: CSR float32 if sparse, else dense float32, or float16 if large."""
+        """Features of all N frames, computed once: CSR float32 if sparse, else dense float32, or float16 if large.
+
+        Raises EqknobsError if one is not finite.
+        """
         count = len(self.source)
         sample = self.features(np.array(self.source[:: max(1, count // 1024)]))
-        blocks = (self.features(np.array(self.source[start : start + BLOCK])) for start in range(0, count, BLOCK))
         if (sample != 0).mean() < SPARSE_BELOW:
-            return scipy.sparse.vstack([scipy.sparse.csr_array(block) for block in blocks], format="csr")
+            return scipy.sparse.vstack([scipy.sparse.csr_array(b) for b in self._blocks(np.float32)], format="csr")
         dense = np.empty((count, self.width), np.float32 if count * self.width * 4 <= FLOAT32_BYTES else np.float16)
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(self._blocks(dense.dtype)):
             dense[i * BLOCK : (i + 1) * BLOCK] = block
         return dense
+
+    def _blocks(self, dtype: DTypeLike) -> Iterator[np.ndarray]:
+        for start in range(0, len(self.source), BLOCK):
+            with np.errstate(over="ignore"):  # told in words
+                block = self.features(np.array(self.source[start : start + BLOCK])).astype(dtype, copy=False)
+            if not np.isfinite(block).all():
+                raise EqknobsError(f"probes: the space {self.name} has values that are not finite; {MEND}")
+            yield block
 
 
 def make_spaces(
     cache: ActivationCache,
-    sae_dirs: dict[str, Path],
-    cfg: dict,
+    sae_dirs: Mapping[str, Path],
+    seed: int,
     labels_h5: str | Path | None = None,
     parts: Collection[str] = PARTS,
 ) -> dict[str, Space]:
     """Spaces of one target, fitted on its train frames; the cache must stay open while they are used.
 
-    sae_dirs: SAE name -> folder of its first seed; cfg: `seed` (of the random projection). parts: `base` are all but
+    sae_dirs: SAE name -> folder of its first seed; seed: of the random projection. parts: `base` are all but
     the SAEs' codes, `sae` these. The reference SAE is the one of `sae_dirs` with the lowest L0 on train frames, so the
     order of the names does not matter.
 
@@ -73,7 +87,7 @@ def make_spaces(
     Raises EqknobsError if the labels do not belong to this cache.
     """
     saes = {name: SAE.load(sae_dirs[name]) for name in sorted(sae_dirs)}
-    spaces = _base_spaces(cache, saes, cfg["seed"]) if "base" in parts else []
+    spaces = _base_spaces(cache, saes, seed) if "base" in parts else []
     for name, sae in saes.items() if "sae" in parts else ():
         made_of = ("sae", *(file_sha256(sae_dirs[name] / file) for file in SAE_FILES))
         spaces.append(Space(f"sae:{name}", sae.config.d_sae, sae.encode, cache.acts, made_of))
@@ -96,6 +110,9 @@ def _base_spaces(cache: ActivationCache, saes: dict[str, SAE], seed: int) -> lis
     def z(acts: np.ndarray) -> np.ndarray:
         return (np.asarray(acts, np.float32) - mean) / scale
 
+    def rotated(basis: np.ndarray, acts: np.ndarray) -> np.ndarray:
+        return z(acts) @ basis
+
     width, acts = len(mean), cache.acts
     spaces = [Space("raw", width, z, acts, ("raw",))]
     rows = cache.rows("train")
@@ -104,12 +121,12 @@ def _base_spaces(cache: ActivationCache, saes: dict[str, SAE], seed: int) -> lis
     if saes:
         sample = np.array(acts[rows[:: max(1, -(-len(rows) // SAMPLE))]])
         l0s = {name: mean_l0(sae, sample) for name, sae in saes.items()}
-        reference = min(l0s, key=l0s.get)
+        reference = min(l0s, key=l0s.__getitem__)
         d_sae, k = saes[reference].config.d_sae, max(1, round(l0s[reference]))
         ranks = {"pca_l0": min(k, width), **ranks}
     for name, rank in ranks.items():
         basis = np.ascontiguousarray(components[:, :rank])
-        spaces.append(Space(name, rank, lambda acts, basis=basis: z(acts) @ basis, acts, ("pca", rank)))
+        spaces.append(Space(name, rank, partial(rotated, basis), acts, ("pca", rank)))
     if saes:
         projection = np.random.default_rng([seed, 7]).standard_normal((width, d_sae)).astype(np.float32)
         projection /= np.linalg.norm(projection, axis=0)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -20,16 +20,23 @@ MATCH_FRAMES, MATCH_FEATURES, PERMUTATIONS = 2048, 512, 99  # cross-seed matchin
 DENSITY_EDGES = np.arange(-5.0, 0.01, 0.25)  # log10 of the share of frames on which a feature fires
 
 
+class SaeScoresCfg(TypedDict):
+    """What `score_saes` reads."""
+
+    seed: int  # of the permutations
+    content: NotRequired[dict[str, str]]  # digests, of which `code` tells kept scores apart
+
+
 def score_saes(
     cache_h5: str | Path,
     sae_dirs: dict[str, dict[int, Path]],
     out_csv: str | Path,
     out_json: str | Path,
-    cfg: dict[str, Any],
+    cfg: SaeScoresCfg,
     pieces: Pieces | None = None,
 ) -> None:
-    """Score SAEs on val and test. sae_dirs: SAE name -> seed -> folder; cfg: `seed` (of the permutations). pieces:
-    where the scores of each SAE are kept; by default nowhere.
+    """Score SAEs on val and test. sae_dirs: SAE name -> seed -> folder. pieces: where the scores of each SAE are
+    kept; by default nowhere.
 
     out_csv: one row an (utterance, SAE, seed): id, speaker, split, sae, seed, variant, d_in, d_sae, frames, l0_sum,
     cosine_sum (of z with ẑ), sq_error, sq_total, in z-scored units as in training (each dimension weighs the same),
@@ -44,7 +51,7 @@ def score_saes(
     pieces = pieces or Pieces(None)
     with ActivationCache(cache_h5) as cache:
         utterances = cache.utterances[cache.utterances["split"].isin(["val", "test"])]
-        kept_by = [cfg.get("content", {}).get("code"), cache.digest() if pieces.folder else None]
+        kept_by: list[Any] = [cfg.get("content", {}).get("code"), cache.digest() if pieces.folder else None]
         for name in sorted(sae_dirs):
             loaded = {seed: SAE.load(folder) for seed, folder in sorted(sae_dirs[name].items())}
             weights = {seed: _weights(folder) for seed, folder in sorted(sae_dirs[name].items())}
@@ -57,7 +64,7 @@ def score_saes(
                 same = {"sae": name, "seed": seed} | {key: getattr(sae.config, key) for key in kept}
                 rows += [score | same for score in found["scores"]]
                 details[name][str(seed)] = found["firing"]
-            made_of = [*kept_by, cfg["seed"], list(weights.items())]
+            made_of = [*kept_by, cfg["seed"], [*weights.items()]]
             matches[name] = pieces.json("sae_matches", made_of, partial(match_features, cache, loaded, cfg["seed"]))
     columns = "id speaker split sae seed variant d_in d_sae frames l0_sum cosine_sum sq_error sq_total".split()
     write_csv(out_csv, pd.DataFrame(rows, columns=columns))

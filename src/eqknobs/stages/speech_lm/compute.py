@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from torch import Tensor
 from eqknobs.audio import write_flac
 from eqknobs.errors import counted
 from eqknobs.io import atomic_path, write_csv
+from eqknobs.models import ModelCfg
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.models.moshi.generate import Sampling
@@ -34,6 +35,32 @@ from eqknobs.speaking.prompts import Sentences
 from eqknobs.speaking.scores import Judge
 
 LISTED = 8  # answers of a condition whose sound is kept, where it is
+
+
+class SpeakerCfg(TypedDict):
+    """What `Speaker` reads."""
+
+    asr: str  # and `beam`: the judge's
+    beam: int
+    batch: int  # rows that are generated together
+    temperature: float  # of sound and text, where it samples
+
+
+class ScoresCfg(SpeakerCfg):
+    """What is said: the sections `speech_lm` and `judges`, or `speech_lm_training.scores`."""
+
+    split: str  # val | test
+    answers: int
+    zeroed_answers: int  # of the conditions with heads zeroed
+    conditions: list[str]
+    seeds: int  # of the conditions that draw
+
+
+class AnswersCfg(ScoresCfg):
+    """What `answer_sentences` reads."""
+
+    model: ModelCfg
+    speech: str  # a folder of clips, see `speaking.clips`
 
 
 @contextmanager
@@ -51,12 +78,11 @@ class Speaker:
     """Lets a model say held-out sentences, and judges what it says.
 
     clips: those of the part whose sentences are said; known: clips of every voice, from which voice prompts and the
-    voices' mean embeddings are taken; cfg: asr, beam, batch (rows that are generated together) and temperature (of
-    sound and text, where it samples). Raises EqknobsError if there are no clips.
+    voices' mean embeddings are taken. Raises EqknobsError if there are no clips.
     """
 
     def __init__(
-        self, model: Moshi, clips: list[Clip], known: list[Clip], cfg: dict[str, Any], pieces: Pieces | None = None
+        self, model: Moshi, clips: list[Clip], known: list[Clip], cfg: SpeakerCfg, pieces: Pieces | None = None
     ) -> None:
         self.model, self.clips, self.cfg = model, clips, cfg
         self.told = Sentences(model, clips, known)
@@ -124,13 +150,11 @@ class Speaker:
 
 
 def answer_sentences(
-    cfg: dict[str, Any], out_csv: str | Path, out_dir: str | Path, codes: str | Path, pieces: Pieces | None = None
+    cfg: AnswersCfg, out_csv: str | Path, out_dir: str | Path, codes: str | Path, pieces: Pieces | None = None
 ) -> None:
     """Let a model say held-out sentences: one record an answer in `out_csv`, the sound of some in `out_dir`.
 
-    cfg: model (see `load_model`), speech (a folder of clips, see `speaking.clips`), split (`val` or
-    `test`), answers, zeroed_answers (of the conditions with heads zeroed), conditions, seeds, and what `Speaker` takes;
-    `intact` and `forced` have one seed. codes: the clips' codes (.npz); what is not there is encoded and added. The
+    codes: the clips' codes (.npz); what is not there is encoded and added. `intact` and `forced` have one seed. The
     sound of the first answers of `intact` is kept. out_dir appears only when it is whole.
     """
     model = Moshi(cfg["model"])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.errors import counted
+from eqknobs.evidence.estimates import IntervalsCfg, Measure, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import ends, estimated, headline, number
 
@@ -35,10 +36,12 @@ COLUMNS = {
     )
 }
 NOTHING: dict[str, Any] = {}
+SAMPLE = {"answers": "answer", "seeds": "seed", "speakers": "voice"}
+COMPARED = {"wer_monologue": "WER, heard against monologue", "wer_prompt": "WER, monologue against prompt"}
 
 
-def conditions(answers: pd.DataFrame, cfg: dict[str, Any]) -> pd.DataFrame:
-    """One row a condition, seeds together, from one record an answer. cfg: `bootstrap`, `seed`."""
+def conditions(answers: pd.DataFrame, cfg: IntervalsCfg) -> pd.DataFrame:
+    """One row a condition, seeds together, from one record an answer."""
     rows = []
     for key, mine in groups(answers, ["model", "split", "condition"]):
         row = {**key, "seeds": mine["seed"].nunique(), "answers": len(mine), "speakers": mine["speaker"].nunique()}
@@ -63,11 +66,17 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         who = {"intact": "The model", "sampled": "The model, sampling,"}.get(row["condition"])
         who = who or f"With {float(heads):.0%} of its heads off the model"
-        text = f"{who} is heard to say its own monologue with a word error rate of {number(row['wer_monologue'])} "
-        text += f"{ends(row['wer_monologue_low'], row['wer_monologue_high'])}, and writes what it was told with "
-        text += f"{number(row['wer_prompt'])} {ends(row['wer_prompt_low'], row['wer_prompt_high'])}."
-        detail = f"codec alone {number(row['codec_wer'])}; nearer to the voice it was asked for "
-        detail += f"{row['voice_right']:.0%}; {row['answers']} answers, {row['seeds']} seeds, {row['speakers']} voices"
-        cell = (row["condition"].replace("heads_zeroed_", "heads off, share "), "WER, heard against monologue")
-        lines.append(headline("speech_lm", "measured", text, detail, cell, estimated(row, "wer_monologue")))
+        name = row["condition"].replace("heads_zeroed_", "heads off, share ")
+        sample = ", ".join(counted(row[key], what) for key, what in SAMPLE.items())
+        beside = (
+            f"codec alone {number(row['codec_wer'])}; nearer to the voice it was asked for {row['voice_right']:.0%}"
+        )
+        for measure, what, detail in (
+            ("wer_monologue", "is heard to say its own monologue", f"{beside}; {sample}"),
+            ("wer_prompt", "writes what it was told", sample),
+        ):
+            text = f"{who} {what} with a word error rate of {number(row[measure])} "
+            text += f"{ends(row[f'{measure}_low'], row[f'{measure}_high'])}."
+            cell = (name, COMPARED[measure])
+            lines.append(headline("speech_lm", "measured", text, detail, cell, estimated(row, measure)))
     return lines

@@ -16,7 +16,7 @@ import shutil
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,44 @@ from eqknobs.stages.speech_lm_training.circuit import write_copying
 TEXT_WEIGHT = 3.0
 PAD_WEIGHT = 0.5  # of frames in which no word begins, within the text's loss
 TOKENISER = "tokenizer_words.model"
+
+
+class DropCfg(TypedDict):
+    """Shares of the input that are hidden in training."""
+
+    tokens: float  # of the agent's codes
+    frames: float  # of its frames
+    depformer: float  # of the codes that the depformer is given
+
+
+class SpeechLMTrainingCfg(TypedDict):
+    """What `train` reads: of the section `speech_lm_training`, and the run's seed."""
+
+    seed: int
+    speech: str  # a folder, see `data`
+    codec: str
+    levels: int
+    start: NotRequired[str]  # the folder of an earlier leg
+    model: dict[str, int]  # sizes
+    batch: int
+    copy_rows: int
+    voice_prompts: float
+    steps: int
+    learning_rate: float
+    copy_steps: int
+    copy_batch: int
+    copy_easy: float
+    copy_learning_rate: float
+    warmup: int
+    decay: float
+    weight_decay: float
+    drop: DropCfg
+    codebook_weights: list[float]
+    log_every: int
+    validation: int
+    bfloat16: bool
+    device: NotRequired[str]
+    content: NotRequired[Any]  # digests, which decide when to train again, not how
 
 
 def new_net(config: MoshiConfig, seed: int) -> MoshiNet:
@@ -82,12 +120,12 @@ def bfloat16_linears(net: MoshiNet) -> None:
 
 
 def losses(
-    net: MoshiNet, codes: Tensor, dialogue: Tensor, drop: dict[str, float] | None = None, generator: Any = None
+    net: MoshiNet, codes: Tensor, dialogue: Tensor, drop: DropCfg | None = None, generator: Any = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropies of the dialogue's frames: text [n], the tokens due [n], those expected [n], audio [8].
 
-    codes [B, streams, T]; dialogue [B, T]; drop: shares of the agent's input `tokens`, whole `frames` and `depformer`
-    inputs that are hidden, drawn from the generator. Audio is averaged over frames with sound; NaN where there is none.
+    codes [B, streams, T]; dialogue [B, T]; what is dropped is drawn from the generator. Audio is averaged over frames
+    with sound; NaN where there is none.
     """
     agent, card = net.config.agent, net.config.card
     columns = net.columns(codes)
@@ -116,7 +154,7 @@ def losses(
     return text, due, logits.argmax(-1), entropies.sum(0) / real.sum(0).clamp(min=1)
 
 
-def batch_of(step: int, cfg: dict[str, Any], sequences: Sequences) -> tuple[Tensor, Tensor]:
+def batch_of(step: int, cfg: SpeechLMTrainingCfg, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """The batch of a step: before `copy_steps` without sound; then clips of about one length and a few without."""
     rng = random.Random(f"{cfg['seed']}-{step}")
     if step < cfg["copy_steps"]:
@@ -134,7 +172,7 @@ def batch_of(step: int, cfg: dict[str, Any], sequences: Sequences) -> tuple[Tens
     return collate(rows + [sequences.copying(rng, 0.0) for _ in range(cfg["copy_rows"])])
 
 
-def learning_rate(cfg: dict[str, Any], step: int) -> float:
+def learning_rate(cfg: SpeechLMTrainingCfg, step: int) -> float:
     """Warm-up, then the peak, then over the last `decay` of the phase a line to nothing (to a fifth, of copying)."""
     speech = step >= cfg["copy_steps"]
     peak, length = (cfg["learning_rate"], cfg["steps"]) if speech else (cfg["copy_learning_rate"], cfg["copy_steps"])
@@ -173,7 +211,7 @@ def validate(net: MoshiNet, sequences: Sequences, rows: int) -> dict[str, float]
     return pd.DataFrame(totals).mean().to_dict()
 
 
-def begin(cfg: dict[str, Any], folder: Path, codec: Mimi) -> tuple[MoshiNet, sentencepiece.SentencePieceProcessor]:
+def begin(cfg: SpeechLMTrainingCfg, folder: Path, codec: Mimi) -> tuple[MoshiNet, sentencepiece.SentencePieceProcessor]:
     """The network and tokeniser of a first leg or, with `start`, of the leg before.
 
     Raises EqknobsError if `start` holds a model of other sizes.
@@ -181,7 +219,7 @@ def begin(cfg: dict[str, Any], folder: Path, codec: Mimi) -> tuple[MoshiNet, sen
     folder.mkdir(parents=True, exist_ok=True)
     write_tokeniser(folder / TOKENISER)
     tokeniser = sentencepiece.SentencePieceProcessor(model_file=str(folder / TOKENISER))
-    shape = cfg["model"] | sounds(codec, cfg["model"]["codebooks"])
+    shape: dict[str, Any] = cfg["model"] | sounds(codec, cfg["model"]["codebooks"])
     config = MoshiConfig(**shape, text_card=len(tokeniser), card=codec.config.codebook_size)
     if not cfg.get("start"):
         return new_net(config, cfg["seed"]), tokeniser
@@ -204,13 +242,11 @@ def adam(net: MoshiNet, decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(options, betas=(0.9, 0.95), fused=True)
 
 
-def train(cfg: dict[str, Any], out: str | Path, work: str | Path, stop_after: int | None = None) -> None:
+def train(cfg: SpeechLMTrainingCfg, out: str | Path, work: str | Path, stop_after: int | None = None) -> None:
     """Train and write a checkpoint folder that `kind: moshi` reads to `out`, resuming from what is in `work`.
 
-    cfg: seed, speech (a folder, see `data`), codec, levels, model (sizes), batch, copy_rows, voice_prompts, steps,
-    learning_rate, copy_steps, copy_batch, copy_easy, copy_learning_rate, warmup, bfloat16, decay, weight_decay, drop,
-    codebook_weights, log_every, validation and, if wanted, start, the folder of an earlier leg. New clips in the folder
-    are taken up when training is started again. `stop_after`: end at that step, after a checkpoint.
+    New clips in the folder are taken up when training is started again. `stop_after`: end at that step, after a
+    checkpoint.
 
     Raises EqknobsError: bad speech, a checkpoint of another seed or model, a loss that is not finite.
     """
@@ -253,7 +289,9 @@ def train(cfg: dict[str, Any], out: str | Path, work: str | Path, stop_after: in
     export(net, out, cfg, work / TOKENISER, log)
 
 
-def update(net: MoshiNet, optimizer: torch.optim.Optimizer, step: int, cfg: dict[str, Any], data: Sequences) -> float:
+def update(
+    net: MoshiNet, optimizer: torch.optim.Optimizer, step: int, cfg: SpeechLMTrainingCfg, data: Sequences
+) -> float:
     """One step of the optimizer; returns the loss. Raises EqknobsError if it is not finite."""
     generator = torch.Generator().manual_seed((cfg["seed"] << 32) + step)
     text, due, _, audio = losses(net, *batch_of(step, cfg, data), cfg["drop"], generator)
@@ -269,7 +307,7 @@ def update(net: MoshiNet, optimizer: torch.optim.Optimizer, step: int, cfg: dict
     return loss.item()
 
 
-def export(net: MoshiNet, out: Path, cfg: dict[str, Any], tokeniser: Path, log: list[dict[str, Any]]) -> None:
+def export(net: MoshiNet, out: Path, cfg: SpeechLMTrainingCfg, tokeniser: Path, log: list[dict[str, Any]]) -> None:
     """Write the checkpoint in half precision, with training.json and log.csv. Other files of `out` stay as they are."""
     before = Path(cfg["start"]) / "training.json" if cfg.get("start") else None
     facts = {

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,7 @@ from eqknobs.sound import metrics
 from eqknobs.sound.renders import (
     Clip,
     Condition,
+    OpenedCfg,
     edited,
     load_clip,
     open_codec,
@@ -56,6 +57,61 @@ BLOCK = 4096  # frames worked on at a time
 FILTER_ORDER = 4  # of one pass; filtering forwards and backwards doubles it
 LOWEST_CUTOFF = 200.0  # Hz
 CALIBRATION_STEPS = 12  # of narrowing, once the target is bracketed
+
+
+class VectorsCfg(TypedDict):
+    """What makes the directions: of the section `steering`, and the run's seed."""
+
+    binning: str  # whose probe
+    low_bin: int
+    high_bin: int
+    seed: int  # of the random direction, which all properties share
+
+
+class SteeringCfg(VectorsCfg, OpenedCfg):
+    """What both jobs of the stage read."""
+
+    saes: list[str]
+    codebooks: int | None
+    clamp_features: list[int]
+
+
+class CalibrationCfg(SteeringCfg):
+    """What `calibrate_steering` reads."""
+
+    val_clips: int
+    shift: float
+    tolerance: float
+    alpha_max: float
+
+
+class SteeringRendersCfg(SteeringCfg):
+    """What `render_steering` reads."""
+
+    clips: int
+    alphas: list[float]
+    listen: int
+    other_alpha: dict[str, float]  # property, of those that are probed -> α
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files that a target is steered with."""
+
+    manifest: str | Path
+    cache: str | Path
+    labels: str | Path
+    saes: Mapping[str, Path]  # SAE name -> folder
+    probes: Mapping[str, ProbeFiles]  # property -> npz
+
+    @classmethod
+    def declared(cls, inputs: Any) -> "Sources":
+        """Those that a rule declares, as Snakemake's object."""
+        saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
+        probes: dict[str, list[str]] = {}
+        for path in inputs.probes:
+            probes.setdefault(Path(path).stem, []).append(path)
+        return cls(inputs.manifest, inputs.cache, inputs.labels, saes, probes)
 
 
 @dataclass(frozen=True)
@@ -79,9 +135,11 @@ class Arm:
         """The condition that renders this arm at one strength."""
         raw = alpha * self.sd
         columns = {**about, "alpha": alpha, "alpha_raw": raw}
-        edit = None if self.edit is None else lambda acts: self.edit(acts, raw)
-        wav_filter = None if self.wav_filter is None else lambda wav, rate: self.wav_filter(wav, rate, raw)
-        return Condition(name, columns, edit=edit, wav_filter=wav_filter, **kwargs)
+        if (edit := self.edit) is not None:
+            kwargs["edit"] = lambda acts: edit(acts, raw)
+        if (wav_filter := self.wav_filter) is not None:
+            kwargs["wav_filter"] = lambda wav, rate: wav_filter(wav, rate, raw)
+        return Condition(name, columns, **kwargs)
 
 
 # --- directions ------------------------------------------------------------------------------------------------
@@ -100,7 +158,7 @@ def train_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 [columns], of `features(acts [n, width])` over the train frames."""
     rows = cache.rows("train")
-    total, squares = 0.0, 0.0
+    total = squares = np.zeros(())
     for start in range(0, len(rows), BLOCK):
         values = np.asarray(features(np.array(cache.acts[rows[start : start + BLOCK]])), np.float64)
         total, squares = total + values.sum(0), squares + np.square(values).sum(0)
@@ -108,8 +166,8 @@ def train_moments(
     return mean, np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
 
 
-def probe_difference(probes_npz: ProbeFiles, space: str, cfg: dict[str, Any]) -> np.ndarray:
-    """w_low − w_high [width] of a probe. cfg: `binning`, `low_bin`, `high_bin`.
+def probe_difference(probes_npz: ProbeFiles, space: str, cfg: VectorsCfg) -> np.ndarray:
+    """w_low − w_high [width] of a probe.
 
     Raises EqknobsError if the probe has fewer classes (quantiles that coincide are merged).
     """
@@ -123,14 +181,14 @@ def probe_difference(probes_npz: ProbeFiles, space: str, cfg: dict[str, Any]) ->
 
 
 def mean_difference(
-    cache: ActivationCache, labels_h5: str | Path, probes_npz: ProbeFiles, name: str, cfg: dict[str, Any]
+    cache: ActivationCache, labels_h5: str | Path, probes_npz: ProbeFiles, name: str, cfg: VectorsCfg
 ) -> np.ndarray:
     """Mean z-scored latent of the lowest bin's train frames minus that of the highest bin's, float64 [width].
 
     Bins and lag are those of the probe on raw latents.
     """
-    edges, lag = read_probe(probes_npz, f"edges:{cfg['binning']}", "lag:raw")
-    lag = int(lag)
+    edges, found = read_probe(probes_npz, f"edges:{cfg['binning']}", "lag:raw")
+    lag = int(found)
     frames = labelled_frames(cache, labels_h5, name, [lag])
     train = frames.of("train")
     classes = to_classes(frames.values[train], edges)
@@ -149,12 +207,9 @@ def directions(
     probes_npz: ProbeFiles,
     saes: dict[str, SAE],
     name: str,
-    cfg: dict[str, Any],
+    cfg: VectorsCfg,
 ) -> dict[str, Direction]:
-    """Directions of one property: `sae_probe:<sae>` in code space, the others in z-scored latent space.
-
-    cfg: `binning`, `low_bin`, `high_bin`, `seed` (of the random direction, which all properties share).
-    """
+    """Directions of one property: `sae_probe:<sae>` in code space, the others in z-scored latent space."""
     random = np.random.default_rng([cfg["seed"], 11]).standard_normal(len(cache.mean))
     vectors = {
         "raw_probe": probe_difference(probes_npz, "raw", cfg),
@@ -168,9 +223,14 @@ def directions(
     for sae_name, sae in saes.items():
         arm = f"sae_probe:{sae_name}"
         v = unit(probe_difference(probes_npz, f"sae:{sae_name}", cfg), f"{name}, {arm}")
-        _, spread = train_moments(cache, lambda acts, sae=sae, v=v: (sae.encode(acts) @ v)[:, None])
+        _, spread = train_moments(cache, partial(_projected, sae, v))
         found[arm] = Direction(v, float(spread[0]))
     return found
+
+
+def _projected(sae: SAE, v: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    """The code of activations [n, width] along v [n, 1]."""
+    return (sae.encode(acts) @ v)[:, None]
 
 
 # --- arms ------------------------------------------------------------------------------------------------------
@@ -244,7 +304,7 @@ def make_arms(
     probes_npz: ProbeFiles,
     saes: dict[str, SAE],
     name: str,
-    cfg: dict[str, Any],
+    cfg: VectorsCfg,
     clamp_features: dict[str, list[int]] | None = None,
 ) -> dict[str, Arm]:
     """The steerable arms of one property, by name; without filters.
@@ -294,37 +354,52 @@ def calibrate(
     Not reached: `measure` starts below the target, is still above it at alpha_max, or jumps over it; then the
     strength is the one that came closest.
     """
-    tried: dict[float, float] = {}
-
-    def miss(alpha: float) -> float:
-        """Relative distance above the target; −1 (all the way down) for silence."""
-        if alpha not in tried:
-            tried[alpha] = measure(alpha)
-        return tried[alpha] / target - 1 if math.isfinite(tried[alpha]) else -1.0
-
-    def done(alpha: float) -> bool:
-        return math.isfinite(tried[alpha]) and abs(miss(alpha)) <= tolerance
-
-    def closest() -> Calibration:
-        alpha = min(tried, key=lambda a: (abs(miss(a)), a))
-        return Calibration(alpha, tried[alpha], done(alpha))
-
+    trials = _Trials(measure, target, tolerance)
     low, high = 0.0, min(start, alpha_max)
-    if miss(low) <= tolerance:
-        return closest()
-    while miss(high) > tolerance:
+    if trials.miss(low) <= tolerance:
+        return trials.closest()
+    while trials.miss(high) > tolerance:
         if high >= alpha_max:
-            return closest()
+            return trials.closest()
         low, high = high, min(2 * high, alpha_max)
-    f_low, f_high, kept = miss(low), miss(high), 0
+    _narrow(trials, low, high)
+    return trials.closest()
+
+
+class _Trials:
+    """What `measure` gave at the strengths that were tried, each once."""
+
+    def __init__(self, measure: Callable[[float], float], target: float, tolerance: float):
+        self.measure, self.target, self.tolerance = measure, target, tolerance
+        self.tried: dict[float, float] = {}
+
+    def miss(self, alpha: float) -> float:
+        """Relative distance above the target; −1 (all the way down) for silence."""
+        if alpha not in self.tried:
+            self.tried[alpha] = self.measure(alpha)
+        return self.tried[alpha] / self.target - 1 if math.isfinite(self.tried[alpha]) else -1.0
+
+    def done(self, alpha: float) -> bool:
+        """Whether a strength that was tried is on the target."""
+        return math.isfinite(self.tried[alpha]) and abs(self.miss(alpha)) <= self.tolerance
+
+    def closest(self) -> Calibration:
+        """The best so far, of equals the smallest."""
+        alpha = min(self.tried, key=lambda a: (abs(self.miss(a)), a))
+        return Calibration(alpha, self.tried[alpha], self.done(alpha))
+
+
+def _narrow(trials: _Trials, low: float, high: float) -> None:
+    """Try strengths between `low`, above the target, and `high`, at or below it, until one is done."""
+    f_low, f_high, kept = trials.miss(low), trials.miss(high), 0
     for _ in range(CALIBRATION_STEPS):
-        if done(high):
+        if trials.done(high):
             break
         share = f_low / (f_low - f_high)
         # 0.05 … 0.95: a curve that is flat on one side would otherwise be approached in crumbs.
         middle = low + (high - low) * min(max(share, 0.05), 0.95)
-        f = miss(middle)
-        if done(middle):
+        f = trials.miss(middle)
+        if trials.done(middle):
             break
         if f > 0:
             low, f_low = middle, f
@@ -332,13 +407,12 @@ def calibrate(
         else:
             high, f_high = middle, f
             f_low, kept = (f_low / 2 if kept == -1 else f_low), -1
-    return closest()
 
 
 class _Bench:
     """Measures arms on the val clips, each sound once."""
 
-    def __init__(self, model: Model, cfg: dict[str, Any], clips: list[Clip], pieces: Pieces):
+    def __init__(self, model: Model, cfg: SteeringCfg, clips: list[Clip], pieces: Pieces):
         self.pieces = pieces
         self.model, self.site, self.codebooks, self.clips = model, cfg["site"], cfg["codebooks"], clips
         self.known: dict[tuple[str, str], tuple[float, float]] = {}
@@ -378,37 +452,31 @@ class _Bench:
 
 
 def calibrate_steering(
-    manifest_csv: str | Path,
-    cache_h5: str | Path,
-    labels_h5: str | Path,
-    sae_dirs: dict[str, Path],
-    probes: Mapping[str, ProbeFiles],
+    sources: Sources,
     out_json: str | Path,
     out_csv: str | Path,
-    cfg: dict[str, Any],
+    cfg: CalibrationCfg,
     pieces: Pieces | None = None,
 ) -> None:
     """Calibrate every arm to one mean centroid on val clips: `shift` × that of the codec round trip, ± `tolerance`.
 
-    sae_dirs: SAE name -> folder; probes: property -> npz. cfg: `model`, `site`, `saes`, `codebooks`, `binning`,
-    `low_bin`, `high_bin`, `clamp_features`, `val_clips`, `shift`, `tolerance`, `alpha_max`, `seed`. The m of
-    `sae_clamp` is the one that reaches the target at the least mel distance; if none does, the one that comes
+    The m of `sae_clamp` is the one that reaches the target at the least mel distance; if none does, the one that comes
     closest.
 
     out_json: arm -> {alpha, alpha_raw, calibrated (reached | unreached | fixed), centroid_val_hz}, `features`
     beside it for sae_clamp; and `target_hz_ratio`. out_csv, all that was tried: id, speaker, split, arm, alpha,
     alpha_raw, features, centroid_hz, mel_distance.
     """
-    manifest = read_csv(manifest_csv)
-    saes = {name: SAE.load(sae_dirs[name]) for name in cfg["saes"]}
-    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
+    manifest = read_csv(sources.manifest)
+    saes = {name: SAE.load(sources.saes[name]) for name in cfg["saes"]}
+    with ActivationCache(sources.cache) as cache, open_codec(cfg, cache) as model:
         chosen = pick_clips(manifest, "val", cfg["val_clips"])
         loaded = [load_clip(model, cache, row) for row in chosen.itertuples(index=False)]
         bench = _Bench(model, cfg, loaded, render_pieces(pieces, model, cfg))
         candidates = dict.fromkeys(saes, cfg["clamp_features"])
-        arms = make_arms(cache, labels_h5, probes["centroid"], saes, "centroid", cfg, candidates)
+        arms = make_arms(cache, sources.labels, sources.probes["centroid"], saes, "centroid", cfg, candidates)
         fixed = {"codec_roundtrip": Arm()}
-        fixed |= {f"sae_roundtrip:{name}": Arm(lambda acts, _, sae=sae: sae(acts)) for name, sae in saes.items()}
+        fixed |= {f"sae_roundtrip:{name}": Arm(partial(_round_trip, sae)) for name, sae in saes.items()}
         fixed["dsp_bandpass"] = Arm(wav_filter=lambda wav, rate, _: bandpass(wav, rate))
         result: dict[str, dict[str, Any]] = {}
         for name, arm in fixed.items():
@@ -449,6 +517,10 @@ def calibrate_steering(
     write_json(out_json, {"target_hz_ratio": cfg["shift"], "arms": result})
 
 
+def _round_trip(sae: SAE, acts: np.ndarray, _: float) -> np.ndarray:
+    return sae(acts)
+
+
 def _pick_clamp(result: dict[str, Any], sae_name: str, target: float, tried: pd.DataFrame) -> None:
     """Replace the candidates `sae_clamp:<sae>#<m>` in `result` by the best one, `sae_clamp:<sae>`."""
     names = [name for name in result if name.startswith(f"sae_clamp:{sae_name}#")]
@@ -480,7 +552,7 @@ def steering_conditions(
     other_arms: dict[str, dict[str, Arm]],
     saes: dict[str, SAE],
     calibration: dict[str, Any],
-    cfg: dict[str, Any],
+    cfg: SteeringRendersCfg,
 ) -> list[Condition]:
     """Every condition of the stage; columns property, arm, alpha, alpha_raw, calibrated.
 
@@ -490,6 +562,7 @@ def steering_conditions(
     """
     codebooks = cfg["codebooks"]
     judged = {"keep": True, "pitch": True, "codebooks": codebooks}
+    played = {"listen": cfg["listen"], "codebooks": codebooks}
 
     def about(name: str, arm: str, calibrated: str) -> dict[str, Any]:
         return {"property": name, "arm": arm, "calibrated": calibrated}
@@ -511,43 +584,38 @@ def steering_conditions(
     for name, arm in arms.items():
         for alpha in cfg["alphas"]:
             key = _key("centroid", name, f"alpha{alpha:g}")
-            conditions.append(arm.condition(key, alpha, about("centroid", name, "sweep"), codebooks=codebooks))
+            conditions.append(arm.condition(key, alpha, about("centroid", name, "sweep"), **played))
     for name, alpha in cfg["other_alpha"].items():
         for arm_name, arm in other_arms[name].items():
             columns = about(name, arm_name, "fixed")
             key = _key(name, arm_name, f"alpha{alpha:g}")
-            conditions.append(arm.condition(key, alpha, columns, codebooks=codebooks, pitch=True))
+            conditions.append(arm.condition(key, alpha, columns, pitch=True, **played))
     return conditions
 
 
 def render_steering(
-    manifest_csv: str | Path,
-    cache_h5: str | Path,
-    labels_h5: str | Path,
-    sae_dirs: dict[str, Path],
-    probes: Mapping[str, ProbeFiles],
+    sources: Sources,
     calibration_json: str | Path,
     out_dir: str | Path,
     signal_csv: str | Path,
-    cfg: dict[str, Any],
+    cfg: SteeringRendersCfg,
     pieces: Pieces | None = None,
 ) -> None:
     """Render the calibrated arms, the sweep over `alphas` and the other properties on test clips.
 
-    Files as in `render_conditions`. cfg: `model`, `site`, `saes`, `codebooks`, `binning`, `low_bin`, `high_bin`,
-    `clips`, `alphas`, `other_alpha` (property -> α), `listen`, `seed`. The sweep leaves f0_error_cents empty.
+    Files as in `render_conditions`. The sweep leaves f0_error_cents empty.
     """
     calibration = read_json(calibration_json)["arms"]
-    clips = pick_clips(read_csv(manifest_csv), "test", cfg["clips"])
-    saes = {name: SAE.load(sae_dirs[name]) for name in cfg["saes"]}
-    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
+    clips = pick_clips(read_csv(sources.manifest), "test", cfg["clips"])
+    saes = {name: SAE.load(sources.saes[name]) for name in cfg["saes"]}
+    with ActivationCache(sources.cache) as cache, open_codec(cfg, cache) as model:
         clamped = {name: [calibration[f"sae_clamp:{name}"]["features"]] for name in saes}
-        arms = make_arms(cache, labels_h5, probes["centroid"], saes, "centroid", cfg, clamped)
+        arms = make_arms(cache, sources.labels, sources.probes["centroid"], saes, "centroid", cfg, clamped)
         kinds = ("sae_probe", "raw_probe", "difference_in_means", "random")
         others = {}
         for name in cfg["other_alpha"]:
-            found = make_arms(cache, labels_h5, probes[name], saes, name, cfg)
+            found = make_arms(cache, sources.labels, sources.probes[name], saes, name, cfg)
             others[name] = {arm: edit for arm, edit in found.items() if arm.partition(":")[0] in kinds}
         conditions = steering_conditions(arms, others, saes, calibration, cfg)
-        files, kept = (out_dir, signal_csv), render_pieces(pieces, model, cfg)
-        render_conditions(model, cfg["site"], clips, cache, conditions, *files, cfg["listen"], kept)
+        kept = render_pieces(pieces, model, cfg)
+        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, kept)

@@ -1,0 +1,77 @@
+"""What a computation reads of the configuration is typed beside it; here it is held against the schema."""
+
+import pytest
+
+from eqknobs.corpus.activations import ActivationsCfg
+from eqknobs.corpus.labels import LabelsCfg
+from eqknobs.corpus.manifest import CorpusCfg
+from eqknobs.evidence.stage import TablesCfg
+from eqknobs.models import ModelCfg
+from eqknobs.sae.training import GridCfg, SAECfg
+from eqknobs.schema import resolved, schema
+from eqknobs.sound.judges import JudgesCfg
+from eqknobs.stages.codec.compute import CodecCfg
+from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.importance.compute import ImportanceCfg
+from eqknobs.stages.importance.maps import MapsCfg
+from eqknobs.stages.lm_layers.compute import LmLayersCfg
+from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
+from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
+from eqknobs.stages.probes.compute import ProbesCfg
+from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
+from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
+from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
+
+JOB = {"seed", "device", "content"}  # what a job may have besides
+OPENED = {"model", "site"}
+OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
+PLANNED = {"targets", "corpora"}  # which jobs there are
+MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
+# (typed, its sections, keys of these that are not read, keys that are not theirs)
+TYPED = [
+    (ModelCfg, ["models.*"], set(), {"name", "device"}),
+    (CorpusCfg, ["data"], set(), set()),
+    (ActivationsCfg, ["activations"], set(), OPENED | JOB),
+    (LabelsCfg, ["labels"], set(), set()),
+    (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
+    (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
+    (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
+    (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
+    (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
+    (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
+    (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, OPENED | JOB),
+    (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
+    (JudgesCfg, ["judges"], set(), {"device"}),
+    (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
+    (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),
+    (DictionariesCfg, ["lm_layers"], OPENED_LM - {"sae", "bins", "l2", "epochs"}, JOB),
+    (LayerSaesCfg, ["lm_layers.sae"], set(), set()),
+    (TurnLabelsCfg, ["labels", "lm_layers"], OPENED_LM - {"tokens"}, set()),
+    (TurnsCfg, ["lm_layers", "judges"], OPENED_LM - {"lead", "frames"}, JOB | {"model"}),
+    (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
+    (DropCfg, ["speech_lm_training.drop"], set(), set()),
+    (ScoresCfg, ["speech_lm_training.scores"], set(), set()),
+    (CodecTrainingCfg, ["codec_training"], set(), JOB),
+    (AdversarialCfg, ["codec_training.adversarial"], set(), set()),
+    (TablesCfg, ["tables"], set(), {"seed", "word_codebooks", "targets", "stages"}),
+]
+
+
+def keys(section: str) -> tuple[set[str], set[str]]:
+    """The keys that a section of the configuration may have, and those that it must: of cases any, and all."""
+    part = schema()
+    for name in section.split("."):
+        part = resolved(part["additionalProperties"] if name == "*" else part["properties"][name])
+    cases = [resolved(case["then"]) for case in part["allOf"]] if "allOf" in part else [part]
+    may, must = ([set(case[kind]) for case in cases] for kind in ("properties", "required"))
+    return set.union(*may), set.intersection(*must)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sections", "unread", "ours"), TYPED, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_typed_configurations_have_the_keys_of_the_schema(typed, sections, unread, ours):
+    may, must = (set.union(*found) for found in zip(*map(keys, sections)))
+    assert unread <= may
+    assert set(typed.__annotations__) - ours == may - unread
+    assert typed.__required_keys__ - ours <= must
