@@ -155,7 +155,10 @@ def figures(at: Context, rows: pd.DataFrame) -> list[dict[str, str]]:
         for measure, unit in (("wer_monologue", "WER against the monologue"), ("wer_prompt", "WER against the prompt")):
             if spoken["share"].nunique() > 1 and spoken[measure].notna().any():
                 drawn.append(curves(spoken, intact[measure], measure, unit, f"Pruned {kind}: {unit}"))
-        drawn.append(curves(mine, intact["nats"], "nats", "nats a frame", f"Pruned {kind}: nats of held-out speech"))
+        if mine["share"].nunique() > 1:
+            drawn.append(
+                curves(mine, intact["nats"], "nats", "nats a frame", f"Pruned {kind}: nats of held-out speech")
+            )
     orders = at.inputs.csv(f"scores/{at.target}.lm_orders.csv")
     drawn += [removed_heads(orders, order) for order in ("acoustic_first", "damage") if order in set(orders["order"])]
     books = at.inputs.csv("tables/lm_codebooks.csv")
