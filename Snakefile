@@ -14,7 +14,11 @@ include: "rules/activations.smk"
 # The stages, in the order of the report; one that is null in the configuration is not there at all.
 STAGES = [
     "saes",
+    "stability",
+    "domains",
     "probes",
+    "phones",
+    "label_search",
     "codec",
     "steering",
     "importance",

@@ -33,6 +33,10 @@ from eqknobs.plan import (
     voice_records,
     word_codebooks,
 )
+from eqknobs.stages.domains.checks import domain_targets
+from eqknobs.stages.label_search.checks import searched_targets
+from eqknobs.stages.phones.checks import named_saes, phone_targets
+from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
 
@@ -146,6 +150,38 @@ def probe_files(properties, saes):
             for sae in saes
         ),
     ]
+
+
+def compared_saes(wildcards):
+    """The files of every SAE in the pairs of a target, each once."""
+    folders = {
+        sae_folder(config, target, pair.sae, seed)
+        for pair in pairs_of(config, wildcards.target)
+        for target, seed in (
+            (pair.target_a, pair.seed_a),
+            (pair.target_b, pair.seed_b),
+        )
+    }
+    return [
+        f"{RUN}/saes/{folder}/{file}"
+        for folder in sorted(folders)
+        for file in ("config.json", "sae.safetensors")
+    ]
+
+
+def stability_slice(wildcards):
+    """The slice of the pairs of a target, and where their SAEs lie."""
+    pairs = pairs_of(config, wildcards.target)
+    return {
+        **but(config["stability"], "targets", "corpora", "saes"),
+        "pairs": [list(pair) for pair in pairs],
+        "homes": {
+            f"{target} {pair.sae}": sae_home(config, target, pair.sae)
+            for pair in pairs
+            for target in (pair.target_a, pair.target_b)
+        },
+        "seed": SEED,
+    }
 
 
 def manifest_of(wildcards):

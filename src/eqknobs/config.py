@@ -18,12 +18,16 @@ import yaml
 import eqknobs.corpus.checks
 import eqknobs.models.checks
 import eqknobs.stages.codec.checks
+import eqknobs.stages.domains.checks
 import eqknobs.stages.importance.checks
+import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
 import eqknobs.stages.lm_pruning.checks
+import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.saes.checks
 import eqknobs.stages.speech_lm.checks
+import eqknobs.stages.stability.checks
 import eqknobs.stages.steering.checks
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.models.sites import expand_targets
@@ -39,7 +43,11 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.models.checks.check,
     eqknobs.corpus.checks.check,
     eqknobs.stages.saes.checks.check,
+    eqknobs.stages.stability.checks.check,
+    eqknobs.stages.domains.checks.check,
     eqknobs.stages.probes.checks.check,
+    eqknobs.stages.phones.checks.check,
+    eqknobs.stages.label_search.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,

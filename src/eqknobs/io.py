@@ -27,9 +27,10 @@ from eqknobs.errors import EqknobsError, counted
 LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
 TEXT_COLUMNS = frozenset(
-    "accent arm binning calibrated clip codec_training condition derived_from domain file format gate granularity "
-    "group half heard id kind labels map measure mode model name order path phase property reading reason repair sae "
-    "said sex sha256 source space speaker split stream tag target text transcript variant voice voices".split()
+    "a accent arm b binning calibrated clip codec_training condition derived_from domain file format gate "
+    "granularity group half heard id kind label labels level map measure method mode model name order path phase "
+    "property reading reason repair sae said sex sha256 source space speaker split stream tag target text "
+    "transcript variant voice voices".split()
 )
 NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.evidence.words)
 

@@ -473,3 +473,71 @@ PRUNED_RATIOS = (
     ("pad_share", "pad_frames", "frames"),
     ("words_per_second", "words_heard", "active_seconds"),
 )
+
+
+def check_stability(table: pd.DataFrame, features: pd.DataFrame) -> int:
+    """Recompute the shares of `stability.csv` from its features; returns how many were compared."""
+    cells = 0
+    for row in table.to_dict("records"):
+        own = pick(features, row, ["kind", "sae", "a", "b"])
+        assert row["features"] == len(own) <= row["d_sae"]
+        assert row["coverage"] <= row["coverage_all"] * row["d_sae"] / max(len(own), 1) + 1e-9
+        for name, column in {"coverage": "best", "null_rate": "rate", "duplicates": "duplicate"}.items():
+            same(row[name], (own[column] > row["theta"]).mean(), f"stability {row['a']} {row['b']} {name}")
+            cells += 1
+        same(row["cosine"], own["cosine"].mean(), f"stability {row['a']} {row['b']} cosine")
+        assert row["null_shift_low"] <= row["null_shift"] <= row["null_shift_high"]
+    return cells
+
+
+def check_overlap(run: Path, target: str, features: pd.DataFrame) -> None:
+    """The overlaps of the first pair of seeds of `topk`, again from the codes themselves, by dense products."""
+    from eqknobs.corpus.cache import ActivationCache
+    from eqknobs.sae import SAE
+
+    own = features[(features["kind"] == "seeds") & (features["sae"] == "topk")]
+    own = own[own["a"] == own["a"].iloc[0]]
+    fires = []
+    with ActivationCache(run / "activations" / f"{target}.h5") as cache:
+        for side in ("a", "b"):
+            seed = own[side].iloc[0].rpartition("#")[2]
+            sae = SAE.load(run / "saes" / target / "topk" / f"seed{seed}")
+            on = []
+            for clip in cache.utterances[cache.utterances["split"] == "test"].itertuples():
+                z = (np.array(cache.acts[clip.start : clip.start + clip.frames]) - sae.mean.numpy()) / sae.std.numpy()
+                h = np.maximum((z - sae.b_dec.numpy()) @ sae.W_enc.numpy().T + sae.b_enc.numpy(), 0)
+                least = np.sort(h, axis=None)[-sae.config.k * len(h)]
+                on.append(h >= max(least, 1e-30))
+            fires.append(np.concatenate(on).astype(np.float32))
+    a, b = fires
+    both = a.T @ b
+    chi = both / np.maximum(a.sum(0)[:, None] + b.sum(0) - both, 1)
+    enough = b.sum(0) >= own["fires"].min()
+    found = chi[own["feature"]][:, enough].max(1)
+    close = np.abs(found - own["best"].to_numpy()) < 0.02  # a hair more or less in a clip's selection
+    assert close.mean() > 0.99
+
+
+def check_domains(table: pd.DataFrame, features: pd.DataFrame) -> int:
+    """Recompute labels and shares of `domains.csv` from the shares of each feature; returns how many cells."""
+    cells = 0
+    for (sae, level, tau), own in table.groupby(["sae", "level", "tau"]):
+        f = features[features["sae"] == sae].pivot(index="feature", columns="domain", values=f"{level}_share")
+        has = pd.DataFrame({d: f[d] - f.drop(columns=d).min(axis=1) >= tau - 1e-5 for d in f})
+        for row in own.to_dict("records"):
+            where = f"domains {sae} {level} {tau} {row['domain']}"
+            close = (f.sub(f[row["domain"]], axis=0).abs() - tau).abs().lt(2e-6).any(axis=1).mean()  # rounded shares
+            assert abs(row["share"] - has[row["domain"]].mean()) <= close + 1e-9, where
+            assert row["exclusive"] <= row["share"] <= 1 and row["permuted_low"] <= row["permuted_high"], where
+            cells += 1
+    return cells
+
+
+def check_counted(table: pd.DataFrame, rows: pd.DataFrame, keys: list[str], ratio: tuple[str, str, str]) -> int:
+    """Recompute one ratio of sums of every row; ratio: its column, numerator and denominator."""
+    name, top, bottom = ratio
+    for row in table.to_dict("records"):
+        own = pick(rows, row, keys)
+        assert row["clips"] == own["id"].nunique() and row["speakers"] == own["speaker"].nunique()
+        same(row[name], own[top].sum() / own[bottom].sum(), f"{name} {[row[key] for key in keys]}")
+    return len(table)

@@ -12,14 +12,18 @@ from eqknobs.schema import resolved, schema
 from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
+from eqknobs.stages.domains.compute import DomainsCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
+from eqknobs.stages.label_search.compute import LabelSearchCfg
 from eqknobs.stages.lm_layers.compute import LmLayersCfg
 from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
 from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
+from eqknobs.stages.phones.compute import PhonesCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
+from eqknobs.stages.stability.compute import StabilityCfg
 from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 
 JOB = {"seed", "device", "content"}  # what a job may have besides
@@ -35,6 +39,10 @@ TYPED = [
     (LabelsCfg, ["labels"], set(), set()),
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
+    (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
+    (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
+    (PhonesCfg, ["phones"], {"targets", "saes"}, {"seed", "content"}),
+    (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),

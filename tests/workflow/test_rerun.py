@@ -31,7 +31,8 @@ BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
 PROBES = BASE_PROBES.union(*SAE_PROBES.values())
 TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
-SCORED_SAES = {("sae_scores", "")} | CODEC  # the codec stage splices every SAE's reconstruction in
+SAE_ROWS = {("sae_scores", ""), ("stability", "")}
+SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
 PRUNED = {("lm_pruning", "")}  # in orders that the probes of heads decide
@@ -194,7 +195,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "second SAE seed": (
         edit_config(lambda c: c.update(sae_seeds=[0, 2])),
-        {("sae", "topk 2"), ("sae", "rms_l1 2"), ("sae_scores", "")} | TABLES,
+        {("sae", "topk 2"), ("sae", "rms_l1 2")} | SAE_ROWS | TABLES,
     ),
     "two SAEs trained differently": (
         edit_config(swap_sae_sizes),
@@ -291,6 +292,14 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING | SENTENCES),
     "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED | SPOKEN | LM),
     "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | LM | TABLES),
+    "another θ": (
+        edit_config(lambda c: c["stability"].update(thetas=[0.4])),
+        {("stability", "")} | TABLES,
+    ),
+    "library: overlap of features": (
+        edit_file("src/eqknobs/stages/stability/compute.py", CODE),
+        {("stability", "")} | TABLES,
+    ),
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
@@ -392,7 +401,7 @@ def third_sae(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 OF_THE_THIRD: dict[str, tuple[Callable[[dict], object], set[tuple[str, str]]]] = {
-    "removed": (lambda saes: None, {("sae_scores", "")} | TABLES),  # the codec never spliced it in
+    "removed": (lambda saes: None, SAE_ROWS | TABLES),  # the codec never spliced it in
     "renamed": (lambda saes: saes.update(other=EXTRA), trained("other")),
     "changed": (lambda saes: saes.update(extra={**EXTRA, "epochs": 2}), trained("extra")),
 }

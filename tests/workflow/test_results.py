@@ -11,7 +11,19 @@ import pytest
 import yaml
 
 from helpers import ROOT
-from helpers.recompute import check_layers, check_maps, check_pruning, check_summary, check_table, read, round_trip_wer
+from helpers.recompute import (
+    check_counted,
+    check_domains,
+    check_layers,
+    check_maps,
+    check_overlap,
+    check_pruning,
+    check_stability,
+    check_summary,
+    check_table,
+    read,
+    round_trip_wer,
+)
 
 RUN = Path(os.environ.get("EQKNOBS_RESULTS", ROOT / "results" / "demo"))
 if not (RUN / "tables" / "summary.json").is_file():
@@ -117,3 +129,38 @@ def test_three_renders_heard_again_give_the_same_words(target):
         reference = originals.loc[row["id"], "transcript"]
         errors = word_errors(reference if isinstance(reference, str) else "", heard)
         assert errors == (score["errors"], score["words"])
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "stability" / f"{t}.json").is_file()])
+def test_how_many_features_are_found_again_is_recomputed_from_features_and_one_pair_from_codes(target):
+    table = read(RUN / "tables" / "stability.csv")
+    features = read(RUN / "scores" / f"{target}.stability.csv")
+    assert check_stability(table[table["target"] == target], features) > 10
+    check_overlap(RUN, target, features)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "domains" / f"{t}.json").is_file()])
+def test_labels_of_domains_are_recomputed_from_shares(target):
+    table = read(RUN / "tables" / "domains.csv")
+    features = read(RUN / "scores" / f"{target}.domains.csv")
+    assert check_domains(table[table["target"] == target], features) >= 6
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "phones" / f"{t}.json").is_file()])
+def test_what_names_of_features_tell_is_recomputed_from_clips(target):
+    table = read(RUN / "tables" / "phones.csv")
+    table = table[(table["target"] == target) & table["method"].isin(["any_match", "top_feature"])]
+    rows = read(RUN / "scores" / f"{target}.phones.csv")
+    rows = rows.assign(space="sae:" + rows["sae"])
+    for labels, name in (("true", "accuracy"), ("shifted", "null")):
+        own = rows[rows["labels"] == labels]
+        assert check_counted(table, own, ["method", "space"], (name, "correct", "frames")) >= 2
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "label_search" / f"{t}.json").is_file()])
+def test_what_a_feature_tells_of_a_label_is_recomputed_from_clips(target):
+    table = read(RUN / "tables" / "label_search.csv")
+    rows = read(RUN / "scores" / f"{target}.label_search.csv")
+    rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["said"])
+    keys = ["sae", "property", "label"]
+    assert check_counted(table[table["target"] == target], rows, keys, ("f1_test", "twice", "asked")) >= 1

@@ -22,18 +22,26 @@ from eqknobs.io import atomic_path
 from eqknobs.report import players
 from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
+from eqknobs.stages.domains import section as domains
 from eqknobs.stages.importance import section as importance
+from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.lm_layers import section as lm_layers
 from eqknobs.stages.lm_pruning import section as lm_pruning
+from eqknobs.stages.phones import section as phones
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
+from eqknobs.stages.stability import section as stability
 from eqknobs.stages.steering import section as steering
 
 SECTIONS: tuple[SectionModule, ...] = (
     codec,
     saes,
+    stability,
+    domains,
     probes,
+    phones,
+    label_search,
     steering,
     importance,
     speech_lm,

@@ -14,18 +14,26 @@ from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context, TablesCfg, TablesModule
 from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
+from eqknobs.stages.domains import tables as domains
 from eqknobs.stages.importance import tables as importance
+from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.lm_layers import tables as lm_layers
 from eqknobs.stages.lm_pruning import tables as lm_pruning
+from eqknobs.stages.phones import tables as phones
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
+from eqknobs.stages.stability import tables as stability
 from eqknobs.stages.steering import tables as steering
 
 STAGES: tuple[TablesModule, ...] = (
     codec,
     saes,
+    stability,
+    domains,
     probes,
+    phones,
+    label_search,
     steering,
     importance,
     speech_lm,

@@ -127,16 +127,11 @@ def first_codebooks(net: MoshiNet, count: int) -> Iterator[None]:
 def remove_heads(net: MoshiNet, heads: Heads, means: Sequence[Tensor] | None = None) -> None:
     """Take heads out for good: their rows of q, k and v, their columns of the output projection.
 
-        if means is not None:
-            projection = weight_of(attention.out_proj).view(-1, count, dim)[:, places].float()
-            given = means[layer][list(attention.heads)][places].to(net.device, torch.float32)
-            before = 0 if attention.bias is None else attention.bias
-            added = before + torch.einsum("ohd,hd->o", projection, given)
-            attention.bias = nn.Parameter(added.to(net.dtype), requires_grad=False)
-    What remains computes what it did with those heads zeroed, but for rounding: shorter sums are added up in another
-    order. In NF4 the rest is unpacked, cut and packed again, which gives the same values unless scales are doubled or
-    head_dim is no multiple of the block; packed integers keep all that is left as it was. A KV cache made before does
-    not fit any more. Raises EqknobsError for heads that are not there.
+    What remains computes what it did with those heads zeroed (or, with `means`, giving those: then their part of the
+    projection's output becomes a bias), but for rounding: shorter sums are added up in another order. In NF4 the rest
+    is unpacked, cut and packed again, which gives the same values unless scales are doubled or head_dim is no multiple
+    of the block; packed integers keep all that is left as it was. A KV cache made before does not fit any more. Raises
+    EqknobsError for heads that are not there.
     """
     for layer, places in _places(net, heads).items():
         if not places:
@@ -144,14 +139,14 @@ def remove_heads(net: MoshiNet, heads: Heads, means: Sequence[Tensor] | None = N
         attention, dim = net.layers[layer].self_attn, net.config.head_dim
         count = len(attention.heads)
         keep = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=net.device)
-        if means is not None:
-            projection = weight_of(attention.out_proj).view(-1, count, dim)[:, places].float()
-            given = means[layer][list(attention.heads)][places].to(net.device, torch.float32)
-            before = 0 if attention.bias is None else attention.bias
-            added = before + torch.einsum("ohd,hd->o", projection, given)
-            attention.bias = nn.Parameter(added.to(net.dtype), requires_grad=False)
         columns = torch.arange(count * dim, device=net.device).view(count, dim)[keep].flatten()
         rows = torch.cat([columns + part * count * dim for part in range(3)])  # of q, k and v
+        if means is not None:
+            given = means[layer][list(attention.heads)][places].to(net.device, torch.float32)
+            projection = weight_of(attention.out_proj).view(-1, count, dim)[:, places]
+            added = torch.einsum("ohd,hd->o", projection.float(), given)
+            before = 0 if attention.bias is None else attention.bias
+            attention.bias = nn.Parameter((before + added).to(net.dtype), requires_grad=False)
         attention.heads = tuple(attention.heads[i] for i in keep.tolist())
         attention.in_proj = cut(attention.in_proj, rows=rows) if len(keep) else None
         attention.out_proj = cut(attention.out_proj, columns=columns) if len(keep) else None

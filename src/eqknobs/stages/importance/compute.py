@@ -2,25 +2,22 @@
 test clips, and measure."""
 
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import read_csv, read_json
 from eqknobs.pieces import Pieces
-from eqknobs.sound.renders import Condition, open_codec, pick_clips, render_conditions, render_pieces
+from eqknobs.sound.renders import Condition, OpenedCfg, open_codec, pick_clips, render_conditions, render_pieces
 from eqknobs.stages.importance.maps import CRITICAL, EXPENDABLE, MAPS, ORACLE, ablation, removal_orders
 
 # Whose ablations are listened to, beside the map that val chose and some random sets.
 JUDGED = ("composition", "raw_probe", "inverted", "variance", ORACLE)
 
 
-class ImportanceCfg(TypedDict):
+class ImportanceCfg(OpenedCfg):
     """What `render_importance` reads of the section `importance`, beside the model and site of the target."""
 
-    model: Any
-    site: str
     codebooks: int | None
     clips: int  # of test
     removed: list[float]  # shares of the width
@@ -29,7 +26,6 @@ class ImportanceCfg(TypedDict):
     word_random_sets: int
     modes: list[str]  # mean | zero
     seed: int
-    content: NotRequired[Any]  # digests, which decide when to render again, not how
 
 
 def importance_conditions(
@@ -79,10 +75,9 @@ def render_importance(
     pieces: Pieces | None = None,
 ) -> None:
     """Render the ablations by the maps of `maps_json` on test clips; see `render_conditions` for the sound files."""
-    opened: Any = cfg
     clips, found = pick_clips(read_csv(manifest_csv), "test", cfg["clips"]), read_json(maps_json)
     maps = {name: np.array(found["maps"][name]) for name in MAPS if name in found["maps"]}
-    with ActivationCache(cache_h5) as cache, open_codec(opened, cache) as model:
+    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
         conditions = importance_conditions(maps, found["chosen"], cache.mean, cfg)
-        kept = render_pieces(pieces, model, opened)
+        kept = render_pieces(pieces, model, cfg)
         render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, pieces=kept)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from eqknobs.provenance import content
 from eqknobs.sae import SAE
 from eqknobs.sound import mel
 from eqknobs.sound.metrics import mel_distance
-from eqknobs.sound.renders import Clip, load_clip, open_codec, pick_clips, render_pieces
+from eqknobs.sound.renders import Clip, OpenedCfg, load_clip, open_codec, pick_clips, render_pieces
 from eqknobs.stages.probes.compute import ProbeFiles, load_probe
 
 EXPENDABLE, CRITICAL = 0.3, 0.7  # the blog's thresholds on the normalised map
@@ -39,11 +39,9 @@ DRAWS = 4  # of the log-mel spectrum, a clip, behind `fisher`
 BATCH = 8  # sounds decoded at once
 
 
-class MapsCfg(TypedDict):
+class MapsCfg(OpenedCfg):
     """What `compute_maps` reads of the section `importance`, beside the model and site of the target."""
 
-    model: Any
-    site: str
     sae: str
     codebooks: int | None
     maps: list[str]  # of MAPS, composition among them
@@ -54,7 +52,6 @@ class MapsCfg(TypedDict):
     removed: list[float]  # shares of the width
     word_random_sets: int
     seed: int
-    content: NotRequired[Any]  # digests, which decide when to compute again, not how
 
 
 @dataclass(frozen=True)
@@ -313,13 +310,12 @@ def compute_maps(
     the shares `removed`), `chosen`, `absent` (map that was asked for -> why the model has none). out.oracle and
     out.val: as `_Maps.oracle` and `_Maps.removal`, by clip.
     """
-    opened: Any = cfg
     manifest = read_csv(manifest_csv)
     sae = SAE.load(sae_dirs[cfg["sae"]])
     w_probe, w_raw = (load_probe(probes_npz, space, BINNING)[0] for space in (f"sae:{cfg['sae']}", "raw"))
     oracle_clips, val_clips = val_parts(manifest, cfg["oracle_clips"] if ORACLE in cfg["maps"] else 0, cfg["val_clips"])
-    with ActivationCache(cache_h5) as cache, open_codec(opened, cache) as model:
-        measure = _Maps(model, cache, cfg, render_pieces(pieces, model, opened))
+    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
+        measure = _Maps(model, cache, cfg, render_pieces(pieces, model, cfg))
         found = importance_maps(sae.W_enc.numpy(), w_probe, w_raw, cache.std)
         absent = {}
         if not model.gradients:

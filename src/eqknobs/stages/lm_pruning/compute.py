@@ -124,7 +124,7 @@ class Inputs(TypedDict):
 def open_bench(cfg: PruningCfg, inputs: Inputs, pieces: Pieces) -> Bench:
     """The model, its judge and its speech. Raises EqknobsError as these do."""
     model = Moshi(cfg["model"])
-    judge = Judge(model, {**cfg["judges"], "dnsmos": cfg["dnsmos"]}, pieces)
+    judge = Judge(model, {"asr": cfg["judges"]["asr"], "beam": cfg["judges"]["beam"], "dnsmos": cfg["dnsmos"]}, pieces)
     made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]
     own = pieces.within([*made_of, [content(file) for file in module_inputs(__name__)]])
     speech = speech_of(model, judge, cfg, inputs["manifest"], inputs["codes"], own)
