@@ -45,6 +45,7 @@ from helpers.speech_lm_world import CODEC, SIZES, write_speech
 
 ORDERS = ["acoustic_first", "acoustic_last", "random", "random_layers", "norm", "gradient", "damage"]
 LAYERS, HEADS = 3, 4
+CFG = {"bootstrap": 50, "seed": 0, "unmeasurable_wer": 99}  # an untrained model is not understood
 OUTPUTS = {
     "orders": "orders",
     "nats": "nats",
@@ -122,7 +123,7 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def context(finished: Path) -> Context:
-    return Context("tones", Inputs.below(finished), {"bootstrap": 50, "seed": 0}, {"targets": ["tones"]})
+    return Context("tones", Inputs.below(finished), CFG, {"targets": ["tones"]})
 
 
 # Which parts go
@@ -318,6 +319,8 @@ def test_tables_are_made_of_the_raw_rows_alone(finished: Path) -> None:
     )
     assert one["delta_wer_prompt"] == pytest.approx(apart) and np.isnan(intact["delta_wer_prompt"])
     assert set(found.tables["lm_prunable"]["order"]) == {"acoustic_first", "random", "uniform"}
+    strict = Context("tones", at.inputs, {**CFG, "unmeasurable_wer": 0.0}, at.own)
+    assert tabulate(strict).tables["lm_prunable"].empty
     assert found.tables["lm_codebooks"]["codebooks"].tolist() == [3, 3] and len(found.tables["lm_gates"]) == 9
     facts = found.facts | {"comparisons": [r | {"p_holm": r["p"], "compared": 1} for r in found.comparisons]}
     lines = findings(at, facts)
@@ -327,7 +330,7 @@ def test_tables_are_made_of_the_raw_rows_alone(finished: Path) -> None:
 
 
 def test_the_page_plays_answers_side_by_side(finished: Path) -> None:
-    cfg = {"targets": ["tones"], "bootstrap": 20, "seed": 0, "stages": {"lm_pruning": {"targets": ["tones"]}}}
+    cfg = {**CFG, "targets": ["tones"], "stages": {"lm_pruning": {"targets": ["tones"]}}}
     write_tables(Inputs.below(finished), cfg, finished / "tables")
     shown = show(context(finished))
     (answer,) = shown["answers"]
