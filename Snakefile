@@ -22,6 +22,7 @@ STAGES = [
     "codec",
     "steering",
     "importance",
+    "quantisation",
     "speech_lm",
     "lm_layers",
     "lm_pruning",

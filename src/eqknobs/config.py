@@ -25,6 +25,7 @@ import eqknobs.stages.lm_layers.checks
 import eqknobs.stages.lm_pruning.checks
 import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
+import eqknobs.stages.quantisation.checks
 import eqknobs.stages.saes.checks
 import eqknobs.stages.speech_lm.checks
 import eqknobs.stages.stability.checks
@@ -51,6 +52,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
+    eqknobs.stages.quantisation.checks.check,
     eqknobs.stages.speech_lm.checks.check,
     eqknobs.stages.lm_layers.checks.check,
     eqknobs.stages.lm_pruning.checks.check,

@@ -176,8 +176,8 @@ def bundled_models(config: dict[str, Any]) -> list[str]:
 
 def word_codebooks(config: dict[str, Any]) -> int | None:
     """At how many codebooks the codec's own word errors say whether words can be judged: those of steering, else of the
-    importance maps, else the most that the codec is heard at."""
-    for stage in ("steering", "importance"):
+    importance maps, else of the packed codec, else the most that the codec is heard at."""
+    for stage in ("steering", "importance", "quantisation"):
         if config[stage]:
             return config[stage]["codebooks"]
     return max(config["codec"]["codebooks"]) if config["codec"] else None

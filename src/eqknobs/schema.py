@@ -35,6 +35,7 @@ PARTS = (
     "stages/codec",
     "stages/steering",
     "stages/importance",
+    "stages/quantisation",
     "stages/speech_lm",
     "stages/lm_layers",
     "stages/lm_pruning",

@@ -23,12 +23,14 @@ RATIOS = {
     "within_one_bin": ("within_one", "frames"),
 }
 MEANS = ("speaker_similarity", "mel_distance", "centroid_hz", "centroid_correlation_frame", "f0_error_cents")
-MEANS += ("loudness_change_db",)
+MEANS += ("loudness_change_db", "dnsmos")
 KEYS = {
     "codec": ["path", "codebooks", "voices", "split", "sae"],
     "steering": ["property", "arm", "alpha", "alpha_raw", "calibrated", "split"],
     "importance": ["map", "mode", "removed", "removed_dims", "seed", "split"],
     "importance_maps": ["map", "split"],
+    "quantisation": ["part", "plan", "seed", "rounding", "budget", "split"],
+    "quantisation_equal_quality": ["part", "plan", "split"],
     "sae": ["sae", "seed", "split"],
     "probes": ["property", "space", "binning", "split"],
 }
@@ -133,6 +135,58 @@ def round_trip_wer(run: Path, target: str, cfg: dict[str, Any], model: dict[str,
     return rows["errors"].sum() / rows["words"].sum(), rows
 
 
+def _packed_cells(run: Path, target: str, row: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
+    """What only the table of packed codecs has in a row; rows: its scores."""
+    times = pick(read(run / "scores" / f"{target}.quantisation.time.csv"), row, KEYS["quantisation"])
+    ratio = (times["decode_seconds"] / times["decode_seconds_full"]).item() if len(times) else math.nan
+    return {
+        **{name: rows[name].unique().item() for name in ("bits_mean", "bytes", "bytes_resident")},
+        "heard_clips": rows["speaker_similarity"].notna().sum(),
+        "decode_ratio": 1.0 if row["plan"] == "none" else ratio,
+    }
+
+
+def curve_of(rows: pd.DataFrame, plan: str, measure: str) -> pd.DataFrame:
+    """[clips, bytes] of a measure along a plan's curve, by the rounding that mixed plans share; random plans pooled."""
+    rows = rows[rows["rounding"] == rows.loc[rows["plan"] == "sensitivity", "rounding"].iloc[0]]
+    uniform = rows[rows["plan"] == "uniform"]
+    ends = uniform[uniform["bytes"].isin([uniform["bytes"].min(), uniform["bytes"].max()])]
+    rows = uniform if plan == "uniform" else pd.concat([rows[rows["plan"] == plan], ends])
+    rows = rows.assign(bytes=rows.groupby("budget")["bytes"].transform("mean"))
+    return rows.pivot_table(index="id", columns="bytes", values=measure).dropna()
+
+
+def check_equal_quality(run: Path, target: str, model: dict[str, Any]) -> int:
+    """Recompute the bytes that each plan needs from clips; returns how many cells were compared."""
+    table = read(run / "tables" / "quantisation_equal_quality.csv")
+    raw, cells = raw_scores(run, target, "quantisation", model), 0
+    for row in table[table["target"] == target].to_dict("records"):
+        rows = raw[raw["part"] == row["part"]]
+        full = rows[rows["plan"] == "none"].set_index("id")
+        needed = []
+        for name, measure, within, sign in (
+            ("mel", "mel_distance", 0.2, 1),
+            ("similarity", "speaker_similarity", 0.02, -1),
+        ):
+            values = curve_of(rows, row["plan"], measure)
+            wanted = math.nan
+            if len(values.columns):
+                loss = (sign * values.sub(full.loc[values.index, measure], axis=0)).mean().sort_index(ascending=False)
+                kept = loss[(loss <= within).cummin()]
+                wanted = kept.index[-1] if len(kept) else math.nan
+                if 0 < len(kept) < len(loss):
+                    after = loss.index[len(kept)]
+                    wanted = np.exp(np.interp(within, [kept.iloc[-1], loss[after]], np.log([wanted, after])))
+                needed.append(wanted)
+            same(row[f"bytes_needed_{name}"], wanted, f"{row['part']} {row['plan']} {name}")
+        same(row["bytes_needed"], np.max(needed), f"{row['part']} {row['plan']} bytes_needed")
+        same(row["bytes_full"], full["bytes"].iloc[0], f"{row['part']} bytes_full")
+        known = row["bytes_needed"], row["bytes_needed_low"], row["bytes_needed_high"]
+        assert not known[0] < known[1] and not known[0] > known[2]
+        cells += 5
+    return cells
+
+
 def _probe_cells(run: Path, target: str, row: dict[str, Any], raw: pd.DataFrame) -> dict[str, Any]:
     """What only the table of probes has in a row; raw: all scores."""
     everything, mine = pick(raw, row, ["property", "binning", "split"]), pick(raw, row, KEYS["probes"])
@@ -175,6 +229,7 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
         wanted["speakers"] = rows["speaker"].nunique()
         if stage == "codec":
             wanted["centroid_correlation_clip"] = rows["centroid_hz"].corr(rows["centroid_original_hz"])
+        wanted |= _packed_cells(run, target, row, rows) if stage == "quantisation" else {}
         if stage == "sae" and row["split"] == "val":
             wanted["dead_share"] = details[row["sae"]][str(row["seed"])]["dead_share"]
         for measure in (*RATIOS, *MEANS):
@@ -183,7 +238,7 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
                 wanted |= dict(
                     zip(names, estimate(rows, measure, cfg) if measure in available(rows) else [math.nan] * 3)
                 )
-        if not words and stage in ("steering", "importance"):
+        if not words and stage in ("steering", "importance", "quantisation"):
             judged = rows["errors"].notna().any()
             wanted |= {k: "unmeasurable" for k in wanted if k.startswith("wer") and judged}
         for key, value in wanted.items():
@@ -248,6 +303,23 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
+def on_uniforms_line(rows: pd.DataFrame, size: float, measure: str) -> pd.DataFrame:
+    """Each clip's numerator and denominator on the line between uniform plans, in the logarithm of bytes; at a plan's
+    own bytes (within 1 %) its values."""
+    names = list(RATIOS.get(measure, (measure,)))
+    values = {name: curve_of(rows, "uniform", name) for name in names}
+    sizes = values[names[0]].columns.to_numpy(float)
+    near = sizes[np.abs(np.log(sizes / size)).argmin()]
+    size = near if abs(np.log(near / size)) <= 0.01 else size
+    found = {
+        name: [np.interp(np.log(size), np.log(sizes), clip) for clip in table.to_numpy()]
+        for name, table in values.items()
+    }
+    speakers = rows.drop_duplicates("id").set_index("id")["speaker"]
+    index = values[names[0]].index
+    return pd.DataFrame({"id": index, "speaker": speakers[index].to_numpy(), **found})
+
+
 def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any]) -> list[pd.DataFrame]:
     """The raw rows of both sides of a comparison."""
     stage = record["family"].split(",")[0]
@@ -260,6 +332,14 @@ def sides(record: dict[str, Any], run: Path, target: str, model: dict[str, Any])
         rows = raw_scores(run, target, "steering", model)
         rows = rows[(rows["property"] == "centroid") & rows["calibrated"].isin(["reached", "fixed"])]
         return [rows[rows["arm"] == record[s]] for s in "ab"]
+    if stage == "quantisation":
+        rows = raw_scores(run, target, "quantisation", model)
+        rows = rows[rows["part"] == record["part"]]
+        mixed = rows[(rows["budget"] == record["budget"]) & (rows["plan"] != "uniform")]
+        other = mixed[mixed["plan"] == record["b"]]
+        if record["b"] == "uniform":
+            other = on_uniforms_line(rows, record["bytes"], record["measure"])
+        return [mixed[mixed["plan"] == record["a"]], other]
     rows = raw_scores(run, target, "importance", model)
     rows = rows[(rows["removed_dims"] == record["removed_dims"]) & (rows["mode"] == record["mode"])]
     return [rows[rows["map"] == record[s]] for s in "ab"]
@@ -275,14 +355,18 @@ def check_summary(run: Path, target: str, cfg: dict[str, Any], model: dict[str, 
         "steering",
         "importance",
         "importance_maps",
+        "quantisation",
         "comparisons",
         "headlines",
     }
     cells = _check_codec(run, target, facts, cfg, model) if facts["words"] else 0
-    for part in ("sae", "probes", "steering", "importance_maps"):
-        table = read(run / "tables" / f"{part}.csv")
+    for part in ("sae", "probes", "steering", "importance_maps", "quantisation"):
+        name = {"quantisation": "quantisation_equal_quality"}.get(part, part)
+        if part == "quantisation" and not facts[part]:
+            continue
+        table = read(run / "tables" / f"{name}.csv")
         for row in facts[part]:
-            found = pick(table[table["target"] == target], row, KEYS[part])
+            found = pick(table[table["target"] == target], row, KEYS[name])
             assert len(found) == 1, f"summary {part}: {row} is not one row of the table"
             for key, number in row.items():
                 value = found[key].item()

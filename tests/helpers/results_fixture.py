@@ -83,6 +83,7 @@ def _render(
 ) -> list[dict]:
     kept = signal[signal["id"].isin(keep)]
     known = [c for c in kept if c in ("path", "codebooks", "property", "arm", "alpha", "alpha_raw", "calibrated")]
+    known += [c for c in kept if c in ("part", "plan", "rounding", "budget", "bits_mean")]
     known += [c for c in kept if c in ("map", "mode", "removed", "removed_dims", "seed")]
     rows = []
     for row in kept.to_dict("records"):
@@ -231,6 +232,39 @@ def _ablated() -> list[Rendered]:
     return ablations
 
 
+def _packed() -> list[Rendered]:
+    """Conditions of the quantisation stage: what a plan costs falls with its bytes, the measured one's fastest."""
+    found: list[Rendered] = []
+
+    def plan(part: str, name: str, budget: float, cost: float, rounding: str = "mse", seed: float = NAN) -> None:
+        share = 0.6 if part == "decoder" else 1.0
+        size = 20e6 if name == "none" else 1e5 * share + budget * share * 6e5
+        columns = {"part": part, "plan": name, "seed": seed, "rounding": rounding, "budget": budget}
+        columns |= {"bits_mean": 32.0 if name == "none" else budget, "bytes": round(size)}
+        columns |= {"bytes_resident": round(2e7 * share), "tokens": 100, "tokens_flipped": round(90 * min(cost, 1))}
+        found.append((0.95, cost / 4, part == "codec" and not seed >= 1, columns))
+
+    for part in ("decoder", "codec"):
+        plan(part, "none", NAN, 0.0, rounding="")
+        for rounding, bits in product(("mse", "nearest"), (8, 6, 4, 3, 2)):
+            plan(part, "uniform", bits, 4.0 / bits**2 - 0.06, rounding)
+        for budget in (4, 3):
+            for name, factor in (("sensitivity", 0.02), ("guided", 0.9), ("map", 0.5), ("inverted", 0.7)):
+                plan(part, name, budget, factor * 4 / budget**2)
+            for seed in range(2):
+                plan(part, "random", budget, 0.8 * 4 / budget**2, seed=seed)
+    return found
+
+
+def _times(run: Path) -> None:
+    """Seconds of decodes of the conditions that were heard."""
+    signal = pd.read_csv(run / "scores" / f"{TARGET}.quantisation.signal.csv").drop_duplicates("condition")
+    signal = signal[(signal["part"] == "codec") & (signal["plan"] != "none")].reset_index()
+    times = signal[["condition", "part", "plan", "seed", "rounding", "budget"]]
+    times = times.assign(decode_seconds=0.1 + 0.01 * signal.index, decode_seconds_full=0.1)
+    write_csv(run / "scores" / f"{TARGET}.quantisation.time.csv", times)
+
+
 def _mapped(run: Path, val: pd.DataFrame, rng: np.random.Generator) -> None:
     """The maps, their oracle and their curves on val."""
     spread = [rng.uniform(0.05, 0.29, 20), rng.uniform(0.31, 0.69, 22), rng.uniform(0.71, 0.99, 5), [1.0]]
@@ -278,6 +312,8 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
             signals.append(signal)
             if judged:
                 words.append(_words(rng, signal, test, min(0.95, wer + harm)))
+                if name == "quantisation":
+                    words[-1] = words[-1].assign(dnsmos=2 - harm)
             index += _render(rng, run / "renders" / TARGET / name, signal, keep, 1 - factor, judged)
         write_csv(run / "scores" / f"{TARGET}.{name}.signal.csv", pd.concat(signals))
         write_csv(run / "scores" / f"{TARGET}.{name}.words.csv", pd.concat(words))
@@ -298,6 +334,8 @@ def make_results(root: Path, wer: float = 0.2, unreached: tuple[str, ...] = ("ra
 
     stage("importance", _ablated())
     _mapped(run, val, rng)
+    stage("quantisation", _packed())
+    _times(run)
     speakers = sorted(test["speaker"].unique())
     write_json(root / "model" / "training.json", {"voices_heard": speakers[:2], "voices_unheard": speakers[2:3]})
     return {
@@ -328,6 +366,7 @@ def tables_cfg(config: dict[str, Any]) -> dict[str, Any]:
             "probes": {"targets": [TARGET], "saes": {TARGET: sorted(config["saes"] or {})}, **config["probes"]},
             "steering": {"targets": sounding, "shift": config["steering"]["shift"]},
             "importance": {"targets": sounding},
+            "quantisation": {"targets": sounding, "rounding": "mse"},
         },
     }
 

@@ -44,6 +44,18 @@ SMALL = {
         "random_sets": 2,
         "word_random_sets": 1,
     },
+    "quantisation": {
+        "parts": ["codec"],
+        "widths": [2, 4, 8],
+        "budgets": [3],
+        "roundings": ["nearest"],
+        "random_plans": 1,
+        "sensitivity_clips": 1,
+        "segment_seconds": 0.1,
+        "clips": 2,
+        "heard_clips": 1,
+        "heard_widths": [4],
+    },
     "speech_lm": {"answers": 2, "zeroed_answers": 2, "batch": 2, "conditions": ["intact", "heads_zeroed_.5"]},
     "corpora": {"sentences": {"max_utterances": 40}},
     "lm_layers": {

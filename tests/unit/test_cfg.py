@@ -21,6 +21,7 @@ from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
 from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
 from eqknobs.stages.phones.compute import PhonesCfg
 from eqknobs.stages.probes.compute import ProbesCfg
+from eqknobs.stages.quantisation.compute import PlansCfg, RendersCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
 from eqknobs.stages.stability.compute import StabilityCfg
@@ -31,6 +32,16 @@ OPENED = {"model", "site"}
 OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
 MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
+HEARD = {
+    "clips",
+    "heard_clips",
+    "heard_parts",
+    "heard_widths",
+    "heard_budgets",
+    "heard_random",
+}  # packed codecs, on test
+MIXED = {"widths", "budgets", "roundings", "group", "symmetric", "rest", "keep", "random_plans"}
+MIXED |= {"sensitivity_clips", "segment_seconds"}
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
 TYPED = [
     (ModelCfg, ["models.*"], set(), {"name", "device"}),
@@ -49,6 +60,8 @@ TYPED = [
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
     (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, OPENED | JOB),
     (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
+    (PlansCfg, ["quantisation"], PLANNED | HEARD, OPENED | JOB),
+    (RendersCfg, ["quantisation"], PLANNED | MIXED, OPENED | JOB),
     (JudgesCfg, ["judges"], set(), {"device"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models"}, {"model"}),
     (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),

@@ -283,6 +283,7 @@ OFF = {
     "codec": {"codec": None},
     "steering": {"steering": None},
     "importance": {"importance": None},
+    "quantisation": {"quantisation": None},
     "saes, all that can go on": {"saes": None, "steering": {"saes": []}, "importance": None},
     "saes and sound": {"saes": None, "codec": None, "steering": None, "importance": None},
 }
@@ -311,7 +312,7 @@ def test_null_switches_a_stage_off(over):
 )
 def test_what_a_run_has_no_target_for_does_not_bother_it(over):
     settle(merge(merge(default(), MOSHI), over))
-    off = {"steering": None, "importance": None, "codec": None}
+    off = {"steering": None, "importance": None, "codec": None, "quantisation": None}
     settle(merge(merge(default(), over), off))
 
 
@@ -347,6 +348,7 @@ def some(**sections) -> dict:
         ({"steering": {"codebooks": 17}}, "config: steering.codebooks: 17 is more than the 16 codebooks of tiny-mimi"),
         ({"importance": {"maps": ["variance"]}}, "config: importance.maps: must hold 'composition'"),
         ({"importance": {"codebooks": 17}}, "config: importance.codebooks: 17 is more than the 16"),
+        ({"quantisation": {"codebooks": 17}}, "config: quantisation.codebooks: 17 is more than the 16"),
         ({"report": {"clips": 4}, "steering": {"listen": 3}}, "config: report.clips: 4 is above steering.listen, 3"),
         ({"run": {"targets": ["tiny-mimi.encoder_layer.2"]}}, "encoder_layer.2': the model has layers 0 to 1"),
         ({"run": {"targets": ["tiny-mimi.layer.0"]}}, "of a mimi are encoder_transformer and encoder_layer.<layer>"),
@@ -398,6 +400,7 @@ def test_what_means_the_same_reads_the_same():
         "codec": ("codebooks",),
         "steering": ("saes", "alphas", "clamp_features"),
         "importance": ("maps", "removed", "modes"),
+        "quantisation": ("parts", "widths", "budgets", "heard_widths"),
     }.items():
         for name in names:
             config[section][name].reverse()

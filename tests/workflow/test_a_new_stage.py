@@ -156,7 +156,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text.replace(old, new))
 
     def only_toy(config: dict) -> None:
-        off = ("saes", "probes", "codec", "steering", "importance", "speech_lm", "lm_layers", "lm_pruning")
+        off = (
+            "saes",
+            "probes",
+            "codec",
+            "steering",
+            "importance",
+            "quantisation",
+            "speech_lm",
+            "lm_layers",
+            "lm_pruning",
+        )
         config.update(dict.fromkeys(off))
         config["toy"] = {"longest": 3.0}
 

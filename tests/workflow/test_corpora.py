@@ -24,7 +24,8 @@ def with_corpora(config: dict) -> None:
     config["sae_seeds"] = [0]
     config["probes"].update(properties=["centroid"], corpora=["mix", "other"], saes=["topk"])
     config["codec"].update(corpora=["other"], clips=1)
-    config.update(steering=None, importance=None, speech_lm=None, lm_layers=None, lm_pruning=None)
+    off = ("steering", "importance", "quantisation", "speech_lm", "lm_layers", "lm_pruning")
+    config.update(dict.fromkeys(off))
 
 
 @pytest.fixture(scope="module")

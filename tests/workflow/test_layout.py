@@ -48,13 +48,15 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
         ({"saes": None, "steering": {"saes": []}, "importance": None}, {"saes", "importance"}),
         ({"probes": None, "steering": None, "importance": None}, {"probes", "steering", "importance", "labels"}),
         ({"codec": None}, {"renders/{target}/codec"}),
+        ({"quantisation": None}, {"quantisation", "renders/{target}/quantisation"}),
     ],
 )
 def test_a_stage_that_is_null_makes_no_file_and_the_others_make_theirs(over: dict, gone: set, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(over))
     target = DEFAULT["run"]["targets"][0]
     planned = outputs(tmp_path / "x.yaml")
-    for part in ("saes", "probes", "steering", "importance", "labels", "renders/{target}/codec", "tables", "report"):
+    parts = ("saes", "probes", "steering", "importance", "labels", "renders/{target}/codec", "tables", "report")
+    for part in (*parts, "quantisation", "renders/{target}/quantisation"):
         made = any(path.startswith(f"results/demo/{part.format(target=target)}") for path in planned)
         assert made == (part not in gone), part
 

@@ -88,7 +88,7 @@ def test_probes_ran_on_activations_and_on_log_mel(run: tuple[Path, dict, str]) -
     loud = table.query("property == 'rms' and binning == 'quantile' and split == 'test'").set_index(["target", "space"])
     for target in config["run"]["targets"]:  # the spectrum tells how loud a frame is; chance does not
         assert loud.loc[(target, "logmel"), "accuracy"] > 1.5 * loud.loc[(target, "logmel"), "shuffled"]
-    for other in ("codec", "steering", "importance_ablation"):
+    for other in ("codec", "steering", "importance_ablation", "quantisation"):
         assert pd.read_csv(folder / f"results/{name}/tables/{other}.csv").empty
     assert not (folder / f"results/{name}/tables/sae.csv").exists()  # switched off
 

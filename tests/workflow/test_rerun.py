@@ -25,7 +25,9 @@ CODEC = {("codec_renders", "")} | JUDGED
 STEERING_RENDERS = {("steering_renders", "")} | JUDGED
 STEERING = STEERING_RENDERS | {("steering_calibration", "")}
 ABLATIONS = {("importance_renders", "")} | JUDGED
-IMPORTANCE = {("importance_maps", "")} | ABLATIONS
+TRIED_PLANS = {("quantisation_renders", "")} | JUDGED
+QUANTISATION = {("quantisation_plans", "")} | TRIED_PLANS
+IMPORTANCE = {("importance_maps", "")} | ABLATIONS | QUANTISATION  # plans by maps
 JUDGEMENTS = {("originals", "")} | JUDGED
 BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
@@ -214,6 +216,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "another judge": (edit_config(lambda c: c["judges"].update(beam=2)), JUDGEMENTS | SPOKEN | LM | TABLES),
     "more random sets": (edit_config(lambda c: c["importance"].update(random_sets=3)), ABLATIONS | TABLES),
     "a map less": (edit_config(lambda c: c["importance"]["maps"].remove("fisher")), IMPORTANCE | TABLES),
+    "a budget more": (edit_config(lambda c: c["quantisation"]["budgets"].append(2.5)), QUANTISATION | TABLES),
+    "more packed clips": (edit_config(lambda c: c["quantisation"].update(clips=3)), TRIED_PLANS | TABLES),
+    "library: plans": (edit_file("src/eqknobs/stages/quantisation/plans.py", CODE), QUANTISATION | TABLES),
+    "library: what plans cost": (edit_file("src/eqknobs/stages/quantisation/tables.py", CODE), TABLES),
     "library: the ablations": (edit_file("src/eqknobs/stages/importance/compute.py", CODE), ABLATIONS | TABLES),
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
@@ -260,11 +266,12 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "a limit of minutes that binds": (edit_config(lambda c: c["data"].update(max_minutes=1)), EVERYTHING),
     "no codec stage": (edit_config(lambda c: c.update(codec=None)), JUDGED | TABLES),
     "no steering": (edit_config(lambda c: c.update(steering=None)), JUDGED | TABLES),
-    "no importance": (edit_config(lambda c: c.update(importance=None)), JUDGED | TABLES),
-    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), JUDGED | TABLES),
+    "no importance": (edit_config(lambda c: c.update(importance=None)), QUANTISATION | TABLES),
+    "no quantisation": (edit_config(lambda c: c.update(quantisation=None)), JUDGED | TABLES),
+    "no probes": (edit_config(lambda c: c.update(probes=None, steering=None, importance=None)), QUANTISATION | TABLES),
     "no SAEs": (
         edit_config(lambda c: c.update(saes=None, importance=None) or c["steering"].update(saes=[])),
-        CODEC | BASE_PROBES | STEERING | TABLES,
+        CODEC | BASE_PROBES | STEERING | QUANTISATION | TABLES,
     ),
     "an SAE removed": (edit_config(remove_sae), SCORED_SAES | STEERING | TABLES),
     "an SAE less in the codec": (edit_config(lambda c: c["codec"].update(saes=["topk"])), CODEC | TABLES),

@@ -14,6 +14,7 @@ from helpers import ROOT
 from helpers.recompute import (
     check_counted,
     check_domains,
+    check_equal_quality,
     check_layers,
     check_maps,
     check_overlap,
@@ -63,9 +64,9 @@ def test_every_number_of_the_summary_is_recomputed_from_clips(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance"])
+@pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance", "quantisation"])
 def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
-    if stage in ("codec", "steering", "importance") and not SUMMARY["targets"][target]["words"]:
+    if stage in ("codec", "steering", "importance", "quantisation") and not SUMMARY["targets"][target]["words"]:
         pytest.skip("the model cannot decode")
     measurable = True
     if SUMMARY["targets"][target]["words"]:
@@ -76,6 +77,11 @@ def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["importance"]])
 def test_how_maps_agree_with_the_oracle_is_recomputed_from_clips(target):
     assert check_maps(RUN, target, CFG) > 20
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["quantisation"]])
+def test_bytes_at_equal_quality_are_recomputed_from_clips(target):
+    assert check_equal_quality(RUN, target, model_of(target)) > 20
 
 
 @pytest.mark.parametrize("model", OPENED)
@@ -118,7 +124,7 @@ def test_three_renders_heard_again_give_the_same_words(target):
 
     judge = Transcriber({**merged("judges"), "device": "cpu"})
     originals = read(RUN / "scores" / "originals.csv").set_index("id")
-    for stage in ("codec", "steering", "importance"):
+    for stage in ("codec", "steering", "importance", "quantisation"):
         folder = RUN / "renders" / target / stage
         index = read(folder / "index.csv")
         row = index[index["judged"].astype(bool)].iloc[-1]  # the last: an edit, not the untouched clip

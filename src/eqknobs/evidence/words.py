@@ -8,16 +8,23 @@ from eqknobs.evidence.estimates import WER, counts, estimate
 from eqknobs.evidence.stage import Context
 
 UNMEASURABLE = "unmeasurable"
+# Which condition of a stage is the codec alone.
+REFERENCES = {
+    "codec": ("path", "quantized"),
+    "steering": ("arm", "codec_roundtrip"),
+    "importance": ("map", "none"),
+    "quantisation": ("plan", "none"),
+}
 
 
 def words_rule(at: Context) -> dict[str, Any]:
     """WER of the codec's round trip on test, with counts, and whether it leaves words to be judged.
 
     It is that of the codec stage at `word_codebooks` (None: without the quantiser); where there is none, the reference
-    that the steering or the importance stage renders: the same sound.
+    that the steering, the importance or the quantisation stage renders: the same sound.
     """
     codebooks, threshold = at.cfg["word_codebooks"], at.cfg["unmeasurable_wer"]
-    for stage in ("codec", "steering", "importance"):
+    for stage in REFERENCES:
         if not at.inputs.has(f"scores/{at.target}.{stage}.signal.csv"):
             continue
         clips = at.inputs.scores(at.target, stage)
@@ -25,8 +32,9 @@ def words_rule(at: Context) -> dict[str, Any]:
             quantised = (clips["path"] == "quantized") & (clips["codebooks"] == codebooks)
             clips = clips[clips["path"] == "unquantized" if codebooks is None else quantised]
         else:
-            clips = clips[clips["arm"] == "codec_roundtrip" if stage == "steering" else clips["map"] == "none"]
-        clips = clips[clips["split"] == "test"].drop_duplicates("id")
+            column, reference = REFERENCES[stage]
+            clips = clips[clips[column] == reference]
+        clips = clips[(clips["split"] == "test") & clips["errors"].notna()].drop_duplicates("id")
         if len(clips):
             break
     found = estimate(clips, WER, at.cfg)

@@ -89,6 +89,11 @@ class Model(Protocol):
         """Integer codes [codebooks, code frames] of `acts`; `codebooks` None means all."""
         ...
 
+    def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
+        """Waveform [samples] of integer codes [codebooks, code frames], as a listener makes it who gets nothing else.
+        Raises EqknobsError if the model does not decode."""
+        ...
+
 
 # The only list of kinds. Named, not imported, so that a stage depends on the code of the kind in use and on no other's.
 KINDS = {

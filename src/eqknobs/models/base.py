@@ -292,6 +292,9 @@ class Pretrained(ABC):
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         raise EqknobsError(f"model {self.name} has no codebooks")
 
+    def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
+        raise EqknobsError(f"model {self.name} is an encoder: it cannot turn tokens into sound")
+
     def _wave(self, wav: np.ndarray, block: int = 1) -> Tensor:
         """[samples] on the device, zero-padded on the right to a multiple of `block`."""
         if np.ndim(wav) != 1 or len(wav) == 0:
@@ -367,6 +370,10 @@ class ConvCodec(Pretrained):
     def _quantise(self, latents: Tensor, codebooks: int) -> tuple[Tensor, Tensor]:
         """Dequantised latents [1, width, frames] and codes [codebooks, frames]."""
 
+    @abstractmethod
+    def _dequantise(self, codes: Tensor) -> Tensor:
+        """Latents [1, width, frames] of codes [codebooks, frames]."""
+
     def encode_sites(self, wav: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
         (site,) = self._modules(sites)
         with inference():
@@ -395,6 +402,10 @@ class ConvCodec(Pretrained):
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():
             return self._quantise(self._acts(acts, site).transpose(1, 2), self._codebooks(codebooks))[1].cpu().numpy()
+
+    def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
+        with inference():
+            return fit(self.net.decoder(self._dequantise(torch.as_tensor(tokens, device=self.device)))[0, 0], samples)
 
 
 class LayeredEncoder(Pretrained):

@@ -26,3 +26,6 @@ class Dac(ConvCodec):
     def _quantise(self, latents: Tensor, codebooks: int) -> tuple[Tensor, Tensor]:
         quantised, codes = self.net.quantizer(latents, codebooks)[:2]
         return quantised, codes[0]
+
+    def _dequantise(self, codes: Tensor) -> Tensor:
+        return self.net.quantizer.from_codes(codes[None])[0]

@@ -40,3 +40,6 @@ class Encodec(ConvCodec):
         bandwidth = (codebooks + 0.5) * math.log2(quantizer.codebook_size) * quantizer.frame_rate / 1000
         codes = quantizer.encode(latents, bandwidth)
         return quantizer.decode(codes), codes[:, 0]
+
+    def _dequantise(self, codes: Tensor) -> Tensor:
+        return self.net.quantizer.decode(codes[:, None])

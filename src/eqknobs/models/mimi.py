@@ -130,3 +130,8 @@ class Mimi(Pretrained):
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():
             return self._codes(self._latents(self._acts(acts, site), site), codebooks)[0].cpu().numpy()
+
+    def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
+        with inference():
+            codes = torch.as_tensor(tokens, device=self.device)[None]
+            return self.sound(self.net.quantizer.decode(codes), samples)

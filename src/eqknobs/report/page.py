@@ -29,6 +29,7 @@ from eqknobs.stages.lm_layers import section as lm_layers
 from eqknobs.stages.lm_pruning import section as lm_pruning
 from eqknobs.stages.phones import section as phones
 from eqknobs.stages.probes import section as probes
+from eqknobs.stages.quantisation import section as quantisation
 from eqknobs.stages.saes import section as saes
 from eqknobs.stages.speech_lm import section as speech_lm
 from eqknobs.stages.stability import section as stability
@@ -44,6 +45,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     label_search,
     steering,
     importance,
+    quantisation,
     speech_lm,
     lm_layers,
     lm_pruning,

@@ -21,6 +21,7 @@ from eqknobs.stages.lm_layers import tables as lm_layers
 from eqknobs.stages.lm_pruning import tables as lm_pruning
 from eqknobs.stages.phones import tables as phones
 from eqknobs.stages.probes import tables as probes
+from eqknobs.stages.quantisation import tables as quantisation
 from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
 from eqknobs.stages.stability import tables as stability
@@ -36,6 +37,7 @@ STAGES: tuple[TablesModule, ...] = (
     label_search,
     steering,
     importance,
+    quantisation,
     speech_lm,
     lm_layers,
     lm_pruning,

@@ -701,3 +701,18 @@ def test_gpu_lock_leaves_the_cpu_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with gpu_lock("cpu"):
         assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["mimi", "encodec", "dac"])
+def test_tokens_are_all_that_a_listener_needs(folders, kind):
+    model, site = load(folders / kind), "encoder_transformer" if kind == "mimi" else "encoder"
+    wav = noise(0.7)
+    acts = model.encode(wav, site)
+    for codebooks in (model.n_codebooks, model.min_codebooks):
+        heard = model.decode_tokens(model.tokens(acts, site, codebooks), len(wav))
+        assert close(heard, model.decode(acts, site, len(wav), codebooks), 1e-5)
+
+
+def test_an_encoder_has_no_tokens_to_decode(folders):
+    with pytest.raises(EqknobsError, match="cannot turn tokens into sound"):
+        load(folders / "hubert").decode_tokens(np.zeros((1, 3), dtype=int), 100)

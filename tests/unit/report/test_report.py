@@ -24,7 +24,7 @@ from eqknobs.report.findings import matrix, strongest, weight
 from eqknobs.report.page import SECTIONS
 from helpers.results_fixture import ALPHAS, TARGET, make_report, make_results, make_tables
 
-STAGES = ["codec", "saes", "probes", "steering", "importance"]  # those of the fixture
+STAGES = ["codec", "saes", "probes", "steering", "importance", "quantisation"]  # those of the fixture
 OF_FIXTURE = [section for section in SECTIONS if section.STAGE in STAGES]
 
 
@@ -121,11 +121,11 @@ def test_every_headline_and_every_table_stands_on_its_page(written):
     published = [figures for section in OF_FIXTURE for figures in section.PUBLISHED.values()]
     for head, rows in published:
         assert all(" ".join(cell.split()) in text for cell in (*head, *(c for row in rows for c in row)))
-    assert text.count("Published by others") == len(published) == 6
+    assert text.count("Published by others") == len(published) == 7
     for words in ("What these numbers prove", "The speech is synthetic", "target not reached", "Configuration"):
         assert words in text or words in pages["steering"]
     drawn = {name: page.count("<svg ") for name, page in pages.items()}
-    assert drawn == {"index": 0, "codec": 0, "saes": 4, "probes": 3, "steering": 5, "importance": 6}
+    assert drawn == {"index": 0, "codec": 0, "saes": 4, "probes": 3, "steering": 5, "importance": 6, "quantisation": 5}
     assert "bootstrap: 200" in text and "torch" in text
     for name in re.findall(r"#0a0[bc]..", "".join(pages.values())):
         raise AssertionError(f"stand-in colour {name} left in a drawing")
@@ -220,7 +220,7 @@ def test_a_cell_of_the_matrix_tells_verdict_value_interval_and_sentence(written)
     pages = pages_of(run / "report")
     lines = json.loads((run / "tables" / "summary.json").read_text())["targets"][TARGET]["headlines"]
     placed = [line for line in lines if "row" in line]
-    assert {line["stage"] for line in placed} == {"saes", "probes", "steering", "importance"}
+    assert {line["stage"] for line in placed} == {"saes", "probes", "steering", "importance", "quantisation"}
     words = {"positive": "supports", "negative": "against", "undecided": "not shown", "measured": "measured"}
     for line in placed:
         assert line["low"] <= line["value"] <= line["high"]
@@ -354,7 +354,7 @@ def test_one_is_not_said_in_the_plural(written, tmp_path):
         path.write_text("".join(line for line in lines if not re.search(r"test[1-9]-|val[1-9]-", line)))
     config = {**written[1], "run": {**written[1]["run"], "seed": 0}}
     make_tables(run, config)
-    for stage in ("codec", "steering", "importance"):
+    for stage in ("codec", "steering", "importance", "quantisation"):
         index = run / "renders" / TARGET / stage / "index.csv"
         index.write_text("".join(x for x in index.read_text().splitlines(keepends=True) if "test1-" not in x))
     make_report(run, config, tmp_path / "out")

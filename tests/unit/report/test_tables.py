@@ -26,7 +26,7 @@ from eqknobs.stages.saes import tables as saes
 from eqknobs.stages.speech_lm import tables as speech_lm
 from eqknobs.stages.steering import tables as steering
 from helpers import ROOT
-from helpers.recompute import check_maps, check_summary, check_table, holm, read
+from helpers.recompute import check_equal_quality, check_maps, check_summary, check_table, holm, read
 from helpers.results_fixture import ALPHAS, TARGET, inputs_of, make_results, make_tables, tables_cfg
 
 ISSUE_COLUMNS = {
@@ -39,6 +39,9 @@ ISSUE_COLUMNS = {
     "speaker_similarity f0_error_cents loudness_change_db mel_distance",
     "importance_ablation": "target map mode removed seed clips mel_distance latent_error wer speaker_similarity",
     "importance_maps": "target map spearman_oracle spearman_oracle_low spearman_oracle_high val_mel_distance",
+    "quantisation": "target part plan seed rounding bits_mean bytes bytes_resident mel_distance latent_error "
+    "token_flip_rate wer speaker_similarity dnsmos decode_ratio",
+    "quantisation_equal_quality": "target part plan bytes_needed",
 }
 
 
@@ -68,7 +71,7 @@ def rewrite(path: Path, change) -> None:
     change(read(path)).to_csv(path, index=False)
 
 
-@pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance"])
+@pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance", "quantisation"])
 def test_every_cell_of_every_table_is_recomputed_from_clips(results, stage):
     run, config = results
     assert check_table(run, TARGET, stage, tables_cfg(config), config["models"]["tiny-mimi"], True) > 40
@@ -82,6 +85,11 @@ def test_every_number_of_the_summary_is_recomputed_from_clips(results):
 def test_how_maps_agree_with_the_oracle_is_recomputed_from_clips(results):
     run, config = results
     assert check_maps(run, TARGET, tables_cfg(config)) > 60
+
+
+def test_bytes_at_equal_quality_are_recomputed_from_clips(results):
+    run, config = results
+    assert check_equal_quality(run, TARGET, config["models"]["tiny-mimi"]) > 50
 
 
 def test_recomputation_can_fail(copy):
@@ -275,7 +283,7 @@ def test_what_the_rule_does_not_declare_is_not_read(copy):
         write_tables(Inputs(run, files), tables_cfg(config), run / "tables")
 
 
-@pytest.mark.parametrize("stage", ["codec", "saes", "probes", "steering", "importance"])
+@pytest.mark.parametrize("stage", ["codec", "saes", "probes", "steering", "importance", "quantisation"])
 def test_a_stage_that_is_off_leaves_the_others_as_they_are(copy, stage):
     run, config = copy
     before = {path.name: path.read_bytes() for path in (run / "tables").glob("*.csv")}
