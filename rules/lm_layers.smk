@@ -47,7 +47,8 @@ rule lm_caches:
                     for key in ("lead", "frames")
                     if key in config["lm_layers"]
                 },
-                "model": model_config(config, wildcards.model),
+                # both streams, whichever its own targets hear
+                "model": but(model_config(config, wildcards.model), "stream"),
                 **{key: config["judges"][key] for key in ("asr", "beam")},
                 "seed": SEED,
             },

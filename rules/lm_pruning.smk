@@ -53,7 +53,7 @@ rule lm_pruning:
             "lm_pruning",
             lambda wildcards: {
                 **but(config["lm_pruning"], "models"),
-                "model": model_config(config, wildcards.model),
+                "model": but(model_config(config, wildcards.model), "stream"),
                 "judges": config["judges"],
             },
             model=lambda wildcards: files_of(wildcards.model),

@@ -102,7 +102,22 @@ def test_the_report_shows_probes_and_nothing_that_was_not_run(run: tuple[Path, d
     assert "Spectral centroid: the probe on raw latents names the right class in" in page
     for absent in ("Dictionaries", "The codec alone", "Steering the centroid", "Importance map"):
         assert absent not in page, absent
-    assert not (folder / f"results/{name}/saes").exists() and not (folder / f"results/{name}/renders").exists()
+    assert not (folder / f"results/{name}/saes").exists()
+    assert [path.name for path in (folder / f"results/{name}/renders").glob("*/*")] == ["pruned"]
+
+
+def test_what_people_are_answered_is_judged_after_pruning(run: tuple[Path, dict, str]) -> None:
+    folder, _, name = run
+    answers = pd.read_csv(folder / f"results/{name}/scores/{name}.lm_pruned_answers.csv")
+    assert set(answers["granularity"]) == {"intact", "heads"} and (answers["seconds"] == 1.6).all()
+    assert answers["words_prompt"].isna().all() and answers["nll_intact"].gt(0).all()  # nobody told it what to say
+    nats = pd.read_csv(folder / f"results/{name}/scores/{name}.lm_nats.csv")
+    assert set(nats["granularity"]) == {"intact", "heads", "weights", "layers"} and nats["nll_audio"].gt(0).all()
+    removal = pd.read_csv(folder / f"results/{name}/tables/lm_removal.csv").set_index("share")
+    assert set(removal["format"]) == {"nf4"} and removal.loc[0.5, "bytes"] < removal.loc[0.0, "bytes"]
+    codebooks = pd.read_csv(folder / f"results/{name}/tables/lm_codebooks.csv")
+    assert codebooks["step_ratio"].lt(1).all() and codebooks["codebooks"].eq(4).all()
+    assert "Heads taken out" in (folder / f"results/{name}/report/lm_pruning.html").read_text()
 
 
 def test_every_layer_and_head_is_probed_in_both_streams(run: tuple[Path, dict, str]) -> None:
@@ -134,17 +149,7 @@ def test_a_second_run_does_nothing_and_an_edit_reruns_what_depends_on_it(run: tu
     assert planned(folder, "changed.yaml") == set()  # another machine, the same results
     config["models"][name]["stream"] = "agent"
     (folder / "changed.yaml").write_text(yaml.safe_dump(config))
-    assert planned(folder, "changed.yaml") == {
-        "activations",
-        "labels",
-        "probes",
-        "lm_caches",
-        "lm_labels",
-        "lm_layers",
-        "lm_saes",
-        "tables",
-        "report",
-    }
+    assert planned(folder, "changed.yaml") == {"activations", "labels", "probes", "tables", "report"}
 
 
 def test_it_refuses_before_work_what_does_not_fit(run: tuple[Path, dict, str]) -> None:

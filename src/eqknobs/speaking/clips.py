@@ -23,6 +23,7 @@ from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.generate import persona_prompt, system_text
 from eqknobs.models.moshi.loudness import normalised
+from eqknobs.models.moshi.monologue import monologue
 from eqknobs.speaking import grammar
 
 LEAD = 2  # frames that the monologue runs ahead of the sound
@@ -134,16 +135,10 @@ class Sequences:
 
     def monologue(self, text: str, starts: list[int], frames: int) -> Tensor:
         """Text tokens [frames]: word i at starts[i] or, if that is taken, as soon as possible."""
-        out, at = torch.full((frames,), self.config.pad), -1
         tokens = self.tokeniser.encode(text)
         if len(tokens) != len(starts) or 0 in tokens:
             raise EqknobsError(f"speech LM: {text!r} has words without a token, or not one start a word")
-        for token, start in zip(tokens, starts, strict=True):
-            at = max(at + 1, start)
-            out[at] = token
-            if at and out[at - 1] == self.config.pad:
-                out[at - 1] = self.config.epad
-        return out
+        return monologue([[token] for token in tokens], starts, frames, self.config)
 
     def spoken(self, clip: Clip, level: int = 0) -> Tensor:
         """Frames [streams, T] of a clip that the agent says to a silent user."""

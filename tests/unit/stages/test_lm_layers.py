@@ -13,7 +13,6 @@ import sentencepiece
 import soundfile as sf
 import torch
 import yaml
-from eqknobs.stages.speech_lm_training.data import Sequences
 from sklearn.linear_model import LogisticRegression
 
 import lm_heads
@@ -25,6 +24,7 @@ from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, read_csv
 from eqknobs.models import load_model
 from eqknobs.models.moshi.monologue import monologue
+from eqknobs.speaking.clips import Sequences
 from eqknobs.stages.lm_layers import dictionaries, tables, turns
 from eqknobs.stages.lm_layers.batched import scored, told_right
 from eqknobs.stages.lm_layers.compute import Asked, LmLayersCfg, probe_layers
@@ -32,7 +32,7 @@ from eqknobs.stages.lm_layers.ranking import pruning_order, rank_heads
 from eqknobs.stages.lm_layers.section import heatmap
 from eqknobs.stages.probes.compute import LabelledFrames
 from helpers import ROOT
-from helpers.moshi_world import write_codec, write_kyutai
+from helpers.moshi_world import KYUTAI, write_codec, write_kyutai
 
 SENTENCES = ["good morning jane", "the lazy dog", "the quick fox", "you help the bank", "the dog jumps", "good fox"] * 2
 SPLITS = ["train"] * 6 + ["val"] * 3 + ["test"] * 3
@@ -214,17 +214,18 @@ def test_labels_say_which_token_sounds_who_speaks_and_where_text_is_written(worl
     assert {0, 1, 2} == set(who)
 
 
-def test_the_monologue_is_the_one_that_training_writes() -> None:
-    folder = ROOT / "resources/models/tiny-moshi"
-    model_config = load_model({"name": "t", "kind": "moshi", "path": str(folder), "device": "cpu"}).config
-    tokeniser = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer_words.model"))
-    sequences = Sequences([], tokeniser, model_config)
-    rng = random.Random(0)
+def test_the_monologue_of_words_of_one_token_is_the_one_that_training_writes() -> None:
+    """As tiny-moshi was trained: word i at its start or, if that is taken, as soon as possible, EPAD before it."""
+    pad, epad, rng = KYUTAI.pad, KYUTAI.epad, random.Random(0)
     for _ in range(20):
-        words = rng.sample(sequences.words, 6)
-        starts = sorted(rng.sample(range(-1, 30), 6))
-        ours = monologue([tokeniser.encode(word) for word in words], starts, 40, model_config)
-        assert torch.equal(ours, sequences.monologue(" ".join(words), starts, 40))
+        words, starts = rng.sample(range(4, 90), 6), sorted(rng.choices(range(-1, 30), k=6))
+        expected, at = [pad] * 40, -1
+        for token, start in zip(words, starts):
+            at = max(at + 1, start)
+            expected[at] = token
+            if at and expected[at - 1] == pad:
+                expected[at - 1] = epad
+        assert monologue([[word] for word in words], starts, 40, KYUTAI).tolist() == expected
 
 
 def test_word_times_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:

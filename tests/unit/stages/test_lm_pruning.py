@@ -24,6 +24,7 @@ from eqknobs.models.moshi.config import MoshiConfig
 from eqknobs.models.moshi.likelihood import nats
 from eqknobs.models.moshi.quantise import weight_of
 from eqknobs.pieces import Pieces
+from eqknobs.report.tables import write_tables
 from eqknobs.schema import schema
 from eqknobs.sound.judges import SpeakerEncoder
 from eqknobs.speaking.answers import divergence, free_codebooks, speak
@@ -36,6 +37,7 @@ from eqknobs.stages.lm_pruning.checks import check
 from eqknobs.stages.lm_pruning.codebooks import heard_by
 from eqknobs.stages.lm_pruning.compute import prune_and_score
 from eqknobs.stages.lm_pruning.plan import HeadsCfg, PartsCfg
+from eqknobs.stages.lm_pruning.section import show
 from eqknobs.stages.lm_pruning.tables import RAW, WER_MONOLOGUE, findings, gates_table, largest_share, paired, tabulate
 from eqknobs.stages.speech_lm_training.training import TOKENISER, new_net
 from helpers import ROOT
@@ -43,6 +45,7 @@ from helpers.speech_lm_world import CODEC, SIZES, write_speech
 
 ORDERS = ["acoustic_first", "acoustic_last", "random", "random_layers", "norm", "gradient", "damage"]
 LAYERS, HEADS = 3, 4
+CFG = {"bootstrap": 50, "seed": 0, "unmeasurable_wer": 99}  # an untrained model is not understood
 OUTPUTS = {
     "orders": "orders",
     "nats": "nats",
@@ -120,7 +123,7 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def context(finished: Path) -> Context:
-    return Context("tones", Inputs.below(finished), {"bootstrap": 50, "seed": 0}, {"targets": ["tones"]})
+    return Context("tones", Inputs.below(finished), CFG, {"targets": ["tones"]})
 
 
 # Which parts go
@@ -316,12 +319,27 @@ def test_tables_are_made_of_the_raw_rows_alone(finished: Path) -> None:
     )
     assert one["delta_wer_prompt"] == pytest.approx(apart) and np.isnan(intact["delta_wer_prompt"])
     assert set(found.tables["lm_prunable"]["order"]) == {"acoustic_first", "random", "uniform"}
+    strict = Context("tones", at.inputs, {**CFG, "unmeasurable_wer": 0.0}, at.own)
+    assert tabulate(strict).tables["lm_prunable"].empty
     assert found.tables["lm_codebooks"]["codebooks"].tolist() == [3, 3] and len(found.tables["lm_gates"]) == 9
     facts = found.facts | {"comparisons": [r | {"p_holm": r["p"], "compared": 1} for r in found.comparisons]}
     lines = findings(at, facts)
     assert {line["topic"] for line in lines} == {"lm_pruning"}
     assert any("Heads that can be off before WER of the monologue against the prompt" in line["text"] for line in lines)
     assert {record["b"] for record in found.comparisons} == {"random", "intact"}
+
+
+def test_the_page_plays_answers_side_by_side(finished: Path) -> None:
+    cfg = {**CFG, "targets": ["tones"], "stages": {"lm_pruning": {"targets": ["tones"]}}}
+    write_tables(Inputs.below(finished), cfg, finished / "tables")
+    shown = show(context(finished))
+    (answer,) = shown["answers"]
+    names = [take["name"] for take in answer["takes"]]
+    assert names == ["intact", "25% of heads off, most acoustic first", "25% of heads off, at random"]
+    assert all(take["sound"].startswith("data:audio/mpeg;base64,") for take in answer["takes"]) and answer["told"]
+    titles = {figure["title"] for figure in shown["drawn"]}
+    assert {"Pruned heads: nats of held-out speech", "When heads go: most acoustic first", "Fewer codebooks"} <= titles
+    assert len(shown["spoken"]["rows"]) == 5 and len(shown["removal"]["rows"]) == 2
 
 
 def answered(order: str, share: float, errors: list[int], seed: int = 0, draw: int = 0) -> pd.DataFrame:

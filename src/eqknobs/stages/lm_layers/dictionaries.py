@@ -15,7 +15,7 @@ import pandas as pd
 import scipy.sparse
 
 from eqknobs.corpus.cache import ActivationCache
-from eqknobs.device import pick_device
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.io import read_csv, write_csv
 from eqknobs.sae import train_sae
 from eqknobs.sae.training import SAECfg
@@ -99,7 +99,7 @@ def train_dictionaries(
     for layer in sae["layers"]:
         cache_h5, home = caches[f"residual.{layer}"], Path(folder) / f"residual.{layer}"
         train_sae(cache_h5, home, variant, cfg["seed"], device)
-        with ActivationCache(cache_h5) as cache:
+        with ActivationCache(cache_h5) as cache, gpu_lock(device):
             table = cache.utterances.join(turns[["clip", "stream"]], on="id")
             asked = dict(_questions(cache, Sources(cache_h5, labels_h5, manifest=turns_csv), table, cfg))
             kinds = _kinds(labels_h5, table)

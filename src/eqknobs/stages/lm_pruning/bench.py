@@ -102,10 +102,24 @@ class Speech(TypedDict):
     real: list[tuple[str, str, Answer]]  # speaker, words and tokens of clips that nobody generated
 
 
-def speech_of(model: Moshi, judge: Judge, cfg: PruningCfg, manifest: str | None, codes: Path) -> Speech:
+def kept_answers(pieces: Pieces, made_of: Any, make: Callable[[], list[Answer]]) -> list[Answer]:
+    """Answers as a piece."""
+
+    def arrays() -> dict[str, np.ndarray]:
+        made = make()
+        text = np.stack([one.text.numpy() for one in made])
+        return {"text": text, "codes": np.stack([one.codes.numpy() for one in made]).astype(np.int16)}
+
+    found = pieces.arrays("lm-answers", made_of, arrays)
+    rows = zip(torch.from_numpy(found["text"]), torch.from_numpy(found["codes"]).long(), strict=True)
+    return [Answer(text, codes) for text, codes in rows]
+
+
+def speech_of(model: Moshi, judge: Judge, cfg: PruningCfg, manifest: str | None, codes: Path, pieces: Pieces) -> Speech:
     """Prompts, and speech to be teacher-forced; see `lm_pruning.prompts`.
 
-    manifest: of the run's speech, where that is the source; codes: where those of sentences are kept.
+    manifest: of the run's speech, where that is the source; codes: where those of sentences are kept; pieces: the
+    store, for this model and this code.
     """
     asks = cfg["prompts"]
     if asks["source"] == "sentences":
@@ -130,9 +144,14 @@ def speech_of(model: Moshi, judge: Judge, cfg: PruningCfg, manifest: str | None,
     talk = Talk(seconds=asks.get("seconds") or 12.0, text=asks.get("text"), voice=asks.get("voice"))
     asked = conversations(model, pick_clips(table, "test", asks["count"]), talk, judge.encoder)
     others = conversations(model, pick_clips(table, "val", asks["calibration"]), talk, judge.encoder)
-    heat = sampling(cfg, 0)
-    # What nobody has put into tokens: the model's own answers are what it finds likely.
-    held_out, calibration = (as_said(rows, speak(model, rows, heat, cfg["batch"])) for rows in (asked, others))
+
+    def own(rows: list[Asked]) -> list[Said]:
+        """What nobody has put into tokens: the model's own answers are what it finds likely."""
+        made_of = ["own", digest(rows), cfg["temperature"]]
+        found = kept_answers(pieces, made_of, lambda: speak(model, rows, sampling(cfg, 0), cfg["batch"]))
+        return as_said(rows, found)
+
+    held_out, calibration = own(asked), own(others)
     words = dict(zip(table["id"].astype(str), table["text"], strict=True))
     return Speech(
         asked=asked,
@@ -181,13 +200,14 @@ class Bench:
         """Values of heads by which they can be ordered: `norm`, `gradient`, `damage` [layers, heads]; of layers,
         `layers` [layers]. Sets `means`."""
         net, batches = self.model.net, self.batches(self.speech["calibration"])
+        single = [[row] for row in self.speech["calibration"]]  # a gradient keeps what every layer holds
         self.means = [
             torch.from_numpy(m) for m in self.array("means", lambda: torch.stack(head_means(net, batches)).numpy())
         ]
         if any(len(kept) < net.config.heads for kept in net.heads):
             raise EqknobsError(f"models.{self.model.name}: heads were removed from it already; prune the whole model")
         found = {"norm": plan.norms(net)}
-        found["gradient"] = torch.from_numpy(self.array("gradient", lambda: head_gradients(net, batches).numpy()))
+        found["gradient"] = torch.from_numpy(self.array("gradient", lambda: head_gradients(net, single).numpy()))
         found["damage"] = torch.from_numpy(self.array("damage", self._damage_of_heads))
         found["layers"] = torch.from_numpy(self.array("layers", self._damage_of_layers))
         return found
@@ -237,18 +257,12 @@ class Bench:
     def answers(self, condition: Condition, draw: int) -> list[Answer]:
         """What the model says under a condition, one answer a prompt."""
 
-        def make() -> dict[str, np.ndarray]:
+        def make() -> list[Answer]:
             with condition.applied(self.model.net, self.means):
-                made = speak(self.model, self.speech["asked"], sampling(self.cfg, draw), self.cfg["batch"])
-            return {
-                "text": np.stack([one.text.numpy() for one in made]),
-                "codes": np.stack([one.codes.numpy() for one in made]).astype(np.int16),
-            }
+                return speak(self.model, self.speech["asked"], sampling(self.cfg, draw), self.cfg["batch"])
 
         made_of = [self._made_of(condition), digest(self.speech["asked"]), draw, self.cfg["temperature"]]
-        found = self.pieces.arrays("lm-answers", made_of, make)
-        rows = zip(torch.from_numpy(found["text"]), torch.from_numpy(found["codes"]).long(), strict=True)
-        return [Answer(text, codes) for text, codes in rows]
+        return kept_answers(self.pieces, made_of, make)
 
     def score(self, condition: Condition, draw: int) -> list[dict[str, Any]]:
         """One record an answer. `similarity_intact` and `divergence` are to the intact model's answer of the same draw;

@@ -125,11 +125,10 @@ def open_bench(cfg: PruningCfg, inputs: Inputs, pieces: Pieces) -> Bench:
     """The model, its judge and its speech. Raises EqknobsError as these do."""
     model = Moshi(cfg["model"])
     judge = Judge(model, {"asr": cfg["judges"]["asr"], "beam": cfg["judges"]["beam"], "dnsmos": cfg["dnsmos"]}, pieces)
-    speech = speech_of(model, judge, cfg, inputs["manifest"], inputs["codes"])
     made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]
-    return Bench(
-        model, judge, speech, cfg, pieces.within([*made_of, [content(file) for file in module_inputs(__name__)]])
-    )
+    own = pieces.within([*made_of, [content(file) for file in module_inputs(__name__)]])
+    speech = speech_of(model, judge, cfg, inputs["manifest"], inputs["codes"], own)
+    return Bench(model, judge, speech, cfg, own)
 
 
 def scored(bench: Bench, conditions: Sequence[Condition]) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def codebooks(rows: pd.DataFrame) -> dict[str, str]:
     return figure("Fewer codebooks", draw, "95 % intervals over prompts.", height=3.4)
 
 
-def played(at: Context) -> list[dict[str, Any]]:
+def side_by_side(at: Context) -> list[dict[str, Any]]:
     """Answers to the same prompts side by side: [{told, speaker, takes: [{name, said, heard, sound}]}]."""
     name = f"renders/{at.target}/pruned/index.csv"
     index, folder = at.inputs.csv(name), at.inputs.path(name).parent
@@ -155,7 +155,10 @@ def figures(at: Context, rows: pd.DataFrame) -> list[dict[str, str]]:
         for measure, unit in (("wer_monologue", "WER against the monologue"), ("wer_prompt", "WER against the prompt")):
             if spoken["share"].nunique() > 1 and spoken[measure].notna().any():
                 drawn.append(curves(spoken, intact[measure], measure, unit, f"Pruned {kind}: {unit}"))
-        drawn.append(curves(mine, intact["nats"], "nats", "nats a frame", f"Pruned {kind}: nats of held-out speech"))
+        if mine["share"].nunique() > 1:
+            drawn.append(
+                curves(mine, intact["nats"], "nats", "nats a frame", f"Pruned {kind}: nats of held-out speech")
+            )
     orders = at.inputs.csv(f"scores/{at.target}.lm_orders.csv")
     drawn += [removed_heads(orders, order) for order in ("acoustic_first", "damage") if order in set(orders["order"])]
     books = at.inputs.csv("tables/lm_codebooks.csv")
@@ -238,5 +241,5 @@ def show(at: Context) -> dict[str, Any]:
         "removal": display.laid_out(read("lm_removal"), removal),
         "gates": display.laid_out(read("lm_gates"), gates),
         "books": display.laid_out(read("lm_codebooks"), books),
-        "answers": played(at),
+        "answers": side_by_side(at),
     }

@@ -105,8 +105,7 @@ def with_gates(answers: pd.DataFrame) -> pd.DataFrame:
 def paired(intact: pd.DataFrame, mine: pd.DataFrame, measure: Measure, cfg: IntervalsCfg) -> dict[str, Any] | None:
     """`compare` of pruned answers with the intact model's of the same prompts and draws."""
     same = intact[intact["draw"].isin(mine["draw"].unique()) & intact["id"].isin(mine["id"].unique())]
-    copies = mine.groupby(["id", "draw"])["seed"].nunique().max()  # several random orders are pooled
-    return compare(by_prompt(mine), by_prompt(pd.concat([same] * int(copies or 1))), measure, cfg)
+    return compare(by_prompt(mine), by_prompt(same), measure, cfg)
 
 
 def pruning_table(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
@@ -143,11 +142,13 @@ def largest_share(bounds: dict[float, float]) -> tuple[float, float]:
 
 def prunable_table(at: Context, answers: pd.DataFrame) -> pd.DataFrame:
     """How far each order can go: one row an order, repair and measure; of drawn orders the draws are pooled, and their
-    band is from the draw that can go least far to the one that can go farthest."""
+    band is from the draw that can go least far to the one that can go farthest. No row of a measure by which the intact
+    model itself is above `tables.unmeasurable_wer`."""
     intact, found = answers[is_intact(answers)], []
     pruned = answers[~is_intact(answers)]
     for measure in WORDS:
-        if not pruned[measure.denominator or ""].notna().any():
+        words = estimate(intact, measure, at.cfg, interval=False)[measure.name]
+        if not words <= at.cfg["unmeasurable_wer"]:  # nothing was told, or the intact model itself is not understood
             continue
 
         def bounds(rows: pd.DataFrame, measure: Measure = measure) -> dict[float, float]:
