@@ -38,6 +38,7 @@ rule labels:
     input:
         manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
+        phones=phone_inputs,
         script=code("labels.py"),
     output:
         f"{RUN}/labels/{{target}}.h5",
@@ -51,7 +52,7 @@ rule labels:
     resources:
         gpu=gpu,
     params:
-        cfg=cfg("labels", lambda wildcards: config["labels"]),
+        cfg=cfg("labels", labels_slice, phones=phone_inputs),
     message:
         "Label pitch, loudness and brightness on the frames of {wildcards.target}"
     script:

@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.access import require_access
 from eqknobs.models.moshi.memory import check as check_memory
 from eqknobs.models import KINDS
+from eqknobs.models.packaged import FILES as MODEL_FILES, PACKAGED, packaged
 from eqknobs.plan import (
     SPEECH,
     as_drawn,
@@ -90,22 +92,29 @@ def script_of(rule):
     return Path(workflow.basedir) / "workflow" / "scripts" / f"{rule}.py"
 
 
-def cfg(rule, slice, **outside):
+def cfg(rule, slice, **sources):
     """The one parameter of a rule: its slice of the configuration, and digests of what it reads from outside results/.
 
     `slice` is a function of the wildcards, to a dictionary. The device is none of it: where something was computed does
-    not decide what it is (`eqknobs.script` adds it). `outside` names functions of the wildcards that list files, or tell
+    not decide what it is (`eqknobs.script` adds it). `sources` names functions of the wildcards that list files, or tell
     a digest themselves; the code of the rule's script is always among the digests.
     """
 
     def parameter(wildcards):
         content = {"code": code_inputs(script_of(rule))}
-        content |= {name: found(wildcards) for name, found in outside.items()}
+        content |= {name: found(wildcards) for name, found in sources.items()}
         for name, files in content.items():
-            content[name] = files if isinstance(files, str) else DIGESTS.of(files)
+            content[name] = (
+                files if isinstance(files, str) else DIGESTS.of(outside(files))
+            )
         return {**plain(slice(wildcards)), "content": dict(sorted(content.items()))}
 
     return parameter
+
+
+def outside(files):
+    """Files but those of a packaged model, which a rule of this workflow makes and Snakemake follows."""
+    return [file for file in files if not packaged(Path(file).parent)]
 
 
 def but(section, *keys):
@@ -255,16 +264,18 @@ def files_of(name):
     """The code of a model's kind, and what is read of it in a local folder, and of its codec: other weights, other
     activations."""
     model = config["models"][name]
+    made = packaged(model["path"])  # may not be there yet
     folders = [Path(model[key]) for key in ("path", "codec") if key in model]
     weights = [
         str(file)
-        for folder in folders
+        for folder in (folders[1:] if made else folders)
         for file in sorted(folder.glob("*"))
         if file.suffix in (".safetensors", ".model")
         or file.name in ("config.json", "preprocessor_config.json")
         or file.name.endswith(".index.json")
     ]
-    return ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
+    found = ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
+    return [*(f"{model['path']}/{file}" for file in MODEL_FILES if made), *found]
 
 
 def tables_slice():
@@ -318,6 +329,32 @@ def label_files(wildcards):
     """The labels CSV, where one is configured."""
     path = corpus_data(wildcards).get("labels")
     return ancient([path] if path and Path(path).is_file() else [])
+
+
+def phone_sources(wildcards):
+    """Where the phones of a target's corpus are from, by what the ids of its clips begin with."""
+    corpus = corpus_of(wildcards.target)
+    data = corpus_config(config, corpus)
+    parts = {f"{part}-": corpus_config(config, part) for part in data.get("of", [])}
+    return {
+        begin: part["phones"]
+        for begin, part in (parts or {"": data}).items()
+        if "phones" in part
+    }
+
+
+def phone_inputs(wildcards):
+    """The files that those are read from."""
+    found = []
+    for path in map(Path, phone_sources(wildcards).values()):
+        found += path.rglob("*.TextGrid") if path.is_dir() else [path]
+    return ancient(sorted(str(file) for file in found if file.is_file()))
+
+
+def labels_slice(wildcards):
+    """The slice of frame labels, with phones where the corpus has any."""
+    phones = phone_sources(wildcards)
+    return {**config["labels"], **({"phones": phones} if phones else {})}
 
 
 def speech_files(wildcards):

@@ -38,7 +38,9 @@ rule manifest:
         cfg=cfg(
             "manifest",
             lambda wildcards: {
-                "data": but(corpus_data(wildcards), *DOWNLOAD, "max_minutes"),
+                "data": but(
+                    corpus_data(wildcards), *DOWNLOAD, "max_minutes", "phones"
+                ),
                 "max_minutes": limit_as_drawn(wildcards),
                 "seed": SEED,
             },

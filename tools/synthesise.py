@@ -33,6 +33,7 @@ from eqknobs.io import atomic_path
 
 RATE = 16_000
 CLIPS_PER_VOICE = 14
+MARGIN = int(0.15 * RATE)  # silence kept on both sides of a clip
 SECONDS = (2.0, 7.0)  # a clip outside these is a fault of the synthesis
 MAX_WER = 0.15
 
@@ -124,17 +125,22 @@ def _shift(audio: np.ndarray, rate: int, pitch: float, formant: float) -> np.nda
     return call(sound, "Change gender", 60, 400, formant, pitch, 1.0, 1.0).values[0].astype(np.float32)
 
 
-def speak(voice: Voice, text: str, rng: random.Random) -> np.ndarray:
-    """Returns `text` spoken by `voice`: float32 [samples], 16 kHz, silences trimmed to 0.15 s, RMS -23 dBFS +-3 dB."""
+def spoken(voice: Voice, text: str) -> tuple[np.ndarray, int]:
+    """`text` as the engine and Praat make it, float32 [samples] at 16 kHz; the sample where its speech begins."""
     import soxr
 
     audio, rate = _engine(voice, text)
     if voice.pitch:
         audio = _shift(audio, rate, voice.pitch, voice.formant)
     audio = soxr.resample(audio, rate, RATE)
-    loud = np.flatnonzero(np.abs(audio) > 0.02 * np.abs(audio).max())
-    margin = int(0.15 * RATE)
-    audio = np.pad(audio, margin)[loud[0] : loud[-1] + 2 * margin]
+    return audio, int(np.flatnonzero(np.abs(audio) > 0.02 * np.abs(audio).max())[0])
+
+
+def speak(voice: Voice, text: str, rng: random.Random) -> np.ndarray:
+    """Returns `text` spoken by `voice`: float32 [samples], 16 kHz, silences trimmed to 0.15 s, RMS -23 dBFS +-3 dB."""
+    audio, first = spoken(voice, text)
+    last = np.flatnonzero(np.abs(audio) > 0.02 * np.abs(audio).max())[-1]
+    audio = np.pad(audio, MARGIN)[first : last + 2 * MARGIN]
     level = -23 + rng.uniform(-3, 3)
     audio = audio * (10 ** (level / 20) / np.sqrt(np.mean(audio**2)))
     return (audio * min(1.0, 0.98 / np.abs(audio).max())).astype(np.float32)

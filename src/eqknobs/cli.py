@@ -108,6 +108,26 @@ def _talk(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _add_convert_whisper(commands: Any) -> None:
+    text = "Turn a Whisper of CTranslate2's format (faster-whisper's) into a folder that transformers loads."
+    parser = commands.add_parser("convert-whisper", help=text, description=text)
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="with config.json, tokenizer.json and, without --parts, model.bin"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write; an earlier one there is replaced")
+    parser.add_argument(
+        "--parts", nargs="+", metavar="FILE", help="the weights, where they are cut in pieces, in order"
+    )
+    parser.set_defaults(run=_convert_whisper)
+
+
+def _convert_whisper(args: argparse.Namespace) -> None:
+    from eqknobs.models.ctranslate2 import convert_whisper
+
+    convert_whisper(args.parts or [f"{args.folder}/model.bin"], args.folder, args.out)
+    print(f"wrote {args.out}")
+
+
 def _add_clean(commands: Any) -> None:
     text = "Remove kept pieces of work (transcripts, voices) that no run used lately; results stay as they are."
     parser = commands.add_parser("clean", help=text, description=text)
@@ -207,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_export_sae, _add_vram, _add_talk, _add_compress, _add_unpack, _add_explore, _add_clean):
+    whisper, clean = _add_convert_whisper, _add_clean
+    for add in (_add_export_sae, _add_vram, _add_talk, _add_compress, _add_unpack, _add_explore, whisper, clean):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors():

@@ -46,9 +46,9 @@ MIXED |= {"sensitivity_clips", "segment_seconds"}
 # (typed, its sections, keys of these that are not read, keys that are not theirs)
 TYPED = [
     (ModelCfg, ["models.*"], set(), {"name", "device"}),
-    (CorpusCfg, ["data"], set(), set()),
+    (CorpusCfg, ["data"], {"phones"}, set()),
     (ActivationsCfg, ["activations"], set(), OPENED | JOB),
-    (LabelsCfg, ["labels"], set(), set()),
+    (LabelsCfg, ["labels"], set(), {"phones"}),
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
     (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
@@ -69,7 +69,7 @@ TYPED = [
     (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),
     (DictionariesCfg, ["lm_layers"], OPENED_LM - {"sae", "bins", "l2", "epochs"}, JOB),
     (LayerSaesCfg, ["lm_layers.sae"], set(), set()),
-    (TurnLabelsCfg, ["labels", "lm_layers"], OPENED_LM - {"tokens"}, set()),
+    (TurnLabelsCfg, ["labels", "lm_layers"], OPENED_LM - {"tokens"}, {"phones"}),
     (TurnsCfg, ["lm_layers", "judges"], OPENED_LM - {"lead", "frames"}, JOB | {"model"}),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
     (DropCfg, ["speech_lm_training.drop"], set(), set()),

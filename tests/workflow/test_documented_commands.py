@@ -54,6 +54,7 @@ WAYS = {
     "snakemake --cores 1 --resources gpu=1 --configfile config/personaplex.yaml": DRY,
     "snakemake --cores 1 --configfile config/train-tiny-mimi.yaml": DRY,
     "eqknobs clean": REAL,
+    "eqknobs convert-whisper": HELP,
     "eqknobs export-sae": HELP,
     "eqknobs talk": HELP,
     "eqknobs explore": HELP,

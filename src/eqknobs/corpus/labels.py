@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import h5py
 import librosa
@@ -22,6 +22,7 @@ import soxr
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip
+from eqknobs.corpus.phones import phone_codes, read_phones
 from eqknobs.device import gpu_lock
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv
@@ -38,7 +39,7 @@ Hop = int | float | Fraction
 
 
 class LabelsCfg(TypedDict):
-    """What `write_labels` reads: the section `labels`."""
+    """What `write_labels` reads: the section `labels`, and `data.phones` by what ids begin with."""
 
     crepe: str  # tiny | full
     periodicity: float  # of a voiced frame at least
@@ -46,6 +47,7 @@ class LabelsCfg(TypedDict):
     fmin: float  # Hz
     fmax: float
     n_mels: int
+    phones: NotRequired[dict[str, str]]
 
 
 def windows(wav: np.ndarray, hop: Hop, frames: int, length: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
@@ -222,7 +224,9 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
     """Label every frame of an activation cache.
 
     Writes HDF5 with the datasets of `label_utterance` [N] and `logmel` [N, cfg["n_mels"]], aligned row by row
-    with the cache's `activations`, and a copy of its utterance table. Raises EqknobsError when the cache
+    with the cache's `activations`, and a copy of its utterance table. Where cfg["phones"] names what phones are read
+    from, by what the ids of its clips begin with (of a union, its part), also `phone`, int16 codes of its attribute
+    `names`, −1 where none is known. Raises EqknobsError when the cache
     names an utterance that the manifest lacks, or of which it or the file holds another sound now.
     """
     clips = {clip.id: clip for clip in read_csv(manifest_csv).itertuples()}
@@ -261,3 +265,17 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
             for name, values in label_utterance(wav, rate, Fraction(hop, rate), int(count), cfg).items():
                 out[name][rows] = values[cut]
             out["logmel"][rows] = logmel(wav, rate, hop, int(count), cfg["n_mels"])[cut]
+        if cfg.get("phones"):
+            middles = [
+                (start + np.arange(count) + 0.5) * hop / rate for start, count in zip(first, frames, strict=True)
+            ]
+            _write_phones(out, columns[0], middles, cfg["phones"])
+
+
+def _write_phones(out: h5py.File, ids: np.ndarray, middles: list[np.ndarray], sources: dict[str, str]) -> None:
+    phones = {begin + id: rows for begin, path in sources.items() for id, rows in read_phones(path).items()}
+    codes, names = phone_codes(phones, list(ids), middles)
+    if not names:
+        raise EqknobsError(f"data.phones: {next(iter(sources.values()))} names no clip of this corpus by its id")
+    out["phone"] = np.concatenate(codes)
+    out["phone"].attrs["names"] = names

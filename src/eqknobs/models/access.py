@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from eqknobs.errors import EqknobsError
+from eqknobs.models.packaged import packaged
 
 
 def gated(name: str, path: str) -> EqknobsError:
@@ -17,8 +18,8 @@ def gated(name: str, path: str) -> EqknobsError:
 def require_access(config: dict[str, Any]) -> None:
     """Ask the hub for the models of the run's targets and their codecs, a few hundred bytes each.
 
-    Models in folders and models that were fetched before ask nothing. Raises EqknobsError, one line: a gated or
-    unknown model or revision, no such folder, no answer from the hub.
+    Models in folders, those that come in packages, and models that were fetched before ask nothing. Raises
+    EqknobsError, one line: a gated or unknown model or revision, no such folder, no answer from the hub.
     """
     for name in sorted({target.partition(".")[0] for target in config["run"]["targets"]}):
         model = config["models"][name]
@@ -26,7 +27,7 @@ def require_access(config: dict[str, Any]) -> None:
         if model["kind"] == "moshi":
             wanted.append(("codec", model.get("codec") or "kyutai/mimi", model.get("codec_revision")))
         for key, path, revision in wanted:
-            if not Path(path).is_dir():
+            if not Path(path).is_dir() and not packaged(path):
                 _ask(name, key, path, revision)
 
 

@@ -2,10 +2,11 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.models.sites import LAYERS, config_file, read_facts
+from eqknobs.models.sites import LAYERS, config_file, packaged_facts, read_facts
 from eqknobs.plan import parse_target, stage_targets
 
 CODEBOOKS = {"mimi": "num_quantizers", "dac": "n_codebooks"}  # the key of config.json that counts them
@@ -63,7 +64,7 @@ def _codebooks(model: dict[str, Any]) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _bandwidth_codebooks(facts: dict[str, Any]) -> int | None:
+def _bandwidth_codebooks(facts: Mapping[str, Any]) -> int | None:
     """Those of an EnCodec, whose config.json gives the largest bandwidth (kbit/s) instead; as transformers counts."""
     try:
         frame_rate = math.ceil(facts["sampling_rate"] / math.prod(facts["upsampling_ratios"]))
@@ -73,7 +74,9 @@ def _bandwidth_codebooks(facts: dict[str, Any]) -> int | None:
         return None
 
 
-def _facts(model: dict[str, Any]) -> dict[str, Any]:
-    """The model's config.json, where it is in a folder or in the hub's cache."""
+def _facts(model: dict[str, Any]) -> Mapping[str, Any]:
+    """The model's config.json, where it is in a folder, in the hub's cache, or to be made from a package."""
+    if known := packaged_facts(model["path"]):
+        return known
     file = config_file(str(model["path"]), model.get("revision"))
     return {} if file is None else read_facts(file)

@@ -5,12 +5,14 @@ For checks and wildcard targets before any work; once loaded, a model's own `sit
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from eqknobs.errors import EqknobsError
+from eqknobs.models.packaged import PACKAGED, packaged
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def sites_of(model: dict[str, Any], fetch: bool = False) -> list[str] | None:
     file = config_file(str(model["path"]), model.get("revision"), fetch)
     if kind == "moshi":
         return _moshi(model, file)
-    layers = None if file is None else read_facts(file).get(known.count)
+    facts = packaged_facts(model["path"]) or (read_facts(file) if file else {})
+    layers = facts.get(known.count)
     (stack,) = known.stacks
     return [*known.single, *(f"{stack}.{i}" for i in range(layers))] if isinstance(layers, int) else None
 
@@ -59,6 +62,12 @@ def read_facts(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return raw if isinstance(raw, dict) else {}
+
+
+def packaged_facts(path: str) -> Mapping[str, Any]:
+    """What is known of the config.json of a packaged model before it is made; empty for other paths."""
+    name = packaged(path)
+    return PACKAGED[name].facts if name else {}
 
 
 def config_file(path: str, revision: str | None, fetch: bool = False) -> Path | None:

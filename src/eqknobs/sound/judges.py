@@ -27,12 +27,12 @@ import numpy as np
 from eqknobs.device import pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import file_sha256
+from eqknobs.models.packaged import TINY_EN_SHA256
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import content
 
 RATE = 16000
 # The weights inside the packages; another file under the same name would be another judge.
-TINY_EN_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
 GE2E_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
 
 

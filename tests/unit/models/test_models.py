@@ -575,7 +575,7 @@ def test_whisper_decodes_words_from_edited_layers(folders):
 
     def heard():
         with torch.inference_mode():
-            memory = model.memory(wav)
+            memory = model.hear([wav]).states
             return memory, model.net.decoder(tokens, encoder_hidden_states=memory).last_hidden_state
 
     plain, hook = heard(), by_hand(model.net.encoder.layers[1], louder)

@@ -52,7 +52,7 @@ def tabulate(at: Context) -> Tabulated:
     """One row a (SAE, feature with a page)."""
     rows = at.inputs.csv(f"scores/{at.target}.features.csv")
     about = at.inputs.json(f"features/{at.target}.json")
-    splits = "+".join(about["splits"])
+    splits = "+".join(split for split in ("train", "val", "test") if split in about["splits"])
     found = [
         _row(at, sae, record, rows[(rows["sae"] == sae) & (rows["feature"] == record["feature"])]) | {"split": splits}
         for sae, one in sorted(about["saes"].items())
