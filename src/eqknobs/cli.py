@@ -227,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    whisper, clean = _add_convert_whisper, _add_clean
-    for add in (_add_export_sae, _add_vram, _add_talk, _add_compress, _add_unpack, _add_explore, whisper, clean):
+    models = (_add_vram, _add_talk, _add_compress, _add_unpack, _add_convert_whisper)
+    for add in (_add_export_sae, _add_explore, *models, _add_clean):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors():
