@@ -14,6 +14,7 @@ import yaml
 
 from eqknobs.config import DEFAULT
 from helpers import ROOT
+from helpers.features_world import TARGET, make_paged
 from helpers.moshi_world import write_codec, write_kyutai
 from helpers.saes import write_sae
 
@@ -65,7 +66,15 @@ def test_defaults_are_a_copy_of_the_one_source_and_nothing_is_left_out(site):
 
 def test_no_subcommand_is_left_out_below(site, tmp_path):
     commands = re.findall(r"^    ([a-z]\S*)", eqknobs(site, tmp_path, "--help"), re.M)
-    assert sorted(commands) == ["clean", "compress", "export-sae", "talk", "unpack", "vram"]
+    assert sorted(commands) == "clean compress convert-whisper explore export-sae talk unpack vram".split()
+
+
+def test_explore(site, tmp_path):
+    paged = make_paged(tmp_path)
+    sf.write(tmp_path / "mine.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    given = ["--run", str(paged.run), "--target", TARGET, "--sae", "topk", "--audio", "mine.wav", "--device", "cpu"]
+    assert eqknobs(site, tmp_path, "explore", *given) == "wrote explored/index.html\n"
+    assert 'class="moment"' in (tmp_path / "explored" / "index.html").read_text()
 
 
 def test_clean(site, tmp_path):
