@@ -167,6 +167,6 @@ def test_what_names_of_features_tell_is_recomputed_from_clips(target):
 def test_what_a_feature_tells_of_a_label_is_recomputed_from_clips(target):
     table = read(RUN / "tables" / "label_search.csv")
     rows = read(RUN / "scores" / f"{target}.label_search.csv")
-    rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["said"])
+    rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["told"])
     keys = ["sae", "property", "label"]
     assert check_counted(table[table["target"] == target], rows, keys, ("f1_test", "twice", "asked")) >= 1
