@@ -57,6 +57,8 @@ WAYS = {
     "eqknobs convert-whisper": HELP,
     "eqknobs export-sae": HELP,
     "eqknobs talk": HELP,
+    "eqknobs explore": HELP,
+    "eqknobs explore --run results/demo --target tiny-mimi.encoder_transformer --sae topk --audio my.wav": HELP,
     "eqknobs vram": HELP,
     "eqknobs compress": HELP,
     "eqknobs unpack": HELP,

@@ -246,8 +246,9 @@ def search_labels(
     """Seek the feature that tells each label best, in every SAE and among raw dimensions (SAE "", `raw`).
 
     out_csv: sae, property, label, space (feature | raw), id, speaker, split, true, told, both; one row a clip of test.
-    labels_h5: needed for properties of frames. out_json: `searches`: sae, property, label, column, threshold, f1_val, f1_test, p, shuffled, samples; a raw column
-    from d on is a dimension upside down. Raises EqknobsError if a property or a split is not there.
+    labels_h5: needed for properties of frames. out_json: `searches`: sae, property, label, column, threshold, f1_val,
+    f1_test, p, shuffled, samples; a raw column from d on is a dimension upside down. Raises EqknobsError if a property
+    or a split is not there.
     """
     manifest = read_csv(manifest_csv).set_index("id")
     rows, searches = [], []
