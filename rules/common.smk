@@ -206,6 +206,16 @@ def stability_slice(wildcards):
     }
 
 
+def importance_maps(wildcards):
+    """The maps of a target, where they are made."""
+    mapped = stage_targets(config, "importance", decoding=True)
+    return (
+        [f"{RUN}/importance/{wildcards.target}.json"]
+        if wildcards.target in mapped
+        else []
+    )
+
+
 def manifest_of(wildcards):
     """The manifest of the corpus that a target hears."""
     return manifest_file(corpus_of(wildcards.target))

@@ -180,6 +180,6 @@ def test_what_features_hear_is_recomputed_from_windows_and_one_moment_from_its_s
 def test_what_a_feature_tells_of_a_label_is_recomputed_from_clips(target):
     table = read(RUN / "tables" / "label_search.csv")
     rows = read(RUN / "scores" / f"{target}.label_search.csv")
-    rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["said"])
+    rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["told"])
     keys = ["sae", "property", "label"]
     assert check_counted(table[table["target"] == target], rows, keys, ("f1_test", "twice", "asked")) >= 1
