@@ -46,10 +46,7 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
     ("over", "gone"),
     [
         ({"saes": None, "steering": {"saes": []}, "importance": None}, {"saes", "importance"}),
-        (
-            {"probes": None, "steering": None, "importance": None, "label_search": None},
-            {"probes", "steering", "importance", "labels"},
-        ),
+        ({"probes": None, "steering": None, "importance": None}, {"probes", "steering", "importance", "labels"}),
         ({"codec": None}, {"renders/{target}/codec"}),
         ({"quantisation": None}, {"quantisation", "renders/{target}/quantisation"}),
     ],

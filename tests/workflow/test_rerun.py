@@ -227,7 +227,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
-        {("labels", "")} | PROBES | STEERING | IMPORTANCE | SOUGHT | LM_READ | TABLES,
+        {("labels", "")} | PROBES | STEERING | IMPORTANCE | LM_READ | TABLES,
     ),
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
     "lags of a speech LM's layers": (
