@@ -2,8 +2,8 @@
 
 Shapes: d = width of the latents, m = number of features (d_sae), N = frames. The normaliser (by default z-scoring with
 the train frames' mean and deviation; see `input_scale`) is part of the artefact: everything public takes and returns
-*raw* latents, and the file cannot be loaded without it. The blog's mush ("the hook passed raw latents straight through") cannot be written
-against this interface.
+*raw* latents, and the file cannot be loaded without it. The blog's mush ("the hook passed raw latents
+straight through") cannot be written against this interface.
 """
 
 from abc import ABC, abstractmethod
@@ -107,8 +107,8 @@ class SAE(nn.Module, ABC):
     """A sparse autoencoder with its normaliser.
 
     Weights `W_enc` [m, d], `b_enc` [m], `W_dec` [m, d] (a row is a feature's direction), `b_dec` [d] act on
-    scaled latents (z); buffers `mean` and `std` [d], with `input_scale`, turn raw latents into those. `encode`, `decode` and calling the module take
-    NumPy arrays or tensors and answer in kind.
+    scaled latents (z); buffers `mean` and `std` [d], with `input_scale`, turn raw latents into those. `encode`,
+    `decode` and calling the module take NumPy arrays or tensors and answer in kind.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -145,8 +145,8 @@ class SAE(nn.Module, ABC):
         """
         if like is None and self._by_frame:
             raise EqknobsError(
-                "SAE of input_scale unit_norm: codes do not hold a frame's norm; decode with `like`, or use input_scale "
-                "scalar where codes are edited"
+                "SAE of input_scale unit_norm: codes do not hold a frame's norm; decode with `like`, or use scalar "
+                "where codes are edited"
             )
         like = None if like is None else torch.as_tensor(like, dtype=torch.float32, device=self.mean.device)
         return self._answer(codes, lambda f: self._unscaled(self._reconstruct(f), like), self.config.d_sae)

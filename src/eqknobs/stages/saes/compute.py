@@ -40,7 +40,8 @@ def score_saes(
 
     out_csv: one row an (utterance, SAE, seed): id, speaker, split, sae, seed, variant, input_scale, d_in, d_sae,
     frames, l0_sum, cosine_sum (of z with ẑ), sq_error, sq_total, in z-scored units whatever the SAE's input_scale
-    (each dimension weighs the same), sq_total around the train mean: FVU = Σ sq_error / Σ sq_total, 1 for the mean predictor.
+    (each dimension weighs the same), sq_total around the train mean: FVU = Σ sq_error / Σ sq_total, 1 for the
+    mean predictor.
     out_json: `{"saes": {name: {seed: {frames, dead_share, density}}}, "cross_seed": {name: ...}}`, all on val frames;
     a feature is dead there if it never fires; density is a histogram of log10(share of frames on which a feature
     fires) with dead features left out; `cross_seed` as in `match_features`, null with a single seed.
