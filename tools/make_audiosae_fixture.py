@@ -1,4 +1,4 @@
-"""Write tests/fixtures/audiosae: a small random SAE in the format of AudioSAE's checkpoints, and what it makes of inputs.
+"""Write tests/fixtures/audiosae: a small random SAE in the format of AudioSAE's checkpoints, and its codes.
 
     python tools/make_audiosae_fixture.py [--out FOLDER]
 

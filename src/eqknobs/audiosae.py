@@ -6,7 +6,7 @@
         print(top_clips_for_feature(most, 17))
 
 Names as in the authors' repository. Where a function takes k, a clip's code is its k·n largest activations (n frames),
-as the paper has it; 0 is the SAE's own rule. The stages go further (nulls, intervals): `domains`, `stability`, `phones`.
+as the paper has it; 0 is the SAE's own rule. With nulls and intervals: stages `domains`, `stability`, `phones`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,12 +59,13 @@ def reconstruction_metrics(
     raws = [np.array(cache.acts[at[c.id] : at[c.id] + c.frames], dtype=np.float64) for c in clips.itertuples()]
     raw, ends = np.concatenate(raws), np.cumsum(clips["frames"])
     parts = [sae.decode(found[end - len(x) : end].toarray(), x) for x, end in zip(raws, ends, strict=True)]
+    total = np.square(raw - raw.mean(0)).sum()
     error = np.linalg.norm(raw - np.concatenate(parts), axis=1)
     return {
         "l0": found.count_nonzero() / len(raw),
         "l2": float(error.mean()),
         "normalized_l2": float((error / np.maximum(np.linalg.norm(raw, axis=1), 1e-12)).mean()),
-        "frac_var_explained": float(1 - np.square(error).sum() / np.square(raw - raw.mean(0)).sum()),
+        "frac_var_explained": float(1 - np.square(error).sum() / total) if total else -np.inf,
     }
 
 

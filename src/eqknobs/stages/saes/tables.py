@@ -9,8 +9,8 @@ from eqknobs.plan import layer_of
 
 STAGE = "saes"
 COLUMNS = {
-    "sae": "target sae layer variant input_scale seed d_in d_sae split l0 fvu dead_share clips speakers fvu_low fvu_high "
-    "cosine",
+    "sae": "target sae layer variant input_scale seed d_in d_sae split l0 fvu dead_share clips speakers fvu_low "
+    "fvu_high cosine",
 }
 NOTHING: dict[str, Any] = {"sae": []}
 FVU = Measure("fvu", "sq_error", "sq_total", "lower")
