@@ -36,6 +36,7 @@ from eqknobs.plan import (
     word_codebooks,
 )
 from eqknobs.stages.domains.checks import domain_targets
+from eqknobs.stages.features.checks import caption_files, paged_targets
 from eqknobs.stages.label_search.checks import searched_targets
 from eqknobs.stages.phones.checks import named_saes, phone_targets
 from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
@@ -178,6 +179,18 @@ def compared_saes(wildcards):
     ]
 
 
+def said_of_features(stage, targets):
+    """The file in which a stage says of a target's features what they are; none where it does not work on the target.
+
+    targets: the stage's function from the configuration to its targets.
+    """
+    table = stage in ("domains", "stability")
+    file = f"{RUN}/scores/{{}}.{stage}.csv" if table else f"{RUN}/{stage}/{{}}.json"
+    return lambda wildcards: [
+        file.format(target) for target in targets(config) if target == wildcards.target
+    ]
+
+
 def stability_slice(wildcards):
     """The slice of the pairs of a target, and where their SAEs lie."""
     pairs = pairs_of(config, wildcards.target)
@@ -191,6 +204,16 @@ def stability_slice(wildcards):
         },
         "seed": SEED,
     }
+
+
+def importance_maps(wildcards):
+    """The maps of a target, where they are made."""
+    mapped = stage_targets(config, "importance", decoding=True)
+    return (
+        [f"{RUN}/importance/{wildcards.target}.json"]
+        if wildcards.target in mapped
+        else []
+    )
 
 
 def manifest_of(wildcards):

@@ -1,4 +1,9 @@
 SEARCHED = searched_targets(config)
+OF_FRAMES = [
+    name
+    for name in config["label_search"]["properties"]
+    if REGISTERED[name].level == "frame"
+]
 SECTIONS["label_search"] = {"targets": SEARCHED}
 TABLES += ["label_search"]
 TABLE_INPUTS += [
@@ -11,7 +16,7 @@ rule label_search:
     input:
         manifest=manifest_of,
         cache=f"{RUN}/activations/{{target}}.h5",
-        labels=f"{RUN}/labels/{{target}}.h5",
+        labels=f"{RUN}/labels/{{target}}.h5" if OF_FRAMES else [],
         saes=first_saes(lambda target: stage_saes(config, "label_search", target)),
         script=code("label_search.py"),
     output:

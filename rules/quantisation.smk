@@ -28,16 +28,6 @@ REPORT_INPUTS += expand(
 )
 
 
-def importance_maps(wildcards):
-    """The maps of a target, where they are made."""
-    mapped = stage_targets(config, "importance", decoding=True)
-    return (
-        [f"{RUN}/importance/{wildcards.target}.json"]
-        if wildcards.target in mapped
-        else []
-    )
-
-
 rule quantisation_plans:
     input:
         manifest=manifest_of,

@@ -77,6 +77,7 @@ rule report:
             sounds=page_sounds,
             training=training_records,
             corpora=corpus_facts,
+            captions=lambda wildcards: caption_files(config),
         ),
     message:
         "Write the report"

@@ -216,13 +216,36 @@ def _unpack(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _add_explore(commands: Any) -> None:
+    text = "Page the features of a run's SAE that are strongest in a recording of yours."
+    note = "Beside each stand the run's own strongest moments of it, where the stage features paged it."
+    parser = commands.add_parser("explore", help=text, description=f"{text} {note}")
+    parser.add_argument("--run", required=True, metavar="FOLDER", dest="folder", help="a finished run: results/<run>")
+    parser.add_argument("--target", required=True, metavar="TARGET", help="e.g. tiny-mimi.encoder_transformer")
+    parser.add_argument("--sae", required=True, metavar="SAE", help="a key under saes of that run's configuration")
+    parser.add_argument("--audio", required=True, metavar="FILE", help="any sound file of up to five minutes")
+    parser.add_argument("--out", default="explored", metavar="FOLDER", help="where index.html goes, default: explored")
+    parser.add_argument("--count", type=int, default=12, metavar="N", help="features to show, default 12")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
+    parser.set_defaults(run=_explore)
+
+
+def _explore(args: argparse.Namespace) -> None:
+    from eqknobs.explore import explore
+
+    if not 1 <= args.count <= 200:
+        raise EqknobsError(f"--count: must be 1 to 200, got {args.count}")
+    page = explore(args.folder, args.target, args.sae, args.audio, args.out, args.count, args.device)
+    print(f"wrote {page}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    saes = (_add_export_sae, _add_import_sae)
-    adders = (*saes, _add_vram, _add_talk, _add_compress, _add_unpack, _add_convert_whisper, _add_clean)
-    for add in adders:
+    saes = (_add_export_sae, _add_import_sae, _add_explore)
+    models = (_add_vram, _add_talk, _add_compress, _add_unpack, _add_convert_whisper)
+    for add in (*saes, *models, _add_clean):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors():

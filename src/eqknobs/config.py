@@ -19,6 +19,7 @@ import eqknobs.corpus.checks
 import eqknobs.models.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
+import eqknobs.stages.features.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
@@ -52,6 +53,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
+    eqknobs.stages.features.checks.check,
     eqknobs.stages.quantisation.checks.check,
     eqknobs.stages.speech_lm.checks.check,
     eqknobs.stages.lm_layers.checks.check,

@@ -205,7 +205,7 @@ def _sounds(index: Path) -> set[str]:
     """Sounds that an index names, relative to its folder; of the report also its pages, and the sounds they name."""
     if index.suffix == ".html":
         pages = "".join(page.read_text() for page in index.parent.glob("*.html"))
-        return {unquote(html.unescape(name)) for name in re.findall(r'href="(audio/[^"]+|\w+\.html)"', pages)}
+        return {unquote(html.unescape(name)) for name in re.findall(r'href="(audio/[^"]+|[\w.@-]+\.html)"', pages)}
     with index.open(encoding="utf-8", newline="") as file:
         return {row["file"] for row in csv.DictReader(file) if row.get("file")}
 

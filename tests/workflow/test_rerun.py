@@ -33,7 +33,10 @@ BASE_PROBES = {("probes", property) for property in PROPERTIES}
 SAE_PROBES = {sae: {("sae_probes", f"{sae} {property}") for property in PROPERTIES} for sae in SAES}
 PROBES = BASE_PROBES.union(*SAE_PROBES.values())
 TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
-SAE_ROWS = {("sae_scores", ""), ("stability", "")}
+PAGES = {("features", "")}
+FOUND_AGAIN = {("stability", "")} | PAGES  # a page says what a feature's twin is
+SOUGHT = {("label_search", "")} | PAGES  # and which label it tells best
+SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN | SOUGHT
 SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
@@ -197,7 +200,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "second SAE seed": (
         edit_config(lambda c: c.update(sae_seeds=[0, 2])),
-        {("sae", "topk 2"), ("sae", "rms_l1 2")} | SAE_ROWS | TABLES,
+        {("sae", "topk 2"), ("sae", "rms_l1 2"), ("sae_scores", "")} | FOUND_AGAIN | TABLES,
     ),
     "two SAEs trained differently": (
         edit_config(swap_sae_sizes),
@@ -224,7 +227,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "bootstrap": (edit_config(lambda c: c["tables"].update(bootstrap=200)), TABLES),
     "label threshold": (
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
-        {("labels", "")} | PROBES | STEERING | IMPORTANCE | LM_READ | TABLES,
+        {("labels", "")} | PROBES | STEERING | IMPORTANCE | SOUGHT | LM_READ | TABLES,
     ),
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
     "lags of a speech LM's layers": (
@@ -301,12 +304,21 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | LM | TABLES),
     "another θ": (
         edit_config(lambda c: c["stability"].update(thetas=[0.4])),
-        {("stability", "")} | TABLES,
+        FOUND_AGAIN | TABLES,
     ),
     "library: overlap of features": (
         edit_file("src/eqknobs/stages/stability/compute.py", CODE),
-        {("stability", "")} | TABLES,
+        FOUND_AGAIN | TABLES,
     ),
+    "fewer pages of features": (edit_config(lambda c: c["features"].update(count=1)), PAGES | TABLES),
+    "library: what features hear": (edit_file("src/eqknobs/stages/features/compute.py", CODE), PAGES | TABLES),
+    "library: pages of features": (edit_file("src/eqknobs/stages/features/pages.py", CODE), {("report", "")}),
+    "the text of pages of features": (
+        edit_file("src/eqknobs/stages/features/pages.html.j2", "<p>x</p>"),
+        {("report", "")},
+    ),
+    "a window of a feature lost": (remove(f"results/small/renders/{TARGET}/features/*.flac"), PAGES | TABLES),
+    "no pages of features": (edit_config(lambda c: c.update(features=None)), TABLES),
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
@@ -403,12 +415,12 @@ def third_sae(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.copytree(finished_run, folder, symlinks=True)
     write_config(folder, lambda config: config["saes"].update(extra=EXTRA))
     snakemake(folder, "--cores", "2", "dictionaries", "probings")
-    assert planned(folder) == CODEC | TABLES
+    assert planned(folder) == CODEC | FOUND_AGAIN | SOUGHT | TABLES
     return folder
 
 
 OF_THE_THIRD: dict[str, tuple[Callable[[dict], object], set[tuple[str, str]]]] = {
-    "removed": (lambda saes: None, SAE_ROWS | TABLES),  # the codec never spliced it in
+    "removed": (lambda saes: None, {("sae_scores", "")} | TABLES),  # the others never read it
     "renamed": (lambda saes: saes.update(other=EXTRA), trained("other")),
     "changed": (lambda saes: saes.update(extra={**EXTRA, "epochs": 2}), trained("extra")),
 }

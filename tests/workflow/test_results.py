@@ -5,6 +5,7 @@ EQKNOBS_RESULTS names the folder (default results/demo); skipped where it is abs
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from helpers.recompute import (
     check_counted,
     check_domains,
     check_equal_quality,
+    check_features,
     check_layers,
     check_maps,
     check_overlap,
@@ -163,10 +165,21 @@ def test_what_names_of_features_tell_is_recomputed_from_clips(target):
         assert check_counted(table, own, ["method", "space"], (name, "correct", "frames")) >= 2
 
 
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "features" / f"{t}.json").is_file()])
+def test_what_features_hear_is_recomputed_from_windows_and_one_moment_from_its_sound(target):
+    table = read(RUN / "tables" / "features.csv")
+    table = table[table["target"] == target]
+    assert check_features(RUN, target, table, CFG) > 20
+    for sae, own in table.groupby("sae"):
+        page = (RUN / "report" / f"features.{target}.{sae}.html").read_text()
+        shown = re.findall(r'<details class="feature" id="f(\d+)"', page)
+        assert sorted(map(int, shown)) == sorted(own["feature"]) and len(page) < 25e6
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "label_search" / f"{t}.json").is_file()])
 def test_what_a_feature_tells_of_a_label_is_recomputed_from_clips(target):
     table = read(RUN / "tables" / "label_search.csv")
     rows = read(RUN / "scores" / f"{target}.label_search.csv")
-    rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["said"])
+    rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["told"])
     keys = ["sae", "property", "label"]
     assert check_counted(table[table["target"] == target], rows, keys, ("f1_test", "twice", "asked")) >= 1

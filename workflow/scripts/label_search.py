@@ -9,7 +9,8 @@ from eqknobs.stages.label_search.compute import LabelSearchCfg, search_labels
 
 def main(inputs: Any, outputs: Any, cfg: LabelSearchCfg) -> None:
     saes = {Path(path).parts[-3]: Path(path).parent for path in inputs.saes}
-    search_labels(inputs.cache, inputs.labels, inputs.manifest, saes, outputs.scores, outputs.found, cfg)
+    labels = str(inputs.labels) or None  # only of frames
+    search_labels(inputs.cache, labels, inputs.manifest, saes, outputs.scores, outputs.found, cfg)
 
 
 if __name__ == "__main__":

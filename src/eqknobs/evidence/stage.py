@@ -67,6 +67,19 @@ class Tabulated:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Page:
+    """A page of its own that a stage's section adds to the report, by a function `pages(at)` that lists them.
+
+    file: its name below the report; template: below `stages/`, extending `page.html.j2`; shown: what it shows.
+    """
+
+    file: str
+    title: str
+    template: str
+    shown: dict[str, Any]
+
+
 class TablesModule(Protocol):
     """`stages/<stage>/tables.py`."""
 

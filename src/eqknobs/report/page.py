@@ -6,7 +6,7 @@ What a stage shows is told by its own module; here are the frame, the players an
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import yaml
 
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.evidence.inputs import Inputs
-from eqknobs.evidence.stage import Context, ReportCfg, SectionModule
+from eqknobs.evidence.stage import Context, Page, ReportCfg, SectionModule
 from eqknobs.evidence.wording import ends, number
 from eqknobs.io import atomic_path
 from eqknobs.report import players
 from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
+from eqknobs.stages.features import section as features
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.lm_layers import section as lm_layers
@@ -43,6 +44,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     probes,
     phones,
     label_search,
+    features,
     steering,
     importance,
     quantisation,
@@ -53,6 +55,7 @@ SECTIONS: tuple[SectionModule, ...] = (
 
 HERE = Path(__file__).parent
 MAX_PAGE = 25e6  # bytes
+CONFIG = "config.yaml"  # what made the run, for who looks into it later (`eqknobs.explore`)
 # Kind of a model that comes with this project -> what it is, and the published one that it is not.
 BUNDLED_KINDS = {"mimi": ("codec", "kyutai's Mimi"), "moshi": ("speech LM", "kyutai's Moshi")}
 PACKAGES = "eqknobs torch transformers snakemake scikit-learn librosa faster-whisper resemblyzer torchcrepe".split()
@@ -181,8 +184,31 @@ def _playing(made: dict[str, list[dict[str, Any]]], media: dict[str, str]) -> di
     }
 
 
+def environment() -> jinja2.Environment:
+    """Where the pages' templates are: of the report and of the stages."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([HERE, HERE.parent / "stages"]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def frame_of(run: str) -> dict[str, Any]:
+    """What every page is given: the run's name, style and script, and helpers of wording."""
+    return {
+        "run": run,
+        "style": (HERE / "page.css").read_text(),
+        "script": (HERE / "page.js").read_text(),
+        "counted": counted,
+        "number": number,
+        "ends": ends,
+    }
+
+
 def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
-    """Write `out_dir/index.html`, a page a stage beside it (`<stage>.html`) and `out_dir/audio/`.
+    """Write `out_dir/index.html`, a page a stage beside it (`<stage>.html`), those that sections add, `out_dir/audio/`
+    and `out_dir/config.yaml`.
 
     The pages are self-contained but for links to one another and to the lossless sounds in `audio/`.
     Raises EqknobsError if a page would be larger than 25 MB.
@@ -192,28 +218,18 @@ def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
     contexts = {target: _contexts(inputs, cfg, summary[target], target) for target in targets}
     made, media, files = _listening(inputs, cfg, contexts, out_dir)
     speakers = set(inputs.csv("manifest/manifest.csv")["speaker"])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([HERE, HERE.parent / "stages"]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     about = {
         "published_source": PUBLISHED_SOURCE,
         "bundled_models": _bundled_models(inputs, cfg, speakers),
-        "counted": counted,
-        "number": number,
-        "ends": ends,
+        **frame_of(config["run"]["name"]),
     }
-    html = {target: _shown(environment, at, about) for target, at in contexts.items()}
+    templates = environment()
+    html = {target: _shown(templates, at, about) for target, at in contexts.items()}
     sections = [section for section in SECTIONS if any(section.STAGE in at for at in contexts.values())]
     frame = {
         **about,
-        "run": config["run"]["name"],
         "pages": _shows(sections, summary),
         "several": len(targets) > 1,
-        "style": (HERE / "page.css").read_text(),
-        "script": (HERE / "page.js").read_text(),
     }
     for section in sections:
         stage = section.STAGE
@@ -223,7 +239,7 @@ def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
             for name, parts in html.items()
             if stage in parts
         ]
-        page = environment.get_template("page.stage.html.j2").render(
+        page = templates.get_template("page.stage.html.j2").render(
             **frame,
             here=stage,
             title=section.TITLE,
@@ -232,7 +248,21 @@ def write_report(inputs: Inputs, cfg: ReportCfg, out_dir: str | Path) -> None:
             files=[group for group in files if group["stage"] == stage],
         )
         _write(out_dir / f"{stage}.html", page)
-    _write(out_dir / "index.html", _overview(environment, inputs, cfg, frame, _playing(_first(made), media)))
+        _write_more(templates, section, [at[stage] for at in contexts.values() if stage in at], frame, out_dir)
+    _write(out_dir / "index.html", _overview(templates, inputs, cfg, frame, _playing(_first(made), media)))
+    with atomic_path(out_dir / CONFIG) as unfinished:
+        unfinished.write_text(_config_text(config), encoding="utf-8")
+
+
+def _write_more(
+    environment: jinja2.Environment, section: SectionModule, at: list[Context], frame: dict[str, Any], out_dir: Path
+) -> None:
+    """The pages that a section adds to its own."""
+    pages: Callable[[Context], list[Page]] = getattr(section, "pages", lambda _at: [])
+    for context in at:
+        for page in pages(context):
+            shown = {**frame, "here": section.STAGE, "title": page.title, "playing": _playing({}, {}), **page.shown}
+            _write(out_dir / page.file, environment.get_template(page.template).render(**shown), section.STAGE)
 
 
 def _first(made: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -258,7 +288,7 @@ def _overview(
         here="index",
         cfg=config,
         models={name: {**config["models"][name], "sites": sites} for name, sites in opened.items()},
-        config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
+        config_text=_config_text(config),
         findings=strongest(lines),
         tally=tally(lines),
         corpora=_corpora(inputs, cfg),
@@ -268,12 +298,16 @@ def _overview(
     )
 
 
-def _write(path: Path, page: str) -> None:
+def _write(path: Path, page: str, stage: str = "report") -> None:
     size = len(page.encode())
     if size > MAX_PAGE:
-        raise EqknobsError(f"report: {path.name} has {size / 1e6:.0f} MB, more than 25; lower report.clips")
+        raise EqknobsError(f"report: {path.name} has {size / 1e6:.0f} MB, more than 25; lower {stage}.clips")
     with atomic_path(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _script_json(value: Any) -> str:

@@ -1,41 +1,21 @@
 """What one can listen to: the players' sounds and pictures, and the lossless files that the page links to."""
 
 import hashlib
-import io
 import math
 from pathlib import Path
 from typing import Any
 
-import librosa
-import matplotlib
-import numpy as np
 import pandas as pd
 import soundfile as sf
-from PIL import Image
 
 from eqknobs.evidence.inputs import Inputs
-from eqknobs.evidence.listening import data_uri, mp3
+from eqknobs.evidence.listening import data_uri, loudest_band, mp3, spectrogram
 from eqknobs.evidence.wording import PROPERTIES, label
 from eqknobs.io import atomic_path, require_renders, unused_name
 
 SOUND_BUDGET = 12e6  # bytes of MP3 in the page; clips are cut to what fits
 MP3_BYTES = 9000  # a second, with its share of the spectrogram
 READOUTS = ("centroid_hz", "loudness_change_db", "mel_distance", "f0_error_cents", "speaker_similarity")
-
-
-def _picture(wav: np.ndarray, rate: int, peak: float) -> bytes:
-    """Mel spectrogram, 80 dB below the original's peak, as a JPEG."""
-    power = librosa.feature.melspectrogram(y=wav, sr=rate, n_fft=1024, hop_length=rate // 100, n_mels=96)
-    level = np.clip((10 * np.log10(power + 1e-12) - peak) / 80 + 1, 0, 1)
-    pixels = (matplotlib.colormaps["magma"](level[::-1])[..., :3] * 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((min(640, level.shape[1] * 2), 144)).save(buffer, "JPEG", quality=72)
-    return buffer.getvalue()
-
-
-def _peak(wav: np.ndarray, rate: int) -> float:
-    power = librosa.feature.melspectrogram(y=wav, sr=rate, n_fft=1024, hop_length=rate // 100, n_mels=96)
-    return float(10 * np.log10(power.max() + 1e-12))
 
 
 class Media:
@@ -85,7 +65,7 @@ class Played:
         folder = self.path.parent
         sound = {row["condition"]: sf.read(folder / row["file"], dtype="float32") for row in rows.to_dict("records")}
         reference = rows.loc[rows["arm"] == "original", "condition"]
-        peak = _peak(*sound[reference.iloc[0] if len(reference) else rows["condition"].iloc[0]])
+        peak = loudest_band(*sound[reference.iloc[0] if len(reference) else rows["condition"].iloc[0]])
 
         def stop(row: dict[str, Any]) -> dict[str, Any]:
             wav, rate = sound[row["condition"]]
@@ -95,7 +75,7 @@ class Played:
                 "alpha": _plain(row.get("alpha")),
                 "calibrated": _plain(row.get("calibrated")),
                 "sound": media.add("audio/mpeg", mp3(wav, rate)),
-                "picture": media.add("image/jpeg", _picture(wav, rate, peak)),
+                "picture": media.add("image/jpeg", spectrogram(wav, rate, peak)),
                 "transcript": _plain(score.get("transcript")),
                 **{name: _plain(score.get(name)) for name in READOUTS},
             }

@@ -15,6 +15,7 @@ from eqknobs.evidence.stage import Context, TablesCfg, TablesModule
 from eqknobs.io import write_csv, write_json
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.domains import tables as domains
+from eqknobs.stages.features import tables as features
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.lm_layers import tables as lm_layers
@@ -35,6 +36,7 @@ STAGES: tuple[TablesModule, ...] = (
     probes,
     phones,
     label_search,
+    features,
     steering,
     importance,
     quantisation,

@@ -24,7 +24,6 @@ from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, read_csv
 from eqknobs.models import load_model
 from eqknobs.models.moshi.monologue import monologue
-from eqknobs.speaking.clips import Sequences
 from eqknobs.stages.lm_layers import dictionaries, tables, turns
 from eqknobs.stages.lm_layers.batched import scored, told_right
 from eqknobs.stages.lm_layers.compute import Asked, LmLayersCfg, probe_layers

@@ -23,7 +23,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, write_csv, write_json
 from eqknobs.sae import SAE
 
-CLIP_COLUMNS = "sae property label space id speaker split true said both".split()
+CLIP_COLUMNS = "sae property label space id speaker split true told both".split()
 
 
 class LabelSearchCfg(TypedDict):
@@ -156,9 +156,10 @@ def _clips(cache: ActivationCache, split: str) -> pd.DataFrame:
     return clips
 
 
-def _frame_labels(labels_h5: str | Path, name: str) -> tuple[np.ndarray, list[str]]:
+def _frame_labels(labels_h5: str | Path | None, name: str) -> tuple[np.ndarray, list[str]]:
     """Code of each frame, −1 without a label, and the names. Raises EqknobsError if there are no such labels."""
     source = PROPERTIES[name].source
+    assert labels_h5 is not None  # the rule's input where a property of frames is sought
     with h5py.File(labels_h5, "r", locking=False) as file:
         if source not in file:
             raise EqknobsError(f"{labels_h5}: no labels of {name}; remove {name} from label_search.properties")
@@ -177,7 +178,7 @@ class _Asked:
 
 
 def _ask(
-    cache: ActivationCache, labels_h5: str | Path, manifest: pd.DataFrame, name: str, cfg: LabelSearchCfg
+    cache: ActivationCache, labels_h5: str | Path | None, manifest: pd.DataFrame, name: str, cfg: LabelSearchCfg
 ) -> _Asked:
     """Raises EqknobsError if the manifest or the labels lack the property."""
     wanted = PROPERTIES[name]
@@ -223,9 +224,9 @@ def _searched(
 
 
 def _by_clip(samples: Samples, has: np.ndarray, said: np.ndarray) -> pd.DataFrame:
-    """id, speaker, split, true, said, both: counts of each clip of test."""
+    """id, speaker, split, true, told, both: counts of each clip of test."""
     count = len(samples.clips)
-    columns = {"true": has, "said": said, "both": said & has}
+    columns = {"true": has, "told": said, "both": said & has}
     counts = {
         name: np.bincount(samples.clip, weights=own, minlength=count).astype(int) for name, own in columns.items()
     }
@@ -235,7 +236,7 @@ def _by_clip(samples: Samples, has: np.ndarray, said: np.ndarray) -> pd.DataFram
 
 def search_labels(
     cache_h5: str | Path,
-    labels_h5: str | Path,
+    labels_h5: str | Path | None,
     manifest_csv: str | Path,
     sae_dirs: dict[str, Path],
     out_csv: str | Path,
@@ -244,9 +245,10 @@ def search_labels(
 ) -> None:
     """Seek the feature that tells each label best, in every SAE and among raw dimensions (SAE "", `raw`).
 
-    out_csv: sae, property, label, space (feature | raw), id, speaker, split, true, said, both; one row a clip of test.
-    out_json: `searches`: sae, property, label, column, threshold, f1_val, f1_test, p, shuffled, samples; a raw column
-    from d on is a dimension upside down. Raises EqknobsError if a property or a split is not there.
+    out_csv: sae, property, label, space (feature | raw), id, speaker, split, true, told, both; one row a clip of test.
+    labels_h5: needed for properties of frames. out_json: `searches`: sae, property, label, column, threshold, f1_val,
+    f1_test, p, shuffled, samples; a raw column from d on is a dimension upside down. Raises EqknobsError if a property
+    or a split is not there.
     """
     manifest = read_csv(manifest_csv).set_index("id")
     rows, searches = [], []

@@ -24,7 +24,7 @@ LEVELS = (0.05, 0.005)
 
 def _f1(rows: pd.DataFrame) -> pd.DataFrame:
     """Clips of a search with the numerator and the denominator of F1."""
-    return rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["said"])
+    return rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["told"])
 
 
 def tabulate(at: Context) -> Tabulated:
