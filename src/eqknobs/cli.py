@@ -29,6 +29,22 @@ def _export_sae(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _add_import_sae(commands: Any) -> None:
+    text = "Read an SAE of AudioSAE (ae.pt) and write it as ours; a cache of its layer settles the scale of its input."
+    parser = commands.add_parser("import-sae", help=text, description=text)
+    parser.add_argument("--ae", required=True, metavar="FILE", help="ae.pt; a config.json beside it is read too")
+    parser.add_argument("--cache", required=True, metavar="FILE", help="activations of that layer, activations/*.h5")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; an earlier import is replaced")
+    parser.set_defaults(run=_import_sae)
+
+
+def _import_sae(args: argparse.Namespace) -> None:
+    from eqknobs.sae.audiosae_files import import_audiosae
+
+    print("\n".join(import_audiosae(args.ae, args.cache, args.out).lines()))
+    print(f"wrote {args.out}")
+
+
 def _add_vram(commands: Any) -> None:
     text = (
         "Print what the Moshi models of a configuration need on a GPU, computed from shapes; refuse what does not fit."
@@ -227,8 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    saes = (_add_export_sae, _add_import_sae, _add_explore)
     models = (_add_vram, _add_talk, _add_compress, _add_unpack, _add_convert_whisper)
-    for add in (_add_export_sae, _add_explore, *models, _add_clean):
+    for add in (*saes, *models, _add_clean):
         add(commands)
     args = parser.parse_args(argv)
     with one_line_errors():

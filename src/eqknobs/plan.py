@@ -1,6 +1,7 @@
 """What of a run each stage works on: its targets and SAEs, read from the configuration alone."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ def parse_target(target: str) -> tuple[str, str]:
     "encoder_layer.2"."""
     model, _, site = target.partition("@")[0].partition(".")
     return model, site
+
+
+def layer_of(target: str) -> int | float:
+    """The number of the layer that a target is, from 0; NaN where it is none."""
+    last = parse_target(target)[1].rpartition(".")[2]
+    return int(last) if last.isdigit() else math.nan
 
 
 def corpus_of(target: str) -> str:

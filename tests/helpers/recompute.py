@@ -245,7 +245,7 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
             if key in row:
                 same(row[key], value, f"{where} {key}")
                 cells += 1
-        known = {*wanted, *keys, "target", "variant", "d_in", "d_sae", "rank", "dead_share"}
+        known = {*wanted, *keys, "target", "layer", "variant", "input_scale", "d_in", "d_sae", "rank", "dead_share"}
         assert set(table) <= known, f"{name}: not recomputed: {set(table) - known}"
     return cells
 

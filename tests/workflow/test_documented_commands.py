@@ -56,6 +56,8 @@ WAYS = {
     "eqknobs clean": REAL,
     "eqknobs convert-whisper": HELP,
     "eqknobs export-sae": HELP,
+    "eqknobs import-sae": HELP,
+    "eqknobs import-sae --ae ae.pt --cache … --out imported/": HELP,  # test_audiosae_files.py runs it
     "eqknobs talk": HELP,
     "eqknobs explore": HELP,
     "eqknobs explore --run results/demo --target tiny-mimi.encoder_transformer --sae topk --audio my.wav": HELP,

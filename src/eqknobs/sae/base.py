@@ -1,9 +1,9 @@
 """What every sparse autoencoder shares: its configuration, its normaliser, its files and the register of variants.
 
-Shapes: d = width of the latents, m = number of features (d_sae), N = frames. The normaliser (z-scoring with the train
-frames' mean and deviation) is part of the artefact: everything public takes and returns *raw* latents, and the file
-cannot be loaded without it. The blog's mush ("the hook passed raw latents straight through") cannot be written
-against this interface.
+Shapes: d = width of the latents, m = number of features (d_sae), N = frames. The normaliser (by default z-scoring with
+the train frames' mean and deviation; see `input_scale`) is part of the artefact: everything public takes and returns
+*raw* latents, and the file cannot be loaded without it. The blog's mush ("the hook passed raw latents
+straight through") cannot be written against this interface.
 """
 
 from abc import ABC, abstractmethod
@@ -21,11 +21,18 @@ from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_json, write_json
 
 VARIANTS: dict[str, type["SAE"]] = {}
+INPUT_SCALES = ("zscore", "raw", "unit_norm", "scalar")
+NORM_FLOOR = 1e-12  # of a frame that is divided by its norm
 
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an SAE is and how it is trained; each variant adds its own fields."""
+    """What an SAE is and how it is trained; each variant adds its own fields.
+
+    input_scale, what the normaliser inside does: `zscore` (each dimension by the train frames' mean and deviation),
+    `raw` (nothing), `scalar` (one number for all, the root of the train frames' mean squared norm) or `unit_norm`
+    (each frame by its own L2 norm, which a reconstruction gets back).
+    """
 
     d_in: int
     d_sae: int
@@ -33,6 +40,7 @@ class SAEConfig:
     batch_size: int = 1024
     epochs: int = 30
     seed: int = 0
+    input_scale: str = "zscore"
     variant: ClassVar[str]
 
     def require(self, good: bool, needs: str) -> None:
@@ -41,8 +49,11 @@ class SAEConfig:
             raise EqknobsError(f"SAE config {self.as_dict()}: needs {needs}; see config/README.md")
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields and the variant's name, as config.json holds them."""
-        return {"variant": self.variant} | asdict(self)
+        """All fields and the variant's name, as config.json holds them; an input_scale `zscore` goes without saying."""
+        values = {"variant": self.variant} | asdict(self)
+        if self.input_scale == "zscore":  # files from before there was a choice stay what they are
+            del values["input_scale"]
+        return values
 
 
 class Step(NamedTuple):
@@ -73,20 +84,31 @@ def make_config(values: dict[str, Any]) -> SAEConfig:
     unknown = set(values) - {field.name for field in fields(kind)}
     if unknown:
         raise EqknobsError(f"SAE config: unknown keys {sorted(unknown)} for {variant}; see config/README.md")
-    return kind(**values)
+    config = kind(**values)
+    config.require(config.input_scale in INPUT_SCALES, f"input_scale one of {', '.join(INPUT_SCALES)}")
+    return config
+
+
+def normaliser(config: SAEConfig, mean: Any, std: Any) -> tuple[Tensor, Tensor]:
+    """What an SAE of the configuration subtracts and divides by, each [d]; mean and std [d] of the train frames."""
+    mean, std = (torch.as_tensor(values, dtype=torch.float64) for values in (mean, std))
+    if config.input_scale == "zscore":
+        return mean, std
+    size = (mean.square() + std.square()).sum().sqrt() if config.input_scale == "scalar" else torch.tensor(1.0)
+    return torch.zeros_like(mean), size.expand(len(mean))
 
 
 def new_sae(config: SAEConfig, mean: Any, std: Any) -> "SAE":
-    """An untrained SAE of the configuration's variant; mean and std [d] of the train frames."""
+    """An untrained SAE of the configuration's variant; mean and std [d] of its normaliser (see `normaliser`)."""
     return VARIANTS[config.variant](config, mean, std)
 
 
 class SAE(nn.Module, ABC):
     """A sparse autoencoder with its normaliser.
 
-    Weights `W_enc` [m, d], `b_enc` [m], `W_dec` [m, d] (a row is a feature's direction), `b_dec` [d] act on z-scored
-    latents; buffers `mean` and `std` [d] turn raw latents into those. `encode`, `decode` and calling the module take
-    NumPy arrays or tensors and answer in kind.
+    Weights `W_enc` [m, d], `b_enc` [m], `W_dec` [m, d] (a row is a feature's direction), `b_dec` [d] act on
+    scaled latents (z); buffers `mean` and `std` [d], with `input_scale`, turn raw latents into those. `encode`,
+    `decode` and calling the module take NumPy arrays or tensors and answer in kind.
     """
 
     Config: ClassVar[type[SAEConfig]]
@@ -115,13 +137,23 @@ class SAE(nn.Module, ABC):
         """Raw latents [N, d] -> codes [N, m], non-negative. Raises EqknobsError for another width."""
         return self._answer(raw, lambda x: self._code(self._normalised(x)), self.config.d_in)
 
-    def decode(self, codes: Any) -> Any:
-        """Codes [N, m] -> raw latents [N, d]. Raises EqknobsError for another width."""
-        return self._answer(codes, lambda f: self._reconstruct(f) * self.std + self.mean, self.config.d_sae)
+    def decode(self, codes: Any, like: Any = None) -> Any:
+        """Codes [N, m] -> raw latents [N, d].
+
+        like: raw latents [N, d] whose norms, frame by frame, the reconstruction gets back; needed with `input_scale`
+        `unit_norm`, whose codes do not hold them, else ignored. Raises EqknobsError for another width, or without it.
+        """
+        if like is None and self._by_frame:
+            raise EqknobsError(
+                "SAE of input_scale unit_norm: codes do not hold a frame's norm; decode with `like`, or use scalar "
+                "where codes are edited"
+            )
+        like = None if like is None else torch.as_tensor(like, dtype=torch.float32, device=self.mean.device)
+        return self._answer(codes, lambda f: self._unscaled(self._reconstruct(f), like), self.config.d_sae)
 
     def forward(self, raw: Any) -> Any:
-        """Raw latents -> their reconstruction, raw, [N, d]."""
-        return self.decode(self.encode(raw))
+        """Raw latents -> their reconstruction, raw, [N, d]; with `unit_norm` at each frame's own norm."""
+        return self.decode(self.encode(raw), raw)
 
     def save(self, folder: str | Path) -> None:
         """Write `sae.safetensors` and `config.json` into a folder, each atomically."""
@@ -159,7 +191,20 @@ class SAE(nn.Module, ABC):
             return function(x).cpu().numpy()
 
     def _normalised(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) / self.std
+        return (raw / self._norms(raw) - self.mean) / self.std if self._by_frame else (raw - self.mean) / self.std
+
+    def _unscaled(self, z: Tensor, like: Tensor | None) -> Tensor:
+        """Scaled latents -> raw ones; like: raw latents with the norms that `unit_norm` took away."""
+        raw = z * self.std + self.mean
+        return raw * self._norms(like) if self._by_frame and like is not None else raw
+
+    @property
+    def _by_frame(self) -> bool:
+        return self.config.input_scale == "unit_norm"
+
+    @staticmethod
+    def _norms(raw: Tensor) -> Tensor:
+        return raw.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
 
     def _reconstruct(self, f: Tensor) -> Tensor:
         return f @ self.W_dec + self.b_dec
@@ -168,14 +213,14 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def _code(self, z: Tensor) -> Tensor:
-        """z-scored latents [N, d] -> the code [N, m] at inference."""
+        """Scaled latents [N, d] -> the code [N, m] at inference."""
 
     @abstractmethod
     def _step(self, z: Tensor, dead: Tensor | None) -> Step:
-        """Loss of one batch of z-scored latents; `dead`: indices of features that have not fired for long."""
+        """Loss of one batch of scaled latents; `dead`: indices of features that have not fired for long."""
 
     def _start(self, z: Tensor) -> None:
-        """Set what depends on data before the first step, from a sample of z-scored train frames."""
+        """Set what depends on data before the first step, from a sample of scaled train frames."""
 
     def _learning_rates(self) -> dict[str, float]:
         """Parameters whose learning rate is a multiple of the configured one: name -> multiple."""
@@ -188,4 +233,4 @@ class SAE(nn.Module, ABC):
         """Restore constraints after the optimiser's step."""
 
     def _calibrate(self, blocks: Iterable[Tensor], frames: int) -> None:
-        """Set what inference needs from blocks of z-scored train frames, `frames` in all, at the end of an epoch."""
+        """Set what inference needs from blocks of scaled train frames, `frames` in all, at the end of an epoch."""

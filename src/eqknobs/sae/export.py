@@ -41,6 +41,8 @@ def export_saelens(folder: str | Path, out: str | Path, metadata: dict[str, Any]
     sae, out = SAE.load(folder), Path(out).resolve()
     if sae.config.variant not in ARCHITECTURES:
         raise EqknobsError(f"{folder}: no SAELens format for {sae.config.variant}, only {', '.join(ARCHITECTURES)}")
+    if sae.config.input_scale == "unit_norm":
+        raise EqknobsError(f"{folder}: division by each frame's norm cannot be folded into weights; use scalar")
     tensors = _folded(sae)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise EqknobsError(f"{folder}: weights are not finite once the normaliser is folded in; train it again")
@@ -127,6 +129,7 @@ def _from_saelens(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
             raise EqknobsError(f"cannot read a SAELens folder with {key} {cfg[key]!r}, only {value!r}")
     known = cfg.get("metadata", {}).get("eqknobs", {})
     values = known if known.get("variant") == variant else {"l0": cfg["d_sae"]} if variant == "jumprelu" else {}
+    values = {key: value for key, value in values.items() if key != "input_scale"}  # which is folded in
     values = values | {key: cfg[key] for key in ("d_in", "d_sae", "k") if key in cfg} | {"variant": variant}
     config = make_config(values)
     sae = new_sae(config, torch.zeros(config.d_in), torch.ones(config.d_in))

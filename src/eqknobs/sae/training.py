@@ -20,7 +20,7 @@ from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, read_csv, write_csv
-from eqknobs.sae.base import SAEConfig, make_config, new_sae
+from eqknobs.sae.base import SAEConfig, make_config, new_sae, normaliser
 
 ADAM_EPS = 6.25e-10  # Gao et al. 2024, appendix A.3
 SAMPLE_FRAMES = 16384  # val frames looked at after each epoch; train frames for starts and thresholds
@@ -36,6 +36,7 @@ class SAECfg(TypedDict):
     batch_size: int  # frames
     epochs: int
     seed: NotRequired[int]
+    input_scale: NotRequired[str]
     l1: NotRequired[float]
     l1_on: NotRequired[str]
     k: NotRequired[int]
@@ -75,7 +76,7 @@ class Trainer:
     def __init__(self, config: SAEConfig, mean: Any, std: Any, frames: int, steps: int, device: str = "cpu"):
         keep_freed_memory()
         self.config, self.device, self.frames, self.steps = config, device, frames, steps
-        self.sae = new_sae(config, mean, std).to(device)
+        self.sae = new_sae(config, *normaliser(config, mean, std)).to(device)
         multiples = self.sae._learning_rates()
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.sae.named_parameters():
@@ -100,6 +101,10 @@ class Trainer:
         self.sae.load_state_dict(state["sae"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.idle, self.done, self.log = state["idle"], state["done"], state["log"]
+
+    def _total(self, z: Tensor) -> float:
+        """Σ squared distance of scaled latents to their mean, which is 0 where they are z-scored."""
+        return float((z if self.config.input_scale == "zscore" else z - z.mean(0)).square().sum())
 
     def _tensor(self, raw: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(raw)).to(self.device)
@@ -126,7 +131,7 @@ class Trainer:
         self.done += 1
         self.idle += len(z)
         self.idle[found.fired] = 0
-        self._sums += [loss * len(z), float(found.squared), float(z.square().sum()), found.active]
+        self._sums += [loss * len(z), float(found.squared), self._total(z), found.active]
         return loss
 
     def end_epoch(self, train: np.ndarray, val: np.ndarray) -> None:
@@ -157,7 +162,7 @@ class Trainer:
             z = self.sae._normalised(self._tensor(raw[start : start + BLOCK]))
             f = self.sae._code(z)
             squared += (z - self.sae._reconstruct(f)).double().square().sum().item()
-            total += z.double().square().sum().item()
+            total += self._total(z.double())
             active += (f > 0).sum().item()
         return (squared / total, active / len(raw)) if len(raw) else (float("nan"), float("nan"))
 

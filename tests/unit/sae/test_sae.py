@@ -409,3 +409,66 @@ def test_bad_config_is_one_line_and_writes_nothing(trained, tmp_path, change, ma
     with pytest.raises(EqknobsError, match=match):
         train_sae(trained / "planted.h5", tmp_path / "out", TOPK | change, 0)
     assert not (tmp_path / "out").exists()
+
+
+SCALES = ["zscore", "raw", "scalar", "unit_norm"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_input_scales_take_and_return_raw_latents_and_survive_the_file(trained, tmp_path, scale) -> None:
+    with ActivationCache(trained / "planted.h5") as cache:
+        raw = np.array(cache.acts[:200])
+        train_sae(trained / "planted.h5", tmp_path / "sae", BATCHTOPK | {"input_scale": scale, "epochs": 4}, 0)
+        size = np.sqrt(np.square(np.array(cache.acts[cache.rows("train")], np.float64)).sum(1).mean())
+    sae = SAE.load(tmp_path / "sae")
+    z = sae._normalised(torch.from_numpy(raw)).numpy()
+    wanted = {
+        "zscore": (raw - sae.mean.numpy()) / sae.std.numpy(),
+        "raw": raw,
+        "scalar": raw / size,
+        "unit_norm": raw / np.linalg.norm(raw, axis=1, keepdims=True),
+    }[scale]
+    np.testing.assert_allclose(z, wanted, rtol=1e-4, atol=1e-5)
+    error = np.square(raw - sae(raw)).sum() / np.square(raw - raw.mean(0)).sum()
+    assert error < 0.6
+    assert ("input_scale" in json.loads((tmp_path / "sae/config.json").read_text())) == (scale != "zscore")
+
+
+def test_unit_norm_rebuilds_a_frame_at_its_own_norm_and_codes_alone_do_not_hold_it(trained, tmp_path) -> None:
+    sae = new_sae(
+        make_config({"variant": "topk", "d_in": D, "d_sae": 64, "k": 4, "input_scale": "unit_norm"}),
+        np.zeros(D),
+        np.ones(D),
+    )
+    raw = np.random.default_rng(0).normal(size=(5, D)).astype(np.float32)
+    np.testing.assert_allclose(sae.encode(10 * raw), sae.encode(raw), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sae(10 * raw), 10 * sae(raw), rtol=1e-4, atol=1e-5)
+    with pytest.raises(EqknobsError, match="do not hold a frame's norm"):
+        sae.decode(sae.encode(raw))
+
+
+def test_fvu_is_in_one_unit_whatever_the_scale(trained, tmp_path) -> None:
+    for scale in ("zscore", "scalar"):
+        train_sae(trained / "planted.h5", tmp_path / scale, TOPK | {"input_scale": scale, "epochs": 4}, 0)
+    score_saes(
+        trained / "planted.h5",
+        {s: {0: tmp_path / s} for s in ("zscore", "scalar")},
+        tmp_path / "s.csv",
+        tmp_path / "s.json",
+        {"seed": 0},
+    )
+    rows = pd.read_csv(tmp_path / "s.csv")
+    totals = rows.pivot(index="id", columns="sae", values="sq_total")
+    np.testing.assert_allclose(totals["zscore"], totals["scalar"], rtol=1e-5)
+    assert set(rows["input_scale"]) == {"zscore", "scalar"}
+    clip = rows[(rows["sae"] == "scalar") & (rows["id"] == "d-0")].iloc[0]
+    with ActivationCache(trained / "planted.h5") as cache:
+        at = cache.utterances.set_index("id").loc["d-0"]
+        raw = np.array(cache.acts[at.start : at.start + at.frames])
+        wanted = np.square((raw - SAE.load(tmp_path / "scalar")(raw)) / cache.std).sum()
+    np.testing.assert_allclose(clip["sq_error"], wanted, rtol=1e-3)
+
+
+def test_an_unknown_input_scale_is_one_line() -> None:
+    with pytest.raises(EqknobsError, match="input_scale one of"):
+        make_config({"variant": "topk", "d_in": D, "d_sae": 64, "k": 4, "input_scale": "cosine"})

@@ -1,6 +1,5 @@
 """How many features belong to a domain: the table `domains.csv`."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from eqknobs.evidence.estimates import records, table
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.stats import interval
 from eqknobs.evidence.wording import ends, headline, number
-from eqknobs.plan import parse_target
+from eqknobs.plan import layer_of
 
 STAGE = "domains"
 COLUMNS = {
@@ -18,12 +17,6 @@ COLUMNS = {
     "exclusive permuted_low permuted_high permuted_clips sources d_sae",
 }
 NOTHING: dict[str, Any] = {"domains": []}
-
-
-def layer_of(target: str) -> int | float:
-    """The number of the layer that a target is; NaN where it is none."""
-    last = parse_target(target)[1].rpartition(".")[2]
-    return int(last) if last.isdigit() else math.nan
 
 
 def tabulate(at: Context) -> Tabulated:

@@ -38,9 +38,10 @@ def score_saes(
     """Score SAEs on val and test. sae_dirs: SAE name -> seed -> folder. pieces: where the scores of each SAE are
     kept; by default nowhere.
 
-    out_csv: one row an (utterance, SAE, seed): id, speaker, split, sae, seed, variant, d_in, d_sae, frames, l0_sum,
-    cosine_sum (of z with ẑ), sq_error, sq_total, in z-scored units as in training (each dimension weighs the same),
-    sq_total around the train mean: FVU = Σ sq_error / Σ sq_total, 1 for the mean predictor.
+    out_csv: one row an (utterance, SAE, seed): id, speaker, split, sae, seed, variant, input_scale, d_in, d_sae,
+    frames, l0_sum, cosine_sum (of z with ẑ), sq_error, sq_total, in z-scored units whatever the SAE's input_scale
+    (each dimension weighs the same), sq_total around the train mean: FVU = Σ sq_error / Σ sq_total, 1 for the
+    mean predictor.
     out_json: `{"saes": {name: {seed: {frames, dead_share, density}}}, "cross_seed": {name: ...}}`, all on val frames;
     a feature is dead there if it never fires; density is a histogram of log10(share of frames on which a feature
     fires) with dead features left out; `cross_seed` as in `match_features`, null with a single seed.
@@ -60,13 +61,15 @@ def score_saes(
                 label = f"score {name} seed {seed}"
                 made_of = [*kept_by, weights[seed]]
                 found = pieces.json("sae_scores", made_of, partial(_scored, cache, utterances, sae, label))
-                kept = ("variant", "d_in", "d_sae")
+                kept = ("variant", "input_scale", "d_in", "d_sae")
                 same = {"sae": name, "seed": seed} | {key: getattr(sae.config, key) for key in kept}
                 rows += [score | same for score in found["scores"]]
                 details[name][str(seed)] = found["firing"]
             made_of = [*kept_by, cfg["seed"], [*weights.items()]]
             matches[name] = pieces.json("sae_matches", made_of, partial(match_features, cache, loaded, cfg["seed"]))
-    columns = "id speaker split sae seed variant d_in d_sae frames l0_sum cosine_sum sq_error sq_total".split()
+    columns = (
+        "id speaker split sae seed variant input_scale d_in d_sae frames l0_sum cosine_sum sq_error sq_total".split()
+    )
     write_csv(out_csv, pd.DataFrame(rows, columns=columns))
     write_json(out_json, {"saes": details, "cross_seed": matches})
 
@@ -92,13 +95,17 @@ def _score(
     cache: ActivationCache, utterances: pd.DataFrame, sae: SAE, label: str
 ) -> tuple[list[dict[str, Any]], np.ndarray, int]:
     """Rows of one SAE, how often each feature fired on val [m], and the number of val frames."""
+    mean, std = (torch.as_tensor(values, dtype=torch.float32) for values in (cache.mean, cache.std))
     rows, fired, val_frames = [], np.zeros(sae.config.d_sae, dtype=np.int64), 0
     for utterance in tqdm(utterances.itertuples(), desc=label, total=len(utterances), unit="utt"):
         squared = total = active = cosine = 0.0
         for block in _blocks(cache, utterance.start, utterance.frames):
-            z = sae._normalised(torch.from_numpy(block))
+            raw = torch.from_numpy(block)
+            z = sae._normalised(raw)
             f = sae._code(z)
             rebuilt = sae._reconstruct(f)
+            if sae.config.input_scale != "zscore":  # one unit for all, or their errors could not be compared
+                z, rebuilt = ((x - mean) / std for x in (raw, sae._unscaled(rebuilt, raw)))
             squared += (z - rebuilt).double().square().sum().item()
             cosine += torch.cosine_similarity(z, rebuilt, dim=1).double().sum().item()
             total += z.double().square().sum().item()
@@ -145,7 +152,7 @@ def match_features(cache: ActivationCache, saes: dict[int, SAE], seed: int) -> d
     b, on_b = _live(saes[second], raw)
     if not a.size or not b.size or len(raw) < 2:
         return None
-    untrained = [new_sae(saes[s].config, cache.mean, cache.std) for s in (first, second)]
+    untrained = [new_sae(saes[s].config, saes[s].mean, saes[s].std) for s in (first, second)]
     (a0, on_a0), (b0, on_b0) = _live(untrained[0], raw, MATCH_FEATURES), _live(untrained[1], raw)
     shifts = rng.integers(1, len(raw), PERMUTATIONS)
     nulls = {

@@ -5,10 +5,12 @@ from typing import Any
 from eqknobs.evidence.estimates import Measure, counts, estimate, groups, records, table
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import ends, estimated, headline, number, sample
+from eqknobs.plan import layer_of
 
 STAGE = "saes"
 COLUMNS = {
-    "sae": "target sae variant seed d_in d_sae split l0 fvu dead_share clips speakers fvu_low fvu_high cosine",
+    "sae": "target sae layer variant input_scale seed d_in d_sae split l0 fvu dead_share clips speakers fvu_low "
+    "fvu_high cosine",
 }
 NOTHING: dict[str, Any] = {"sae": []}
 FVU = Measure("fvu", "sq_error", "sq_total", "lower")
@@ -21,9 +23,15 @@ def tabulate(at: Context) -> Tabulated:
     """One row a (SAE, seed, split). Dead share is counted on val, so it stands in the val rows only."""
     details = at.inputs.json(f"saes/{at.target}/saes.json")["saes"]
     found = []
-    keys = ["sae", "variant", "seed", "d_in", "d_sae", "split"]
+    keys = ["sae", "variant", "input_scale", "seed", "d_in", "d_sae", "split"]
     for key, clips in groups(at.inputs.csv(f"scores/{at.target}.sae.csv"), keys):
-        row = {"target": at.target, **key, **counts(clips), **estimate(clips, FVU, at.cfg)}
+        row = {
+            "target": at.target,
+            "layer": layer_of(at.target),
+            **key,
+            **counts(clips),
+            **estimate(clips, FVU, at.cfg),
+        }
         for measure in (L0, COSINE):
             row |= estimate(clips, measure, at.cfg, interval=False)
         if key["split"] == "val":
@@ -31,7 +39,7 @@ def tabulate(at: Context) -> Tabulated:
         found.append(row)
     rows = table(found, COLUMNS["sae"])
     first = (rows["seed"] == rows["seed"].min()) & (rows["split"] == "test")
-    return Tabulated({"sae": rows}, {"sae": records(rows[first].drop(columns=["dead_share"]))})
+    return Tabulated({"sae": rows}, {"sae": records(rows[first].drop(columns=["dead_share", "layer", "input_scale"]))})
 
 
 def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
