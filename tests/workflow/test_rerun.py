@@ -290,8 +290,11 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "the word threshold": (edit_config(lambda c: c["tables"].update(unmeasurable_wer=0.4)), TABLES),
     "a check": (edit_file("src/eqknobs/stages/steering/checks.py", CODE), set()),
-    "library: the judges": (edit_file("src/eqknobs/sound/judges.py", CODE), JUDGEMENTS | SPOKEN | TABLES),
-    "library: a judge that no stage asks for": (edit_file("src/eqknobs/sound/quality.py", CODE), JUDGEMENTS | TABLES),
+    "library: the judges": (edit_file("src/eqknobs/sound/judges.py", CODE), JUDGEMENTS | SPOKEN | LM | TABLES),
+    "library: the judge of quality": (
+        edit_file("src/eqknobs/sound/quality.py", CODE),
+        JUDGEMENTS | SPOKEN | PRUNED | TABLES,
+    ),
     "the schema": (edit_file("src/eqknobs/schema.py", CODE), set()),
     "a target added": (edit_config(new_target), ADDED_TARGET),
     "library: steering": (edit_file("src/eqknobs/stages/steering/compute.py", CODE), STEERING | TABLES),
@@ -488,7 +491,7 @@ def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run
         links = set(re.findall(r'href="([^"#:]+)(?:#[^"]*)?"', text))
         sounds = {link for link in links if link.startswith("audio/")}
         assert len(sounds) > 20 and len(pages) > 5 and {folder + link for link in links - sounds} == pages
-        assert {folder + link for link in links} == names - {"report/report.html"}
+        assert {folder + link for link in links} == names - {"report/report.html", f"{folder}config.yaml"}
         sound = packed.read(folder + min(sounds))
     assert sound == (finished_run / "results/small/report" / min(sounds)).read_bytes()
 
@@ -496,7 +499,8 @@ def test_snakemakes_own_report_holds_the_sounds_that_its_page_links(finished_run
 def test_the_slices_of_jobs_are_what_their_scripts_say_that_they_take(finished_run: Path) -> None:
     slices = recorded(finished_run)
     assert len(slices) > 15
-    scripts = {rule: {"sae_probes": "probes"}.get(rule, rule) for rule in slices}
+    shared = {"sae_probes": "probes", "corpus_manifest": "manifest", "corpus_originals": "originals"}
+    scripts = {rule: shared.get(rule, rule) for rule in slices}
     assert [text for rule, found in slices.items() for text in misfits(found, taken(scripts[rule]), rule)] == []
 
 

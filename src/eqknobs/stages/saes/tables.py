@@ -9,7 +9,7 @@ from eqknobs.plan import layer_of
 
 STAGE = "saes"
 COLUMNS = {
-    "sae": "target sae layer variant input_scale seed d_in d_sae split l0 fvu dead_share clips speakers fvu_low "
+    "sae": "target sae variant seed d_in d_sae split l0 fvu dead_share layer input_scale clips speakers fvu_low "
     "fvu_high cosine",
 }
 NOTHING: dict[str, Any] = {"sae": []}
