@@ -62,6 +62,6 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
                 detail += "" if kept is None else f"{number(kept)} of them whichever source is left out; "
                 detail += f"{counted(row['clips'], 'clip')} of {counted(row['sources'], 'source')}"
                 cell = (f"features of {row['domain']}, SAE {sae}", f"by {level}s, τ {row['tau']:g}")
-                estimate = (row["share"], row["share_low"], row["share_high"])
+                estimate = tuple(row[name] - row["permuted"] for name in ("share", "share_low", "share_high"))
                 lines.append(headline("domains", verdict, text, detail, cell, estimate))
     return lines

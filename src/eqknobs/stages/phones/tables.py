@@ -7,7 +7,7 @@ import pandas as pd
 from eqknobs.evidence.comparisons import compare
 from eqknobs.evidence.estimates import Measure, counts, estimate, records, table
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import difference, estimated, headline, number, numbers, said, sample
+from eqknobs.evidence.wording import difference, headline, number, numbers, said, sample
 
 STAGE = "phones"
 COLUMNS = {
@@ -83,7 +83,8 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         detail = f"with labels shifted in time {number(row['null'])}: of many names one is right by luck; {sample(row)}"
         cell = (f"phones, names of {sae}", "any feature on")
         verdict = "positive" if row["accuracy_low"] > row["null_high"] else "undecided"
-        lines.append(headline("phones", verdict, text, detail, cell, estimated(row, "accuracy")))
+        estimate = tuple(row[name] - row["null"] for name in ("accuracy", "accuracy_low", "accuracy_high"))
+        lines.append(headline("phones", verdict, text, detail, cell, estimate))
     for record in facts["comparisons"]:
         if not str(record.get("family", "")).startswith("phones"):
             continue

@@ -34,7 +34,7 @@ PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
 HUE = {"seeds": "blue", "layers": "orange", "models": "green", "untrained": "grey"}
 
 
-def _survival(features: pd.DataFrame, thetas: list[float]) -> dict[str, str]:
+def _survival(sae: str, features: pd.DataFrame, thetas: list[float]) -> dict[str, str]:
     """Share of features whose best overlap is above θ, for every θ, by kind; first pair of each."""
 
     def draw(axes: plt.Axes) -> None:
@@ -52,7 +52,9 @@ def _survival(features: pd.DataFrame, thetas: list[float]) -> dict[str, str]:
         legend(axes)
 
     return figure(
-        "Features found again", draw, "Share whose best overlap of firing is above θ; dashed: the θ of the table."
+        f"Features found again ({sae})",
+        draw,
+        "Share whose best overlap of firing is above θ; dashed: the θ of the table.",
     )
 
 
@@ -61,7 +63,7 @@ def show(at: Context) -> dict[str, Any]:
     rows = at.inputs.csv("tables/stability.csv")
     rows = rows[rows["target"] == at.target]
     features = at.inputs.csv(f"scores/{at.target}.stability.csv")
-    drawn = [_survival(own, sorted(rows["theta"].unique())) for _, own in features.groupby("sae")]
+    drawn = [_survival(sae, own, sorted(rows["theta"].unique())) for sae, own in features.groupby("sae")]
     columns = {
         "SAE": "sae",
         "among the features of": lambda r: f"{KINDS[r['kind']]}: {r['b']}",

@@ -78,7 +78,7 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         detail += f"; duplicates inside it {number(row['duplicates'])}; {sample(row)}"
         cell = (f"SAE {row['sae']}, found again in {KINDS[row['kind']]}", f"θ {row['theta']:g}")
         if row["kind"] != "seeds" or row["a"].endswith(f"#{_first(rows)}"):
-            estimate = (row["coverage"], row["coverage_low"], row["coverage_high"])
+            estimate = tuple(row[name] - null for name in ("coverage", "coverage_low", "coverage_high"))
             lines.append(headline("stability", verdict, text, detail, cell, estimate))
     return _one_a_cell(lines)
 
