@@ -102,6 +102,7 @@ class SectionModule(Protocol):
     STAGE: str
     TITLE: str  # of its page, and in the navigation; an `ABOUT`, where there is one, says in a line what stands there
     PUBLISHED: dict[str, tuple[list[str], list[list[str]]]]  # figures of others: name -> (head, rows)
+    # A `PUBLISHED_SOURCE`, where there is one, says whose; else they are of the two reports on Mimi.
     SOUNDS: bool  # whether the stage renders sound, which the report is to copy
 
     def show(self, at: Context) -> dict[str, Any]:

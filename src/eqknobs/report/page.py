@@ -140,7 +140,10 @@ def _shown(environment: jinja2.Environment, contexts: dict[str, Context], about:
     """stage -> the HTML of its section of one target."""
     return {
         section.STAGE: environment.get_template(f"{section.STAGE}/section.html.j2").render(
-            **section.show(contexts[section.STAGE]), published=section.PUBLISHED, codec="codec" in contexts, **about
+            **section.show(contexts[section.STAGE]),
+            published=section.PUBLISHED,
+            codec="codec" in contexts,
+            **about | {"published_source": getattr(section, "PUBLISHED_SOURCE", PUBLISHED_SOURCE)},
         )
         for section in SECTIONS
         if section.STAGE in contexts

@@ -14,6 +14,7 @@ from eqknobs.plan import parse_target
 
 STAGE, TITLE, SOUNDS = "domains", "Domains", False
 ABOUT = "Which features belong to speech, music or other sounds, beside permuted domains."
+PUBLISHED_SOURCE = "AudioSAE (arXiv 2602.05027)."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "domains": (

@@ -17,6 +17,7 @@ TEMPLATE = "features/pages.html.j2"
 ABOUT = (
     "Single features to hear: their strongest moments, the sound around the frames they fire on, what others call them."
 )
+PUBLISHED_SOURCE = "AudioSAE (arXiv 2602.05027)."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "onsets": (

@@ -12,6 +12,7 @@ from eqknobs.evidence.stage import Context
 
 STAGE, TITLE, SOUNDS = "label_search", "Label search", False
 ABOUT = "The one feature that tells each label best, chosen on val and tested once."
+PUBLISHED_SOURCE = "AudioSAE (arXiv 2602.05027), appendix F."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "labels": (

@@ -17,6 +17,7 @@ from eqknobs.stages.lm_layers.tables import STREAMS, TAGS
 
 STAGE, TITLE, SOUNDS = "lm_layers", "Speech LM, layers and heads", False
 ABOUT = "What every layer and every attention head of the speech LM holds of the speech that it hears and says."
+PUBLISHED_SOURCE = "PersonaPlex and Moshi 7B on LibriSpeech: the blog post of version 1, and its follow-up of May 2026."
 # Of Moshi and PersonaPlex 7B, by others; what is not stated there is left open.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "lm_layers": (

@@ -18,6 +18,7 @@ STAGE, TITLE, SOUNDS = "lm_pruning", "Pruned speech LM", False
 ABOUT = (
     "How much of the speech LM can go before it says something else, or says it worse, by what decides which part goes."
 )
+PUBLISHED_SOURCE = "PersonaPlex 7B, one prompt, by ear: the blog post of version 1."
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "heads": (
         ["heads off, most acoustic first", "text", "voice", "quality"],

@@ -12,6 +12,7 @@ from eqknobs.stages.phones.tables import METHODS
 
 STAGE, TITLE, SOUNDS = "phones", "Phones", False
 ABOUT = "Whether features can be named after phones, and what their names tell."
+PUBLISHED_SOURCE = "AudioSAE (arXiv 2602.05027), and an independent reproduction on wav2vec2 of September 2026."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "phones": (

@@ -17,6 +17,7 @@ from eqknobs.stages.quantisation.tables import MEL_WITHIN, PARTS, PLANS, SIMILAR
 
 STAGE, TITLE, SOUNDS = "quantisation", "Quantisation", True
 ABOUT = "The codec as packed files: what each plan costs at equal bytes, to see and to hear."
+PUBLISHED_SOURCE = "Mimi by arithmetic, and Moshi 7B: the blog post of version 1, and its follow-up of May 2026."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "quantisation": (

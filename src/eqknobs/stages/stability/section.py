@@ -13,6 +13,7 @@ from eqknobs.stages.stability.tables import KINDS
 
 STAGE, TITLE, SOUNDS = "stability", "Stability", False
 ABOUT = "Which features another seed, layer or model finds again, beside what luck finds."
+PUBLISHED_SOURCE = "AudioSAE (arXiv 2602.05027), tables 4 and 5."
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "coverage": (
