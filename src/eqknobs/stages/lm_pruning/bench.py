@@ -264,24 +264,25 @@ class Bench:
         made_of = [self._made_of(condition), digest(self.speech["asked"]), draw, self.cfg["temperature"]]
         return kept_answers(self.pieces, made_of, make)
 
-    def score(self, condition: Condition, draw: int) -> list[dict[str, Any]]:
-        """One record an answer. `similarity_intact` and `divergence` are to the intact model's answer of the same draw;
+    def score(self, condition: Condition, draw: int, rated: bool = True) -> list[dict[str, Any]]:
+        """One record an answer; rated: by DNSMOS too, if the config wants that. `similarity_intact` and `divergence` are to the intact model's answer of the same draw;
         of the intact model's own, to its answer of the next draw: that is their null."""
         other = draw if condition != INTACT else (draw + 1) % len(self.intact)
-        judges = [self.judge.transcriber.identity, self.judge.encoder.identity, self.cfg["dnsmos"]]
+        rated = rated and self.cfg["dnsmos"]
+        judges = [self.judge.transcriber.identity, self.judge.encoder.identity, rated]
         made_of = [self._made_of(condition), digest(self.speech["asked"]), draw, other, self.cfg["temperature"], judges]
-        found = self.pieces.json("lm-scores", made_of, lambda: self._score(condition, draw, self.intact[other]))
+        found = self.pieces.json("lm-scores", made_of, lambda: self._score(condition, draw, self.intact[other], rated))
         print(f"{condition.name}, draw {draw}: {counted(len(found), 'answer')}", flush=True)
         rows = zip(self.speech["asked"], found, strict=True)
         return [
             {**condition.row(), "draw": draw, "id": asked.id, "speaker": asked.speaker, **row} for asked, row in rows
         ]
 
-    def _score(self, condition: Condition, draw: int, against: Sequence[Answer]) -> list[dict[str, Any]]:
+    def _score(self, condition: Condition, draw: int, against: Sequence[Answer], rated: bool) -> list[dict[str, Any]]:
         answers, records = self.answers(condition, draw), []
         found = costs(self.model, as_said(self.speech["asked"], answers), self.cfg["batch"])  # under the intact model
         for asked, answer, twin, (text, _) in zip(self.speech["asked"], answers, against, found, strict=True):
-            record = self.judge.record(asked, answer)
+            record = self.judge.record(asked, answer, rated=rated)
             alike = similarity(self.judge.embed(answer), self.judge.embed(twin))
             records.append(
                 record | {"nll_intact": text, "divergence": divergence(answer, twin), "similarity_intact": alike}

@@ -46,7 +46,7 @@ def codebook_rows(bench: Bench, cfg: CodebooksCfg) -> list[dict[str, Any]]:
             for row, answer in zip(rows, found, strict=True):
                 left = answer if reading == "user" else Answer(answer.text, answer.codes[:count])
                 about = {"reading": reading, "codebooks": count, "id": row.id, "speaker": row.speaker}
-                records.append({**about, **bench.judge.record(row, left), "step_ratio": seconds / whole})
+                records.append({**about, **bench.judge.record(row, left, rated=False), "step_ratio": seconds / whole})
     return records
 
 

@@ -140,8 +140,9 @@ def scored(bench: Bench, conditions: Sequence[Condition]) -> list[dict[str, Any]
     bench.intact = {draw: bench.answers(INTACT, draw) for draw in draws}
     records = [row for draw in draws for row in bench.score(INTACT, draw)]
     for condition in answered:
-        for draw in range(cfg["draws"]) if condition in confirmed else (0,):
-            records += bench.score(condition, draw)
+        sure = condition in confirmed
+        for draw in range(cfg["draws"]) if sure else (0,):
+            records += bench.score(condition, draw, rated=sure)
     return records
 
 
