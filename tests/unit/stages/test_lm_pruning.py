@@ -15,6 +15,7 @@ import eqknobs.stages.lm_pruning.bench as bench_module
 from eqknobs.config import merge
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence.inputs import Inputs
+from eqknobs.evidence.spoken import WER_MONOLOGUE, paired
 from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, read_csv
 from eqknobs.models.mimi import Mimi
@@ -39,7 +40,7 @@ from eqknobs.stages.lm_pruning.codebooks import heard_by
 from eqknobs.stages.lm_pruning.compute import prune_and_score
 from eqknobs.stages.lm_pruning.plan import HeadsCfg, PartsCfg
 from eqknobs.stages.lm_pruning.section import show
-from eqknobs.stages.lm_pruning.tables import RAW, WER_MONOLOGUE, findings, gates_table, largest_share, paired, tabulate
+from eqknobs.stages.lm_pruning.tables import RAW, findings, gates_table, largest_share, tabulate
 from eqknobs.stages.speech_lm_training.training import TOKENISER, new_net
 from helpers import ROOT
 from helpers.speech_lm_world import CODEC, SIZES, write_speech
