@@ -265,8 +265,11 @@ class Bench:
         return kept_answers(self.pieces, made_of, make)
 
     def score(self, condition: Condition, draw: int, rated: bool = True) -> list[dict[str, Any]]:
-        """One record an answer; rated: by DNSMOS too, if the config wants that. `similarity_intact` and `divergence` are to the intact model's answer of the same draw;
-        of the intact model's own, to its answer of the next draw: that is their null."""
+        """One record an answer; rated: by DNSMOS too, if the config wants that.
+
+        `similarity_intact` and `divergence` are to the intact model's answer of the same draw; of the intact model's
+        own, to its answer of the next draw: that is their null.
+        """
         other = draw if condition != INTACT else (draw + 1) % len(self.intact)
         rated = rated and self.cfg["dnsmos"]
         judges = [self.judge.transcriber.identity, self.judge.encoder.identity, rated]
