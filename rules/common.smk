@@ -405,8 +405,7 @@ def clip_files(folder):
 
 
 def told_files(stage):
-    """The sentences that a speech LM is told to say in a stage, and the voices in which; none where people talk to it.
-    """
+    """The sentences that a speech LM is told to say in a stage, and the voices in which; none where people talk to it."""
     prompts = config[stage]["prompts"]
     return [] if prompts["source"] == "speech" else clip_files(prompts["sentences"])
 

@@ -36,9 +36,9 @@ def paired(intact: pd.DataFrame, mine: pd.DataFrame, measure: Measure, cfg: Inte
     return compare(by_prompt(mine), by_prompt(same), measure, cfg)
 
 
-def counted_prompts(record: dict[str, Any], measure: Measure) -> str:
-    """Both values, the difference, p and how many prompts."""
+def counted_prompts(record: dict[str, Any], measure: Measure, unit: str = "prompts") -> str:
+    """Both values, the difference, p and how many prompts (of what is measured teacher-forced: clips)."""
     p = f"p = {record['p_holm']:.3f}" + (f" (Holm, {record['compared']})" if record["compared"] > 1 else "")
     values = f"{number(record['value_a'])} against {number(record['value_b'])}"
     apart = f"{number(record['difference'], True)} {ends(record['low'], record['high'], True)}"
-    return f"{measure.said} {values}; difference {apart}; {p}; {record['clips']} prompts"
+    return f"{measure.said} {values}; difference {apart}; {p}; {record['clips']} {unit}"

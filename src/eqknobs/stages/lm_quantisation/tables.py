@@ -180,9 +180,10 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         text = f"At the bytes of {record['budget']:g} bits ({PARTS[record['part']]}) the plan {PLANS[record['a']]} "
         text += f"{words} {rival}, in {measure.said}."
         cell = (f"{PLANS[record['a']]} against {PLANS[record['b']]}, {PARTS[record['part']]}",)
+        unit = "clips" if measure is COSINE else "prompts"
         column = f"{measure.said}, {record['budget']:g} bits"
         lines.append(
-            headline(STAGE, verdict, text, counted_prompts(record, measure), (*cell, column), difference(record))
+            headline(STAGE, verdict, text, counted_prompts(record, measure, unit), (*cell, column), difference(record))
         )
     return lines
 
