@@ -130,9 +130,8 @@ def load_net(
         shapes = {name: _shape(file, name) for name in names}
         config = read_config(raw, shapes, where)
         heads = heads_left(raw, config, where)
-        steps = steps_left(raw, config)
         with torch.device("meta"):
-            net = MoshiNet(config, heads, steps)
+            net = MoshiNet(config, heads, steps_left(raw, config))
         for number, layer in enumerate(net.layers):  # what removed heads gave on average
             if f"transformer.layers.{number}.self_attn.bias" in names:
                 layer.self_attn.bias = nn.Parameter(torch.empty(config.dim, device="meta"), requires_grad=False)
@@ -140,7 +139,7 @@ def load_net(
         used: set[str] = set()
         for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
             source, step = _source(name, names)
-            rows = wanted[0] if step is None else steps * wanted[0]
+            rows = wanted[0] if step is None else net.steps * wanted[0]
             if source not in names:
                 raise EqknobsError(f"{where}: no tensor {source}; this is not a whole Moshi checkpoint")
             used.add(source)
@@ -166,7 +165,7 @@ def load_net(
                 put_module(net, owner, packed_linear(*pack(value.to(device), packable[owner], dtype), dtype))
             else:
                 setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
-        if extra := sorted(name for name in names - used if not _dropped(name, steps)):
+        if extra := sorted(name for name in names - used if not _dropped(name, net.steps)):
             raise EqknobsError(f"{where}: unknown tensor {extra[0]} (one of {len(extra)}); this is no Moshi checkpoint")
     return net.eval().requires_grad_(False)
 
@@ -246,10 +245,8 @@ def save_net(
     if plan is not None:
         state = {name: stored(name, value, plan.rest) for name, value in state.items()}
     sounds = {"silence": list(net.config.silence), "sine": list(net.config.sine)}
-    raw = raw_config(net.config) | {
-        "dep_q": net.steps,
-        "eqknobs": {"heads": [list(kept) for kept in net.heads], "codec": codec} | sounds,
-    }
+    ours = {"heads": [list(kept) for kept in net.heads], "codec": codec, **sounds}
+    raw = raw_config(net.config) | {"dep_q": net.steps, "eqknobs": ours}
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         if modules:

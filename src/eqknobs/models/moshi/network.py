@@ -219,9 +219,8 @@ class MoshiNet(nn.Module):
         self.depformer_in = nn.ModuleList(nn.Linear(config.dim, config.dep_dim, bias=False) for _ in range(count))
         self.depformer_emb = nn.ModuleList(nn.Embedding(codes + 1, config.dep_dim) for _ in range(1, count))
         self.depformer_text_emb = nn.Embedding(config.text_card + 1, config.dep_dim)
-        self.depformer = nn.ModuleDict(
-            {"layers": nn.ModuleList(DepLayer(config, count) for _ in range(config.dep_layers))}
-        )
+        layers = nn.ModuleList(DepLayer(config, count) for _ in range(config.dep_layers))
+        self.depformer = nn.ModuleDict({"layers": layers})
         self.linears = nn.ModuleList(nn.Linear(config.dep_dim, codes, bias=False) for _ in range(count))
 
     @property
