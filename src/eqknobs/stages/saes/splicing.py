@@ -8,19 +8,35 @@ stand for padding pass as they are.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from eqknobs.audio import read_clip
+from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
+from eqknobs.io import read_csv, write_csv
+from eqknobs.models import ModelCfg, load_model
 from eqknobs.sae.base import SAE, new_sae
 from eqknobs.sae.firing import clip_codes
 from eqknobs.sound.judges import text_errors
+from eqknobs.sound.renders import pick_clips
 
 Edit = Callable[[Tensor], Tensor]
+
+
+class SplicingCfg(TypedDict):
+    """What `score_splicing` reads."""
+
+    model: ModelCfg
+    site: str
+    split: str
+    clips: int  # of speech, and of each corpus of other sound
+    content: NotRequired[dict[str, str]]
 
 
 class Spoken(NamedTuple):
@@ -86,3 +102,43 @@ def spliced_scores(
 
 def _spliced(model: Any, site: str, edit: Edit | None) -> AbstractContextManager[None]:
     return nullcontext() if edit is None else model.editing(site, edit, clip_only=True)
+
+
+def _clips(manifest_csv: str | Path, corpus: str, rate: int, cfg: SplicingCfg) -> list[Spoken]:
+    """Clips of a corpus; corpus: "" for speech, whose clips must have a text, else the name of one that has no words.
+
+    Raises EqknobsError for speech without texts.
+    """
+    found = []
+    for row in pick_clips(read_csv(manifest_csv), cfg["split"], cfg["clips"]).itertuples():
+        text = "" if corpus else str(row.text).strip()
+        if not text and not corpus:
+            raise EqknobsError(f"splicing: {row.id} has no text in {manifest_csv}; give texts, or set splicing: null")
+        name, speaker = (f"{corpus}-{value}" if corpus else str(value) for value in (row.id, row.speaker))
+        found.append(Spoken(name, speaker, cfg["split"], read_clip(row, rate), text))
+    return found
+
+
+def score_splicing(
+    speech_csv: str | Path,
+    others: Mapping[str, str | Path],
+    cache_h5: str | Path,
+    sae_dirs: Mapping[tuple[str, int], Path],
+    out_csv: str | Path,
+    cfg: SplicingCfg,
+) -> None:
+    """Splice the SAEs of a target into the model as it transcribes; out_csv: see `spliced_scores`.
+
+    speech_csv, others: manifests of speech with texts and, by corpus, of sound without words; cache_h5: whose train
+    mean is the arm `mean`; sae_dirs: (name, seed) -> folder. Raises EqknobsError as `spliced_scores`, and for speech
+    without texts.
+    """
+    model = load_model(cfg["model"])
+    rate = model.sample_rate
+    clips = _clips(speech_csv, "", rate, cfg)
+    for corpus, manifest in sorted(others.items()):
+        clips += _clips(manifest, corpus, rate, cfg)
+    saes = {key: SAE.load(folder) for key, folder in sae_dirs.items()}
+    with ActivationCache(cache_h5) as cache:
+        mean = np.array(cache.mean)
+    write_csv(out_csv, spliced_scores(model, cfg["site"], saes, mean, clips))
