@@ -1,4 +1,4 @@
-"""Let a Whisper go on from its SAEs' reconstructions of one layer."""
+"""Let a model transcribe from the reconstructions of one target's SAEs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,16 @@ import eqknobs.script
 from eqknobs.stages.saes.splicing import SplicingCfg, score_splicing
 
 
-def main(inputs: Any, outputs: Any, cfg: SplicingCfg) -> None:
-    saes = {(path.parts[-3], int(path.parts[-2].removeprefix("seed"))): path.parent for path in map(Path, inputs.saes)}
-    manifests = dict(zip([cfg["corpus"], *cfg["others"]], [inputs.speech, *inputs.others], strict=True))
-    score_splicing(manifests, inputs.cache, saes, outputs.scores, cfg)
+class JobCfg(SplicingCfg):
+    non_speech: list[str]  # corpora, in the order of their manifests
+
+
+def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
+    saes = {}
+    for path in map(Path, inputs.saes):
+        saes[path.parts[-3], int(path.parts[-2].removeprefix("seed"))] = path.parent
+    others = dict(zip(cfg["non_speech"], inputs.non_speech, strict=True))
+    score_splicing(inputs.speech, others, inputs.cache, saes, outputs[0], cfg)
 
 
 if __name__ == "__main__":
