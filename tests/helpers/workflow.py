@@ -78,6 +78,15 @@ SMALL = {
         "batch": 2,
         "listen": 1,
     },
+    "lm_quantisation": {
+        "prompts": {"count": 2, "held_out": 2, "calibration": 2},
+        "widths": [2, 3, 4],
+        "budgets": [3],
+        "random_plans": 1,
+        "nf4": False,
+        "answered": ["temporal:uniform:3:0", "temporal:layer:3:0", "temporal:inverted:3:0"],
+        "batch": 2,
+    },
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }
