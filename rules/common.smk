@@ -39,6 +39,7 @@ from eqknobs.stages.domains.checks import domain_targets
 from eqknobs.stages.features.checks import caption_files, paged_targets
 from eqknobs.stages.label_search.checks import searched_targets
 from eqknobs.stages.phones.checks import named_saes, phone_targets
+from eqknobs.stages.saes.checks import spliced_saes
 from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
