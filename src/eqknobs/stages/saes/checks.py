@@ -3,7 +3,7 @@
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import SPEECH, check_corpus, stage_targets
+from eqknobs.plan import SPEECH, check_corpus, chosen_targets
 from eqknobs.schema import mend, validator
 
 
@@ -17,7 +17,12 @@ def check(config: dict[str, Any]) -> None:
             pass
         else:
             raise EqknobsError(f"config: saes.{name}: the name reads as a number in tables; choose one with letters")
-        stage_targets({**config, f"saes.{name}": sae}, f"saes.{name}")
+        for target in sae.get("targets", []):
+            if "@" in target:
+                raise EqknobsError(
+                    f"config: saes.{name}.targets: {target!r} names a corpus; it goes into saes.{name}.corpus"
+                )
+        chosen_targets(config, f"saes.{name}.targets", sae.get("targets", []))
         check_corpus(config, f"saes.{name}.corpus", sae.get("corpus", SPEECH))
         _check_grid(f"saes.{name}", sae)
 
