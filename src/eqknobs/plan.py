@@ -99,7 +99,9 @@ def stage_targets(config: dict[str, Any], stage: str, decoding: bool = False) ->
     return [target for target in found if not decoding or decodes(config, target)]
 
 
-def chosen_targets(config: dict[str, Any], key: str, wanted: list[str], corpora: Sequence[str] = (SPEECH,)) -> list[str]:
+def chosen_targets(
+    config: dict[str, Any], key: str, wanted: list[str], corpora: Sequence[str] = (SPEECH,)
+) -> list[str]:
     """What a list of targets chooses of the run's, in their order, each on these corpora, or on the one after its `@`.
 
     wanted: targets, with `*` for whatever stands there; `!` before one takes out of all what it fits; an empty list is

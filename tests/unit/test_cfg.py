@@ -53,7 +53,7 @@ TYPED = [
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
     (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
-    (PhonesCfg, ["phones"], {"targets", "saes"}, {"seed", "content"}),
+    (PhonesCfg, ["phones"], PLANNED | {"saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),

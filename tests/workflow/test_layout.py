@@ -106,8 +106,8 @@ ALL_ON = {
         "resamples": 10,
         "map_features": 0,
     },
-    "phones": {"selection": "clip", "purity": 0.5, "min_firings": 20, "shifts": 1},
-    "probes": {"properties": ["centroid", "rms", "pitch", "phone"]},
+    "phones": {"selection": "clip", "purity": 0.5, "min_firings": 20, "shifts": 1, "l2": [0.01], "epochs": 1},
+    "data": {"phones": "resources/corpus/phones.csv"},
 }
 
 
