@@ -118,7 +118,7 @@ def chosen_targets(
         own = [target for target in targets if fnmatchcase(target, without_corpus(name))]
         if not own and "*" not in name:
             raise EqknobsError(f"config: {key}: {name!r} is not under run.targets; add it there")
-        if at:
+        if at and own:
             check_corpus(config, key, corpus)
         found |= {on_corpus(target, one) for target in own for one in ([corpus] if at else corpora)}
     order = [*corpora, *sorted({corpus_of(target) for target in found} - set(corpora))]

@@ -22,8 +22,8 @@ def check(config: dict[str, Any]) -> None:
                 raise EqknobsError(
                     f"config: saes.{name}.targets: {target!r} names a corpus; it goes into saes.{name}.corpus"
                 )
-        chosen_targets(config, f"saes.{name}.targets", sae.get("targets", []))
-        check_corpus(config, f"saes.{name}.corpus", sae.get("corpus", SPEECH))
+        if chosen_targets(config, f"saes.{name}.targets", sae.get("targets", [])):
+            check_corpus(config, f"saes.{name}.corpus", sae.get("corpus", SPEECH))
         _check_grid(f"saes.{name}", sae)
 
 
