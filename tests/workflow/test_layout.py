@@ -11,6 +11,7 @@ import yaml
 import architecture
 from eqknobs.config import merge, validate
 from eqknobs.errors import EqknobsError
+from eqknobs.models.sites import expand_targets
 from eqknobs.plan import model_config
 from eqknobs.provenance import code_inputs
 from helpers import ROOT
@@ -39,7 +40,7 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
         assert output.startswith((f"results/{config['run']['name']}/", "results/models/")), output
         sites = r"encoder_transformer|encoder_layer\.\d+|encoder|(?:layer|residual|heads)\.\d+"
         found |= set(re.findall(rf"[\w-]+\.(?:{sites})", output))
-    assert found == set(config["run"]["targets"])
+    assert found == set(expand_targets(config["run"]["targets"], config["models"]))
 
 
 @pytest.mark.parametrize(
