@@ -107,6 +107,12 @@ ALL_ON = {
         "map_features": 0,
     },
     "phones": {"selection": "clip", "purity": 0.5, "min_firings": 20, "shifts": 1},
+    "models": {
+        **DEFAULT["models"],
+        "w": {"kind": "whisper", "path": "results/models/whisper-tiny.en", "revision": None},
+    },
+    "run": {**DEFAULT["run"], "targets": [*DEFAULT["run"]["targets"], "w.layer.0"]},
+    "splicing": {"split": "test", "clips": 1, "non_speech": ["again"]},
     "probes": {"properties": ["centroid", "rms", "pitch", "phone"]},
 }
 

@@ -91,7 +91,7 @@ def spliced_rows(scores: pd.DataFrame, target: str, cfg: IntervalsCfg) -> pd.Dat
 def _spliced_cells(spliced: pd.DataFrame, key: dict[str, Any]) -> dict[str, float]:
     """What `sae.csv` says of an SAE spliced in; nothing where that was not measured."""
     own = spliced[(spliced["arm"] == "sae") & (spliced[["sae", "seed", "split"]] == pd.Series(key)).all(axis=1)]
-    found = {}
+    found: dict[str, float] = {}
     for name, column in (("wer_text", "wer_text_spliced"), ("nll", "nll_spliced"), (AUC, AUC)):
         for end in ("", "_low", "_high"):
             found |= {f"{column}{end}": value for value in own[f"{name}{end}"]}
