@@ -131,7 +131,7 @@ rule splicing:
             f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/{{file}}",
             target=wildcards.target,
             sae=SPLICED[wildcards.target],
-            seed=SEEDS,
+            seed=SEEDS[: config["splicing"]["seeds"]],
             file=["config.json", "sae.safetensors"],
         ),
         script=code("splicing.py"),
@@ -151,7 +151,7 @@ rule splicing:
             "splicing",
             lambda wildcards: {
                 **opened(wildcards),
-                **but(config["splicing"], "targets", "saes"),
+                **but(config["splicing"], "targets", "saes", "seeds"),
             },
             model=model_files,
         ),

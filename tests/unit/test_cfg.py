@@ -53,7 +53,7 @@ TYPED = [
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
     (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
-    (SplicingCfg, ["splicing"], {"targets", "saes", "non_speech"}, {"model", "site", "content"}),
+    (SplicingCfg, ["splicing"], {"targets", "saes", "non_speech", "seeds"}, {"model", "site", "content"}),
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
     (PhonesCfg, ["phones"], {"targets", "saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),

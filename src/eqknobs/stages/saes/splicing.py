@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from eqknobs.audio import read_clip
 from eqknobs.corpus.cache import ActivationCache
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, write_csv
 from eqknobs.models import ModelCfg, load_model
@@ -77,7 +79,8 @@ def spliced_scores(
     model: Any, site: str, saes: Mapping[tuple[str, int], SAE], mean: np.ndarray, clips: Sequence[Spoken]
 ) -> pd.DataFrame:
     """One row a (arm, SAE, seed, clip): arm, sae, seed, id, speaker, split, transcript, errors, words (against the
-    text), nats and tokens of the text, no_speech_prob; those of a text are NaN where a clip has none.
+    text), nats and tokens of the text, no_speech_prob; those of a text are empty where a clip has none, and
+    nothing is transcribed there.
 
     model: of kind whisper; saes: (name, seed) -> SAE of the site; mean [d]: of the site's train frames. Raises
     EqknobsError for a model that does not transcribe, or no clips.
@@ -87,13 +90,15 @@ def spliced_scores(
     if not clips:
         raise EqknobsError(f"no clips to splice {model.name}.{site} in; raise the number of clips")
     rows: list[dict[str, Any]] = []
-    for (arm, name, seed), edit in arms(saes, mean).items():
+    for (arm, name, seed), edit in tqdm(arms(saes, mean).items(), desc=f"splice {model.name}.{site}", unit="arm"):
         for clip in clips:
             with _spliced(model, site, edit):
                 heard = model.hear([clip.wav])
-            said = model.transcribe(heard)[0]
-            errors, words = text_errors(clip.text, said)
-            nats, tokens = (float(x[0]) for x in model.nll(heard, [clip.text])) if clip.text else (np.nan, np.nan)
+            said, errors, words, nats, tokens = "", np.nan, np.nan, np.nan, np.nan
+            if clip.text:
+                said = model.transcribe(heard)[0]
+                errors, words = text_errors(clip.text, said)
+                nats, tokens = (float(x[0]) for x in model.nll(heard, [clip.text]))
             keys = {"arm": arm, "sae": name, "seed": seed, "id": clip.id, "speaker": clip.speaker, "split": clip.split}
             found = {"transcript": said, "errors": errors, "words": words, "nats": nats, "tokens": tokens}
             rows.append(keys | found | {"no_speech_prob": float(model.no_speech_prob(heard)[0])})
@@ -133,12 +138,12 @@ def score_splicing(
     mean is the arm `mean`; sae_dirs: (name, seed) -> folder. Raises EqknobsError as `spliced_scores`, and for speech
     without texts.
     """
-    model = load_model(cfg["model"])
-    rate = model.sample_rate
-    clips = _clips(speech_csv, "", rate, cfg)
-    for corpus, manifest in sorted(others.items()):
-        clips += _clips(manifest, corpus, rate, cfg)
     saes = {key: SAE.load(folder) for key, folder in sae_dirs.items()}
     with ActivationCache(cache_h5) as cache:
         mean = np.array(cache.mean)
-    write_csv(out_csv, spliced_scores(model, cfg["site"], saes, mean, clips))
+    with gpu_lock(pick_device(cfg["model"].get("device") or "auto")):
+        model = load_model(cfg["model"])
+        clips = _clips(speech_csv, "", model.sample_rate, cfg)
+        for corpus, manifest in sorted(others.items()):
+            clips += _clips(manifest, corpus, model.sample_rate, cfg)
+        write_csv(out_csv, spliced_scores(model, cfg["site"], saes, mean, clips))
