@@ -109,6 +109,12 @@ ALL_ON = {
     },
     "phones": {"selection": "clip", "purity": 0.5, "min_firings": 20, "shifts": 1, "l2": [0.01], "epochs": 1},
     "data": {"phones": "resources/corpus/phones.csv"},
+    "models": {
+        **DEFAULT["models"],
+        "w": {"kind": "whisper", "path": "results/models/whisper-tiny.en", "revision": None},
+    },
+    "run": {**DEFAULT["run"], "targets": [*DEFAULT["run"]["targets"], "w.layer.0"]},
+    "splicing": {"split": "test", "clips": 1, "non_speech": ["again"], "seeds": 1},
 }
 
 

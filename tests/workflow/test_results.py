@@ -22,6 +22,7 @@ from helpers.recompute import (
     check_overlap,
     check_packing,
     check_pruning,
+    check_splicing,
     check_stability,
     check_summary,
     check_table,
@@ -152,6 +153,12 @@ def test_how_many_features_are_found_again_is_recomputed_from_features_and_one_p
     features = read(RUN / "scores" / f"{target}.stability.csv")
     assert check_stability(table[table["target"] == target], features) > 10
     check_overlap(RUN, target, features)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "scores" / f"{t}.splicing.csv").is_file()])
+def test_what_is_lost_downstream_is_recomputed_from_clips(target):
+    table = read(RUN / "tables" / "splicing.csv")
+    assert check_splicing(RUN, target, table[table["target"] == target], CFG) >= 4 * 15
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "domains" / f"{t}.json").is_file()])
