@@ -51,6 +51,4 @@ def classify(train: Features, labels: np.ndarray, test: Features, c: float, max_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # told by the number of iterations
         model.fit(x, labels)
-    return Told(
-        model.predict(y).astype(np.int8), bool(model.n_iter_[0] < max_iter), int(np.count_nonzero(model.coef_))
-    )
+    return Told(model.predict(y).astype(np.int8), bool(model.n_iter_[0] < max_iter), int(np.count_nonzero(model.coef_)))

@@ -136,7 +136,9 @@ def task_of(name: str, cfg: TaskCfg, clips: pd.DataFrame, parts: Parts) -> Task:
         own = np.flatnonzero(np.isfinite(labels[rows]))
         sides = labels[rows][own].astype(np.int8)
         if len(np.unique(sides)) < 2:
-            raise EqknobsError(f"accent.tasks.{name}: {what} has clips of one side alone; mend the labels or the splits")
+            raise EqknobsError(
+                f"accent.tasks.{name}: {what} has clips of one side alone; mend the labels or the splits"
+            )
         found += [own, sides]
     return Task(name, *found)
 
@@ -403,8 +405,8 @@ def score_accent(
 
     out_runs: `RUN_COLUMNS`, one row a classifier; `said`: what it told of each test clip of the task, 0 or 1, in the
     order of out_clips: task, id, speaker, split, true. out_json: `clips` (how many of train, of each half of val, of
-    test), `fitted` (clips of either side that teach each task), `d`, `rates` (cell -> firing rates). Raises EqknobsError: labels that a split lacks, a model or a site that
-    is not there, sound that changed.
+    test), `fitted` (clips of either side that teach each task), `d`, `rates` (cell -> firing rates). Raises
+    EqknobsError: labels that a split lacks, a model or a site that is not there, sound that changed.
     """
     bench = Bench(cfg, read_csv(manifest_csv), pieces or Pieces(None))
     bench.run()

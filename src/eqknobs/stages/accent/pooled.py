@@ -98,5 +98,3 @@ def sample_frames(reader: Reader, clips: pd.DataFrame, reading: Reading, most: i
         if count >= most:
             break
     return np.concatenate(found)[:most]
-
-

@@ -52,7 +52,7 @@ def _loader() -> Any:
 
 
 def sex_of(variant: str) -> str:
-    """"M", "F" or "", as the variant's file says. Raises EqknobsError if espeak-ng has no such variant."""
+    """ "M", "F" or "", as the variant's file says. Raises EqknobsError if espeak-ng has no such variant."""
     folder = Path(_loader().get_data_path()) / "voices" / "!v"
     file = folder / variant
     if not file.is_file():
@@ -65,8 +65,8 @@ def sex_of(variant: str) -> str:
 
 
 def say(accent: str, variant: str, text: str) -> np.ndarray:
-    """espeak-ng's float32 samples [samples] in −1…1 at `RATE`. Raises EqknobsError for an unknown accent, and if nothing
-    is said."""
+    """espeak-ng's float32 samples [samples] in −1…1 at `RATE`. Raises EqknobsError for unknown accents, or if it says
+    nothing."""
     loader = _loader()
     library = ctypes.CDLL(loader.get_library_path())
     pieces: list[np.ndarray] = []
@@ -85,7 +85,9 @@ def say(accent: str, variant: str, text: str) -> np.ndarray:
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.espeak_SetSynthCallback(keep)
         if library.espeak_SetVoiceByName(f"{accent}+{variant}".encode()):
-            raise EqknobsError(f"accent.synthesis.accents: espeak-ng has no voice {accent!r}; see espeak-ng --voices=en")
+            raise EqknobsError(
+                f"accent.synthesis.accents: espeak-ng has no voice {accent!r}; see espeak-ng --voices=en"
+            )
         given = text.encode() + b"\0"
         library.espeak_Synth(given, ctypes.c_size_t(len(given)), 0, 0, 0, UTF8, None, None)
         library.espeak_Synchronize()
