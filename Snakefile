@@ -29,6 +29,7 @@ STAGES = [
     "speech_lm",
     "lm_layers",
     "lm_pruning",
+    "lm_quantisation",
 ]
 for stage in STAGES:
     if config[stage]:

@@ -40,6 +40,7 @@ from eqknobs.stages.domains.checks import domain_targets
 from eqknobs.stages.features.checks import caption_files, paged_targets
 from eqknobs.stages.label_search.checks import searched_targets
 from eqknobs.stages.phones.checks import named_saes, phone_targets
+from eqknobs.stages.saes.checks import spliced_saes
 from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
 from eqknobs.strict_yaml import read_yaml
@@ -405,9 +406,16 @@ def clip_files(folder):
     return sorted(Path(folder).glob("*/*.*"))
 
 
-def told_files():
-    """The sentences that a pruned speech LM is told to say, and the voices in which."""
-    return clip_files(config["lm_pruning"]["prompts"]["sentences"])
+def told_files(stage):
+    """The sentences that a speech LM is told to say in a stage, and the voices in which; none where people talk to it."""
+    prompts = config[stage]["prompts"]
+    return [] if prompts["source"] == "speech" else clip_files(prompts["sentences"])
+
+
+def talk_manifest(stage):
+    """The manifest of those who talk to it, where it is not told what to say."""
+    talked_to = config[stage]["prompts"]["source"] == "speech"
+    return [manifest_file(SPEECH)] if talked_to else []
 
 
 def training_files(wildcards):

@@ -6,8 +6,6 @@ PROBED_HEADS = (
     if needs_probes(config["lm_pruning"])
     else []
 )
-# What people say to a model that is not told what to say.
-TALKED_TO = config["lm_pruning"]["prompts"]["source"] == "speech"
 PRUNED_SCORES = [
     "orders",
     "nats",
@@ -28,7 +26,7 @@ rule lm_pruning:
     input:
         model=lambda wildcards: files_of(wildcards.model),
         heads=PROBED_HEADS,
-        manifest=[manifest_file(SPEECH)] if TALKED_TO else [],
+        manifest=talk_manifest("lm_pruning"),
         asr=asr_files,
         script=code("lm_pruning.py"),
     output:
@@ -57,7 +55,7 @@ rule lm_pruning:
                 "judges": config["judges"],
             },
             model=lambda wildcards: files_of(wildcards.model),
-            speech=lambda wildcards: [] if TALKED_TO else told_files(),
+            speech=lambda wildcards: told_files("lm_pruning"),
             asr=asr_files,
         ),
     message:

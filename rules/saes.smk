@@ -4,11 +4,13 @@ for target in TARGETS:
     for name in trained_saes(config, target):
         DICTIONARIES.setdefault(sae_home(config, target, name), []).append(name)
 SAE_SCORES = expand(f"{RUN}/saes/{{target}}/saes.json", target=DICTIONARIES)
+SPLICED = spliced_saes(config)
 SECTIONS["saes"] = {"targets": list(DICTIONARIES)}
-TABLES += ["sae"]
+TABLES += ["sae", "splicing"]
 TABLE_INPUTS += [
     *expand(f"{RUN}/scores/{{target}}.sae.csv", target=DICTIONARIES),
     *SAE_SCORES,
+    *expand(f"{RUN}/scores/{{target}}.splicing.csv", target=SPLICED),
 ]
 REPORT_INPUTS += [
     file
@@ -114,3 +116,46 @@ rule sae_scores:
         "Score the SAEs of {wildcards.target}"
     script:
         "../workflow/scripts/sae_scores.py"
+
+
+rule splicing:
+    input:
+        speech=manifest_file(SPEECH),
+        non_speech=[
+            manifest_file(corpus)
+            for corpus in (config["splicing"] or {}).get("non_speech", [])
+        ],
+        cache=f"{RUN}/activations/{{target}}.h5",
+        model=model_files,
+        saes=lambda wildcards: expand(
+            f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/{{file}}",
+            target=wildcards.target,
+            sae=SPLICED[wildcards.target],
+            seed=SEEDS[: config["splicing"]["seeds"]],
+            file=["config.json", "sae.safetensors"],
+        ),
+        script=code("splicing.py"),
+    output:
+        f"{RUN}/scores/{{target}}.splicing.csv",
+    log:
+        f"{RUN}/logs/splicing.{{target}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/splicing.{{target}}.tsv"
+    conda:
+        ENV
+    threads: config["hardware"]["threads"]
+    resources:
+        gpu=gpu,
+    params:
+        cfg=cfg(
+            "splicing",
+            lambda wildcards: {
+                **opened(wildcards),
+                **but(config["splicing"], "targets", "saes", "seeds"),
+            },
+            model=model_files,
+        ),
+    message:
+        "Let {wildcards.target} go on from what its SAEs reconstruct"
+    script:
+        "../workflow/scripts/splicing.py"

@@ -14,7 +14,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,14 @@ def _module_file(name: str) -> Path | None:
     return None
 
 
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Statements, and those inside them; expressions, which are most of a tree, are passed by."""
+    for node in body:
+        yield node
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            yield from _statements(getattr(node, part, ()))
+
+
 @cache
 def imported_files(path: Path) -> frozenset[Path]:
     """The files of this package that a Python file imports, itself not included.
@@ -43,7 +51,7 @@ def imported_files(path: Path) -> frozenset[Path]:
     Imports inside functions count; `from eqknobs.x import y` counts x, and y where y is a module.
     """
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _statements(ast.parse(path.read_text()).body):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

@@ -41,6 +41,7 @@ PARTS = (
     "stages/speech_lm",
     "stages/lm_layers",
     "stages/lm_pruning",
+    "stages/lm_quantisation",
     "sound",
     "report",
     "stages/codec_training",

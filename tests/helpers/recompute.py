@@ -675,3 +675,39 @@ def _check_moment(run: Path, target: str, row: pd.Series) -> None:
     path = read(run / "manifest" / "manifest.csv").set_index("id").loc[moment["id"], "path"]
     whole = read_audio(run.resolve().parents[1] / path, rate)[round(moment["start"] * rate) :][: len(cut)]
     assert np.abs(cut - whole).max() < 1e-3
+
+
+def check_packing(run: Path, model: str) -> None:
+    """The tables of the stage lm_quantisation, counted anew from answers and nats, and its plans from their files."""
+    table, small = (read(run / "tables" / f"{name}.csv") for name in ("lm_quantisation", "lm_quantisable"))
+    answers, nats = (read(run / "scores" / f"{model}.lm_quantised_{name}.csv") for name in ("answers", "nats"))
+    keys = ["part", "plan", "budget", "seed"]
+    rows, spoken = table[table["model"] == model].set_index(keys), dict(list(answers.groupby(keys)))
+    assert len(rows) == nats.groupby(keys).ngroups and set(spoken) == set(rows[rows["answers"] > 0].index)
+    intact = answers[answers["plan"] == "intact"]
+    for key, clips in nats.groupby(keys):
+        row = rows.loc[key]
+        for name in ("nll_text", "nll_audio", "cosine", "bytes", "bytes_resident"):
+            assert np.isclose(row[name], clips[name].mean(), rtol=1e-6), (key, name)
+        if key not in spoken:
+            assert row["answers"] == 0 and np.isnan(row["wer_monologue"])
+            continue
+        mine = spoken[key]
+        base = intact[intact["draw"].isin(mine["draw"])]
+        assert row["answers"] == len(mine) and row["prompts"] == mine["id"].nunique()
+        assert np.isclose(row["nll_intact"], mine["nll_intact"].mean(), rtol=1e-6), key
+        for name, top, bottom in PRUNED_RATIOS[:2]:
+            value = mine[top].sum() / mine[bottom].sum()
+            assert np.isclose(row[name], value, rtol=1e-6, equal_nan=True), (key, name)
+            if key[1] != "intact":
+                apart = value - base[top].sum() / base[bottom].sum()
+                assert np.isclose(row[f"delta_{name}"], apart, atol=1e-7, equal_nan=True), (key, name)
+    for part, mine in rows.reset_index().query("plan not in ('intact', 'nf4')").groupby("part"):
+        for budget, same_bytes in mine.groupby("budget"):
+            limit = same_bytes.loc[same_bytes["plan"] == "uniform", "bytes"].iloc[0]
+            assert same_bytes["bytes"].between(0.95 * limit, limit).all(), (part, budget)
+    for row in small[small["model"] == model].to_dict("records"):
+        sizes = rows.reset_index().query(f"part == '{row['part']}' and plan == '{row['plan']}' and answers > 0")
+        assert row["tested"] == sizes["budget"].nunique()
+        assert (row["bound"] <= 0.05) == np.isfinite(row["bytes"])
+        assert np.isnan(row["bytes"]) or row["bytes"] >= 0.99 * sizes["bytes"].min()

@@ -12,6 +12,7 @@ import yaml
 
 from eqknobs.config import merge
 from helpers import ROOT
+from helpers.planning import planned
 
 PARTS = ["Snakefile", "rules", "workflow", "src", "config", "profiles", "envs", "docs", "tools"]
 
@@ -82,10 +83,19 @@ SMALL = {
         "weights": {"orders": ["guided"], "shares": [0.375]},
         "layers": {"orders": ["damage"], "shares": [0.34]},
         "answered": ["heads:acoustic_first:*", "heads:random:*"],
-        "removal": {"shares": [0.5], "nf4": False},
+        "removal": None,  # test_moshi_run.py takes heads out
         "codebooks": {"readings": ["d"], "counts": [4], "count": 1},
         "batch": 2,
         "listen": 1,
+    },
+    "lm_quantisation": {
+        "prompts": {"count": 2, "held_out": 2, "calibration": 2},
+        "widths": [2, 3, 4],
+        "budgets": [3],
+        "random_plans": 1,
+        "nf4": False,
+        "answered": ["temporal:uniform:3:0", "temporal:layer:3:0", "temporal:inverted:3:0"],
+        "batch": 2,
     },
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
@@ -100,9 +110,11 @@ def snakemake(folder: Path, *arguments: str, check: bool = True) -> subprocess.C
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *arguments], cwd=folder, env=env, capture_output=True, text=True
-    )
+    if {"--summary", "-n", "--dry-run"} & {*arguments}:
+        done = planned(folder, arguments, env)
+    else:
+        command = [sys.executable, "-m", "snakemake", *arguments]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if check and done.returncode:
         raise AssertionError(f"snakemake {arguments} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -27,6 +27,7 @@ from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
 from eqknobs.stages.phones.compute import PhonesCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.quantisation.compute import PlansCfg, RendersCfg
+from eqknobs.stages.saes.splicing import SplicingCfg
 from eqknobs.stages.speech_lm.compute import AnswersCfg, ScoresCfg
 from eqknobs.stages.speech_lm_training.training import DropCfg, SpeechLMTrainingCfg
 from eqknobs.stages.stability.compute import StabilityCfg
@@ -56,6 +57,7 @@ TYPED = [
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
     (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
+    (SplicingCfg, ["splicing"], {"targets", "saes", "non_speech", "seeds"}, {"model", "site", "content"}),
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
     (PhonesCfg, ["phones"], {"targets", "saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),

@@ -130,7 +130,7 @@ rule toy:
 """,
 }
 LISTS = {
-    "Snakefile": ('    "lm_pruning",\n', '    "lm_pruning",\n    "toy",\n'),
+    "Snakefile": ('    "lm_pruning",\n', '    "toy",\n    "lm_pruning",\n'),
     "src/eqknobs/schema.py": ('    "sound",\n', '    "stages/toy",\n    "sound",\n'),
     "src/eqknobs/report/tables.py": (
         "STAGES: tuple[TablesModule, ...] = (",
@@ -166,6 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "speech_lm",
             "lm_layers",
             "lm_pruning",
+            "lm_quantisation",
         )
         config.update(dict.fromkeys(off))
         config["toy"] = {"longest": 3.0}

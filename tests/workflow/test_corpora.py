@@ -24,7 +24,7 @@ def with_corpora(config: dict) -> None:
     config["sae_seeds"] = [0]
     config["probes"].update(properties=["centroid"], corpora=["mix", "other"], saes=["topk"])
     config["codec"].update(corpora=["other"], clips=1)
-    off = ("steering", "importance", "quantisation", "speech_lm", "lm_layers", "lm_pruning")
+    off = ("steering", "importance", "quantisation", "speech_lm", "lm_layers", "lm_pruning", "lm_quantisation")
     config.update(dict.fromkeys(off))
 
 

@@ -38,6 +38,9 @@ def shrink(name: str, folder: Path) -> dict:
     pruning = copy.deepcopy(SMALL["lm_pruning"])
     pruning["prompts"] = config["lm_pruning"]["prompts"] | pruning["prompts"] | {"seconds": 1.6}
     config["lm_pruning"] |= pruning | {"draws": 1, "confirmed": [], "dnsmos": False}
+    packing = copy.deepcopy(SMALL["lm_quantisation"])
+    packing["prompts"] = config["lm_quantisation"]["prompts"] | packing["prompts"] | {"seconds": 1.6}
+    config["lm_quantisation"] |= packing | {"draws": 1, "best": {"count": 0, "budget": 3}, "dnsmos": False}
     config["steering"] = {"high_bin": SMALL["probes"]["bins"] - 1}
     # the same kinds of sites, at the layers that a model of three has
     kinds = sorted({target.split(".")[1] for target in config["run"]["targets"]}, reverse=True)

@@ -41,7 +41,8 @@ SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruc
 GRID = {("sae_grid", "topk")}
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
 PRUNED = {("lm_pruning", "")}  # in orders that the probes of heads decide
-LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNED
+QUANTISED = {("lm_quantisation", "")}  # whose plans the probes of layers and heads decide
+LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNED | QUANTISED
 LM_PROBES = LM_READ - {("lm_labels", "")}
 LM = {("lm_caches", "")} | LM_READ
 SENTENCES = {("corpus_manifest", "")} | LM
@@ -232,7 +233,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
     "lags of a speech LM's layers": (
         edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
-        {("lm_layers", "")} | PRUNED | TABLES,
+        {("lm_layers", "")} | PRUNED | QUANTISED | TABLES,
     ),
     "shares of heads that go": (edit_config(lambda c: c["lm_pruning"]["heads"].update(shares=[0.4])), PRUNED | TABLES),
     "conditions that speak": (
@@ -242,8 +243,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "no pruning": (edit_config(lambda c: c.update(lm_pruning=None)), TABLES),
     "library: what a pruned model is asked": (
         edit_file("src/eqknobs/speaking/prompts.py", CODE),
-        SPOKEN | PRUNED | TABLES,
+        SPOKEN | PRUNED | QUANTISED | TABLES,
     ),
+    "bits of a speech LM": (edit_config(lambda c: c["lm_quantisation"].update(group=32)), QUANTISED | TABLES),
+    "no packed speech LM": (edit_config(lambda c: c.update(lm_quantisation=None)), TABLES),
     "library: memory and time of a pruned model": (
         edit_file("src/eqknobs/stages/lm_pruning/footprint.py", CODE),
         PRUNED | TABLES,

@@ -20,6 +20,7 @@ from helpers.recompute import (
     check_layers,
     check_maps,
     check_overlap,
+    check_packing,
     check_pruning,
     check_stability,
     check_summary,
@@ -53,6 +54,7 @@ TARGETS = [name for name, facts in SUMMARY["targets"].items() if not facts.keys(
 OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in facts]
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
+QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 
 
 def model_of(target: str) -> dict:
@@ -117,6 +119,11 @@ def test_what_a_speech_lm_says_is_recomputed_from_its_answers(model):
 @pytest.mark.parametrize("model", PRUNED)
 def test_what_a_pruned_speech_lm_says_is_recomputed_from_its_answers(model):
     check_pruning(RUN, model)
+
+
+@pytest.mark.parametrize("model", QUANTISED)
+def test_what_a_packed_speech_lm_says_is_recomputed_from_its_answers(model):
+    check_packing(RUN, model)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])

@@ -59,10 +59,11 @@ class Judge:
         """The voice of an answer [256]."""
         return self.encoder.embed(self.at_judges_rate(self.sound(answer)))
 
-    def record(self, asked: Asked, answer: Answer, wav: np.ndarray | None = None) -> dict[str, Any]:
+    def record(self, asked: Asked, answer: Answer, wav: np.ndarray | None = None, rated: bool = True) -> dict[str, Any]:
         """Everything about an answer that needs no other answer; what cannot be told of it is NaN.
 
-        wav: its sound, if it is there. Errors and words are counts (`word_errors`).
+        wav: its sound, if it is there; rated: by DNSMOS too, if this judge does so. Errors and words are counts
+        (`word_errors`).
         """
         wav = self.at_judges_rate(self.sound(answer) if wav is None else wav)
         said, heard = self.model.monologue(answer.text), self.transcriber.transcribe(wav)
@@ -80,7 +81,7 @@ class Judge:
             "active_seconds": end - begin,
             "similarity_prompt": np.nan if asked.voice is None else similarity(embedding, asked.voice),
             "f0": clip_f0(wav, RATE),
-            "dnsmos": np.nan if self.quality is None else self.quality.rate(wav),
+            "dnsmos": self.quality.rate(wav) if self.quality and rated else np.nan,
             "seconds": frames / FRAME_RATE,
         }
         record |= signal_values(wav, RATE) | word_values(normalise(said), normalise(heard))

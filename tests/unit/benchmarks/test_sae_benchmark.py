@@ -18,9 +18,9 @@ APART = 1.5  # times that two variants must differ in the committed file for the
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both tables after five timed and five training steps of our engine, at the committed width, features and k."""
+    """Both tables after three timed and three training steps of our engine, at the committed width, features and k."""
     out = tmp_path_factory.mktemp("benchmark") / "sae_training.csv"
-    shape = "--batch 2048 --fvu-batch 256 --frames 2048 --rounds 5 --steps 5 --threads 1".split()
+    shape = "--batch 2048 --fvu-batch 256 --frames 2048 --rounds 3 --steps 3 --threads 1".split()
     sae_training.main(["--libraries", "eqknobs", "--out", str(out), *shape])
     return pd.read_csv(out), pd.read_csv(out.with_name("sae_training_equal_time.csv"))
 
@@ -37,7 +37,7 @@ def test_columns_and_values(files):
     assert (plain["fvu"] > 0).all() and np.isfinite(plain["fvu"]).all() and (plain["l0"] > 0).all()
     assert (plain.loc[["topk", "batchtopk"], "l0"] == 32).all()
     assert rows[rows["variant"].str.contains("+", regex=False)]["fvu"].isna().all()
-    assert set(equal_time["variant"]) == set(plain.index) and equal_time["steps"].between(1, 5).all()
+    assert set(equal_time["variant"]) == set(plain.index) and equal_time["steps"].between(1, 3).all()
 
 
 @pytest.mark.skipif(not COMMITTED.exists(), reason="benchmarks/results/sae_training.csv is not made yet")

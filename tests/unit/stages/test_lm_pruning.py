@@ -15,30 +15,32 @@ import eqknobs.stages.lm_pruning.bench as bench_module
 from eqknobs.config import merge
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence.inputs import Inputs
+from eqknobs.evidence.spoken import WER_MONOLOGUE, paired
 from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, read_csv
 from eqknobs.models.mimi import Mimi
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.checkpoint import save_net
 from eqknobs.models.moshi.config import MoshiConfig
-from eqknobs.models.moshi.likelihood import nats
+from eqknobs.models.moshi.likelihood import Said, nats
 from eqknobs.models.moshi.quantise import weight_of
 from eqknobs.pieces import Pieces
 from eqknobs.report.tables import write_tables
 from eqknobs.schema import schema
 from eqknobs.sound.judges import SpeakerEncoder
 from eqknobs.speaking.answers import divergence, free_codebooks, speak
+from eqknobs.speaking.bench import PromptsCfg
 from eqknobs.speaking.clips import sounds, write_tokeniser
 from eqknobs.speaking.gates import GATES, Gate, signal_values, token_values, word_values
 from eqknobs.speaking.prompts import Talk, conversations
 from eqknobs.stages.lm_pruning import plan
-from eqknobs.stages.lm_pruning.bench import CodebooksCfg, PromptsCfg, PruningCfg, RemovalCfg
+from eqknobs.stages.lm_pruning.bench import CodebooksCfg, PruningCfg, RemovalCfg
 from eqknobs.stages.lm_pruning.checks import check
 from eqknobs.stages.lm_pruning.codebooks import heard_by
 from eqknobs.stages.lm_pruning.compute import prune_and_score
 from eqknobs.stages.lm_pruning.plan import HeadsCfg, PartsCfg
 from eqknobs.stages.lm_pruning.section import show
-from eqknobs.stages.lm_pruning.tables import RAW, WER_MONOLOGUE, findings, gates_table, largest_share, paired, tabulate
+from eqknobs.stages.lm_pruning.tables import RAW, findings, gates_table, largest_share, tabulate
 from eqknobs.stages.speech_lm_training.training import TOKENISER, new_net
 from helpers import ROOT
 from helpers.speech_lm_world import CODEC, SIZES, write_speech
@@ -176,7 +178,7 @@ def test_conditions_prune_while_they_hold(world: Path, model: Moshi) -> None:
     assert layers == {("damage", 0): [1, 0, 2], ("last", 0): [2, 1, 0]}
     found += plan.layer_conditions(layers, {"orders": [], "shares": [0.4], "seeds": 1})
     means = [torch.ones(HEADS, model.config.head_dim) for _ in range(LAYERS)]
-    row = bench_module.Said(
+    row = Said(
         model.prompt(), torch.zeros(8, 5, dtype=torch.long), torch.arange(5) + 4, torch.ones(8, 5, dtype=torch.long)
     )
     with torch.no_grad():
@@ -291,8 +293,10 @@ def test_a_job_that_was_ended_goes_on_and_says_the_same(
     def never(*_args: object, **_more: object) -> None:
         raise AssertionError("made again")
 
-    for name in ("head_means", "head_gradients", "speak", "costs"):
+    for name in ("head_means", "head_gradients"):
         monkeypatch.setattr(bench_module, name, never)
+    for name in ("speak", "costs"):
+        monkeypatch.setattr(f"eqknobs.speaking.bench.{name}", never)
     monkeypatch.setattr("eqknobs.stages.lm_pruning.compute.removal_rows", lambda *_args: [])
     again = run(world, tmp_path / "run", Pieces(finished.parent / "pieces"))
     for name in ("orders", "nats", "pruned_answers", "real_speech"):

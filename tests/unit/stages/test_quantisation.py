@@ -17,6 +17,7 @@ from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, read_csv, write_json
 from eqknobs.models import load_model
+from eqknobs.packing.allocation import Allocator
 from eqknobs.packing.files import companions_of, write_packed
 from eqknobs.packing.modules import bytes_resident, pack_modules
 from eqknobs.packing.plan import Plan, Shape, mean_bits, packable, plan_bytes
@@ -26,7 +27,7 @@ from eqknobs.sound.renders import load_clip
 from eqknobs.stages.quantisation import checks
 from eqknobs.stages.quantisation import tables as quantisation
 from eqknobs.stages.quantisation.compute import Network, make_plans, part_state, render_plans
-from eqknobs.stages.quantisation.plans import Allocator, in_decoder, latent_scores
+from eqknobs.stages.quantisation.plans import in_decoder, latent_scores
 from helpers.tiny_world import SITE, WIDTH, make_world
 
 OPTIONS = {"group": None, "symmetric": True, "rounding": "mse", "rest": "float16"}

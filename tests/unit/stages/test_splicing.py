@@ -4,12 +4,17 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+import soundfile as sf
 import torch
 
 from eqknobs.errors import EqknobsError
+from eqknobs.io import file_sha256, write_csv
 from eqknobs.sae import make_config, new_sae
-from eqknobs.stages.saes.splicing import Spoken, spliced_scores
+from eqknobs.stages.saes.checks import check, spliced_saes
+from eqknobs.stages.saes.splicing import Spoken, _clips, spliced_scores
+from eqknobs.stages.saes.tables import auc_draws, spliced_rows
 
 D = 8
 
@@ -72,3 +77,95 @@ def test_what_cannot_be_spliced_is_one_line() -> None:
         spliced_scores(Model(), "layer.1", {}, np.zeros(D), [])
     with pytest.raises(EqknobsError, match="does not transcribe"):
         spliced_scores(SimpleNamespace(name="mimi"), "encoder", {}, np.zeros(D), [])
+
+
+CFG = {"bootstrap": 50, "seed": 0}
+
+
+def raw_rows() -> pd.DataFrame:
+    """Four arms on 6 clips of speech and 4 without; each arm loses more nats than the one before."""
+    rows = []
+    for place, (arm, sae, seed) in enumerate(
+        [("unspliced", "", -1), ("sae", "topk", 0), ("untrained", "topk", 0), ("mean", "", -1)]
+    ):
+        for i in range(10):
+            speech = i < 6
+            keys = {"arm": arm, "sae": sae, "seed": seed, "id": f"c{i}", "speaker": f"s{i % 3}", "split": "test"}
+            said = {"errors": place, "words": 8, "nats": 10.0 * (1 + place) + i, "tokens": 10}
+            said = said if speech else dict.fromkeys(said, np.nan)
+            no_speech = (0.1 if speech else 0.9) if place < 3 else 0.5
+            rows.append(keys | said | {"transcript": "", "no_speech_prob": no_speech})
+    return pd.DataFrame(rows)
+
+
+def test_table_holds_every_arm_beside_the_unspliced_model() -> None:
+    table = spliced_rows(raw_rows(), "w.layer.2", CFG).set_index("arm")
+    assert (
+        table["clips"].tolist() == [6] * 4 and table["non_speech"].tolist() == [4] * 4 and (table["layer"] == 2).all()
+    )
+    assert table["wer_text"].tolist() == pytest.approx([0, 1 / 8, 2 / 8, 3 / 8])
+    assert table["nll_difference"].tolist() == pytest.approx([0, 1, 2, 3])
+    assert table.loc["sae", ["nll_difference_low", "nll_difference_high"]].tolist() == pytest.approx([1, 1])  # paired
+    assert table.loc["sae", "nll_over_untrained"] == pytest.approx(-1)
+    assert table["nll_over_untrained"].drop("sae").isna().all()
+    assert table["no_speech_auc"].tolist() == [1, 1, 1, 0.5]
+    assert table["no_speech_auc_difference"].tolist() == [0, 0, 0, -0.5]
+
+
+def test_without_other_sound_there_is_no_auc() -> None:
+    rows = raw_rows()
+    table = spliced_rows(rows[rows["tokens"].notna()], "w.layer.2", CFG)
+    assert table["no_speech_auc"].isna().all() and table["nll"].notna().all()
+
+
+def test_auc_is_the_share_of_pairs_in_order() -> None:
+    speech = pd.DataFrame({"id": list("abc"), "speaker": list("xyz"), "no_speech_prob": [0.1, 0.4, 0.5]})
+    other = pd.DataFrame({"id": list("de"), "speaker": list("uv"), "no_speech_prob": [0.4, 0.05]})
+    draws = auc_draws(speech, other, CFG)
+    assert draws[0] == pytest.approx(1.5 / 6) and len(draws) == 51 and ((draws >= 0) & (draws <= 1)).all()
+
+
+def test_speech_needs_texts_and_other_sound_gets_none(tmp_path) -> None:
+    sf.write(tmp_path / "a.wav", np.zeros(1600), 16000)
+    row = {"id": "a", "path": tmp_path / "a.wav", "speaker": "s", "split": "test", "text": "la la"}
+    row |= {"sha256": file_sha256(tmp_path / "a.wav")}
+    write_csv(tmp_path / "m.csv", pd.DataFrame([row]))
+    cfg = {"split": "test", "clips": 3}
+    assert _clips(tmp_path / "m.csv", "", 16000, cfg)[0].text == "la la"
+    (song,) = _clips(tmp_path / "m.csv", "music", 16000, cfg)
+    assert (song.id, song.speaker, song.text) == ("music-a", "music-s", "")
+    write_csv(tmp_path / "m.csv", pd.DataFrame([row | {"text": ""}]))
+    with pytest.raises(EqknobsError, match="has no text"):
+        _clips(tmp_path / "m.csv", "", 16000, cfg)
+
+
+def config(**splicing) -> dict:
+    sae = {"variant": "topk", "d_sae": 64, "k": 8, "lr": 0.001, "batch_size": 32, "epochs": 1}
+    return {
+        "models": {"w": {"kind": "whisper"}, "m": {"kind": "mimi"}},
+        "run": {"targets": ["w.layer.1", "m.encoder"]},
+        "corpora": {"music": {}, "mix": {"source": "union", "of": ["speech", "music"]}},
+        "saes": {"topk": sae, "wide": {**sae, "corpus": "mix"}},
+        "splicing": {"split": "test", "clips": 2, "non_speech": ["music"], **splicing},
+    }
+
+
+def test_models_that_transcribe_are_spliced_where_their_saes_lie() -> None:
+    check(config())
+    assert spliced_saes(config()) == {"w.layer.1": ["topk"], "w.layer.1@mix": ["wide"]}
+    assert spliced_saes(config(saes=["wide"])) == {"w.layer.1@mix": ["wide"]}
+    assert spliced_saes({**config(), "splicing": None}) == {}
+
+
+@pytest.mark.parametrize(
+    ("splicing", "said"),
+    [
+        ({"targets": ["m.encoder"]}, "no model that transcribes"),
+        ({"saes": ["none"]}, "not under saes"),
+        ({"non_speech": ["rain"]}, "rain"),
+        ({"non_speech": ["speech"]}, "speech itself"),
+    ],
+)
+def test_what_splicing_names_must_be_there(splicing, said) -> None:
+    with pytest.raises(EqknobsError, match=said):
+        check(config(**splicing))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from eqknobs.errors import EqknobsError
+from eqknobs.speaking.checks import check_speaking
 
 
 def check(config: dict[str, Any]) -> None:
@@ -11,15 +12,7 @@ def check(config: dict[str, Any]) -> None:
     own = config.get("lm_pruning")
     if not own:
         return
-    for name in own["models"]:
-        model = config["models"].get(name)
-        if model is None:
-            known = ", ".join(sorted(config["models"]))
-            raise EqknobsError(f"config: lm_pruning.models: names {name!r}, which is not under models ({known})")
-        if model["kind"] != "moshi":
-            raise EqknobsError(f"config: lm_pruning.models: {name} is of kind {model['kind']}, not moshi")
-    if own["prompts"]["source"] == "sentences" and not own["prompts"]["sentences"]:
-        raise EqknobsError("config: lm_pruning.prompts.sentences: name a folder, or take source: speech")
+    check_speaking(config, "lm_pruning")
     _check_probed(config, own)
 
 

@@ -19,14 +19,15 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.interventions import first_codebooks
 from eqknobs.speaking.answers import Answer, free_codebooks, speak
+from eqknobs.speaking.bench import sampling
 from eqknobs.speaking.prompts import Asked
-from eqknobs.stages.lm_pruning.bench import Bench, CodebooksCfg, sampling
+from eqknobs.stages.lm_pruning.bench import CodebooksCfg, PruningBench
 
 TIMED = 25  # frames of an answer that is timed
 REPEATS = 3
 
 
-def codebook_rows(bench: Bench, cfg: CodebooksCfg) -> list[dict[str, Any]]:
+def codebook_rows(bench: PruningBench, cfg: CodebooksCfg) -> list[dict[str, Any]]:
     """One record an answer of each reading and count; `step_ratio` is the time of a frame beside the whole model's.
 
     Raises EqknobsError for more codebooks than the model has.
@@ -46,7 +47,7 @@ def codebook_rows(bench: Bench, cfg: CodebooksCfg) -> list[dict[str, Any]]:
             for row, answer in zip(rows, found, strict=True):
                 left = answer if reading == "user" else Answer(answer.text, answer.codes[:count])
                 about = {"reading": reading, "codebooks": count, "id": row.id, "speaker": row.speaker}
-                records.append({**about, **bench.judge.record(row, left), "step_ratio": seconds / whole})
+                records.append({**about, **bench.judge.record(row, left, rated=False), "step_ratio": seconds / whole})
     return records
 
 

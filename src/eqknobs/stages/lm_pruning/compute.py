@@ -15,13 +15,11 @@ from torch import Tensor
 from eqknobs.audio import write_flac
 from eqknobs.errors import counted
 from eqknobs.io import atomic_path, read_csv, write_csv
-from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.pieces import Pieces
-from eqknobs.provenance import content, module_inputs
+from eqknobs.speaking.bench import opened
 from eqknobs.speaking.prompts import Asked
-from eqknobs.speaking.scores import Judge
 from eqknobs.stages.lm_pruning import plan
-from eqknobs.stages.lm_pruning.bench import Bench, PruningCfg, speech_of
+from eqknobs.stages.lm_pruning.bench import PruningBench, PruningCfg
 from eqknobs.stages.lm_pruning.codebooks import codebook_rows
 from eqknobs.stages.lm_pruning.plan import INTACT, Condition
 from eqknobs.stages.lm_pruning.removal import removal_rows
@@ -30,14 +28,17 @@ PLAYED = 0.1  # share of heads that are off in the answers that the page plays, 
 
 
 def head_orders_of(values: dict[str, Tensor], cfg: plan.HeadsCfg) -> dict[tuple[str, int], list[plan.Head]]:
-    """The orders of heads, by what `Bench.calibrate` found of them (and of layers)."""
+    """The orders of heads, by what `PruningBench.calibrate` found of them (and of layers)."""
     return plan.head_orders({key: value for key, value in values.items() if key != "layers"}, cfg)
 
 
 def conditions_of(
     values: dict[str, Tensor], cfg: PruningCfg
 ) -> tuple[list[Condition], dict[tuple[str, int], list[plan.Head]]]:
-    """(every condition but the intact one, the orders of heads). values: of `Bench.calibrate`, and `accuracy`."""
+    """(every condition but the intact one, the orders of heads).
+
+    values: of `PruningBench.calibrate`, and `accuracy`.
+    """
     layers, acoustic = len(values["layers"]), values["accuracy"].mean(1) if "accuracy" in values else None
     orders = head_orders_of(values, cfg["heads"])
     found = list(plan.head_conditions(orders, cfg["heads"]))
@@ -59,7 +60,7 @@ def order_rows(orders: dict[tuple[str, int], list[plan.Head]], values: dict[str,
     return rows
 
 
-def real_rows(bench: Bench) -> list[dict[str, Any]]:
+def real_rows(bench: PruningBench) -> list[dict[str, Any]]:
     """The gates' values of held-out speech through the codec, which no model has generated."""
     rows = []
     for i, (speaker, text, tokens) in enumerate(bench.speech["real"]):
@@ -81,7 +82,7 @@ def played(conditions: Sequence[Condition]) -> list[Condition]:
     return chosen
 
 
-def write_sounds(bench: Bench, conditions: Sequence[Condition], folder: Path) -> None:
+def write_sounds(bench: PruningBench, conditions: Sequence[Condition], folder: Path) -> None:
     """The first answers of what is `played`: FLACs and `index.csv`."""
     rows: list[dict[str, Any]] = []
     with atomic_path(folder) as audio:
@@ -121,33 +122,23 @@ class Inputs(TypedDict):
     codes: Path
 
 
-def open_bench(cfg: PruningCfg, inputs: Inputs, pieces: Pieces) -> Bench:
-    """The model, its judge and its speech. Raises EqknobsError as these do."""
-    model = Moshi(cfg["model"])
-    judge = Judge(model, {"asr": cfg["judges"]["asr"], "beam": cfg["judges"]["beam"], "dnsmos": cfg["dnsmos"]}, pieces)
-    made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]
-    own = pieces.within([*made_of, [content(file) for file in module_inputs(__name__)]])
-    speech = speech_of(model, judge, cfg, inputs["manifest"], inputs["codes"], own)
-    return Bench(model, judge, speech, cfg, own)
-
-
-def scored(bench: Bench, conditions: Sequence[Condition]) -> list[dict[str, Any]]:
+def scored(bench: PruningBench, conditions: Sequence[Condition]) -> list[dict[str, Any]]:
     """One record an answer of the intact model and of the conditions that speak."""
     cfg = bench.cfg
     answered = plan.matching(conditions, cfg["answered"], "answered")
     confirmed = plan.matching(answered, cfg["confirmed"], "confirmed")
-    draws = range(max(2, cfg["draws"]))
-    bench.intact = {draw: bench.answers(INTACT, draw) for draw in draws}
-    records = [row for draw in draws for row in bench.score(INTACT, draw)]
+    records = bench.hear_intact(cfg["draws"])
     for condition in answered:
-        for draw in range(cfg["draws"]) if condition in confirmed else (0,):
-            records += bench.score(condition, draw)
+        sure = condition in confirmed
+        for draw in range(cfg["draws"]) if sure else (0,):
+            records += bench.score(condition, draw, rated=sure)
     return records
 
 
 def prune_and_score(cfg: PruningCfg, inputs: Inputs, out: Outputs, pieces: Pieces | None = None) -> None:
     """Score a model under every condition. Each file appears when it is whole."""
-    bench = open_bench(cfg, inputs, pieces or Pieces(None))
+    found = opened(cfg, inputs["manifest"], inputs["codes"], pieces or Pieces(None), __name__)
+    bench = PruningBench(*found[:3], cfg, found[3])
     model, values = bench.model, bench.calibrate()
     if inputs["heads"] is not None:
         sizes = model.config.layers, model.config.heads

@@ -10,9 +10,10 @@ import soundfile as sf
 from eqknobs.evidence import display
 from eqknobs.evidence.drawing import FAINT, HUES, INK, Look, figure, legend, look
 from eqknobs.evidence.listening import data_uri, mp3
+from eqknobs.evidence.spoken import MARGIN
 from eqknobs.evidence.stage import Context
 from eqknobs.io import require_renders
-from eqknobs.stages.lm_pruning.tables import MARGIN, ORDERS
+from eqknobs.stages.lm_pruning.tables import ORDERS
 
 STAGE, TITLE, SOUNDS = "lm_pruning", "Pruned speech LM", False
 ABOUT = (

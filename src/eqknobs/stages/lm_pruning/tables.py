@@ -11,25 +11,23 @@ import numpy as np
 import pandas as pd
 
 from eqknobs.evidence.comparisons import compare
-from eqknobs.evidence.estimates import IntervalsCfg, Measure, estimate, groups, records, table
+from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.evidence.spoken import (
+    MARGIN,
+    NATS,
+    SIMILARITY_INTACT,
+    SIMILARITY_PROMPT,
+    WORDS,
+    by_prompt,
+    counted_prompts,
+    paired,
+)
 from eqknobs.evidence.stage import Context, Tabulated
-from eqknobs.evidence.wording import difference, ends, headline, listed, number, said
+from eqknobs.evidence.wording import difference, headline, listed, said
 from eqknobs.speaking.gates import GATES, Gate
 
 STAGE = "lm_pruning"
-MARGIN = 0.05  # of word error rate that a pruned model may lose
 CONDITION = ["granularity", "order", "share", "repair", "seed"]
-WER_MONOLOGUE = Measure("wer_monologue", "errors_monologue", "words_monologue", "lower", "WER against the monologue")
-WER_PROMPT = Measure("wer_prompt", "errors_prompt", "words_prompt", "lower", "WER of the monologue against the prompt")
-SIMILARITY_PROMPT = Measure(
-    "similarity_prompt", "similarity_prompt", None, "higher", "similarity to the prompted voice"
-)
-SIMILARITY_INTACT = Measure("similarity_intact", "similarity_intact", None, "higher", "similarity to the intact answer")
-NATS = (
-    Measure("nll_text", "nll_text", None, "lower"),
-    Measure("nll_audio", "nll_audio", None, "lower"),
-)
-WORDS = (WER_MONOLOGUE, WER_PROMPT)
 MEASURES = (
     *WORDS,
     Measure("nll_intact", "nll_intact", None, "lower"),
@@ -79,11 +77,6 @@ RIVALS = ("acoustic_last", "random", "random_layers", "norm", "gradient", "damag
 SHIFTED = 0.05  # share of heads at which the blog heard another voice
 
 
-def by_prompt(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose unit of resampling is the prompt."""
-    return rows.assign(speaker=rows["id"])
-
-
 def is_intact(rows: pd.DataFrame) -> pd.Series:
     """Which rows are of the intact model."""
     return rows["granularity"] == "intact"
@@ -100,12 +93,6 @@ def with_gates(answers: pd.DataFrame) -> pd.DataFrame:
     pairs = gates_of(answers)
     passed = [np.all([g[i].passes(answers[g[0].name].to_numpy(float)) for g in pairs], axis=0) for i in (0, 1)]
     return answers.assign(gates_published=passed[0].astype(int), gates_calibrated=passed[1].astype(int))
-
-
-def paired(intact: pd.DataFrame, mine: pd.DataFrame, measure: Measure, cfg: IntervalsCfg) -> dict[str, Any] | None:
-    """`compare` of pruned answers with the intact model's of the same prompts and draws."""
-    same = intact[intact["draw"].isin(mine["draw"].unique()) & intact["id"].isin(mine["id"].unique())]
-    return compare(by_prompt(mine), by_prompt(same), measure, cfg)
 
 
 def pruning_table(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
@@ -267,14 +254,6 @@ def tabulate(at: Context) -> Tabulated:
 RAW = ("nats", "pruned_answers", "real_speech", "codebook_answers", "removal")
 
 
-def _counted(record: dict[str, Any], measure: Measure) -> str:
-    """Both values, the difference, p and how many prompts."""
-    p = f"p = {record['p_holm']:.3f}" + (f" (Holm, {record['compared']})" if record["compared"] > 1 else "")
-    values = f"{number(record['value_a'])} against {number(record['value_b'])}"
-    apart = f"{number(record['difference'], True)} {ends(record['low'], record['high'], True)}"
-    return f"{measure.said} {values}; difference {apart}; {p}; {record['clips']} prompts"
-
-
 def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """How far the orders of heads can go; whether guidance beats its rivals; whether the voice shifts."""
     lines = [line for measure in WORDS for line in _how_far(facts["pruning"]["prunable"], measure)]
@@ -292,7 +271,7 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         )
         text += f"{measure.said}."
         cell = (f"most acoustic first against {ORDERS[record['b']]}", f"{measure.said}, {record['share']:.0%} off")
-        lines.append(headline(STAGE, verdict, text, _counted(record, measure), cell, difference(record)))
+        lines.append(headline(STAGE, verdict, text, counted_prompts(record, measure), cell, difference(record)))
     return lines
 
 
@@ -305,7 +284,7 @@ def _shift(record: dict[str, Any], measure: Measure, verdict: str) -> dict[str, 
     text += f" against {rival}, in {measure.said}."
     cell = (f"the voice shifts against {rival}", f"{measure.said}, {record['share']:.0%} off")
     verdict = "positive" if shifted else "negative" if verdict == "positive" else "undecided"
-    return headline(STAGE, verdict, text, _counted(record, measure), cell, difference(record))
+    return headline(STAGE, verdict, text, counted_prompts(record, measure), cell, difference(record))
 
 
 def _how_far(rows: list[dict[str, Any]], measure: Measure) -> list[dict[str, Any]]:

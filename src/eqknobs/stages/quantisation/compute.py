@@ -23,6 +23,7 @@ from eqknobs.audio import write_flac
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import array_hash, atomic_path, file_sha256, read_csv, read_json, unused_name, write_csv, write_json
 from eqknobs.models import Model
+from eqknobs.packing.allocation import Allocator
 from eqknobs.packing.files import PackedFile, source_state, stored, write_file
 from eqknobs.packing.modules import pack_modules, put_module, replaced
 from eqknobs.packing.plan import Plan, mean_bits, packable
@@ -35,7 +36,6 @@ from eqknobs.stages.quantisation.plans import (
     NONE,
     RANDOM,
     UNIFORM,
-    Allocator,
     Named,
     Orders,
     in_decoder,

@@ -3,13 +3,16 @@
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import SPEECH, check_corpus, stage_targets
+from eqknobs.plan import SPEECH, check_corpus, check_saes, parse_target, sae_home, stage_saes, stage_targets
 from eqknobs.schema import mend, validator
+
+TRANSCRIBING = "whisper"  # the kind of model that goes on to words
 
 
 def check(config: dict[str, Any]) -> None:
     """Raises EqknobsError, one line, for an SAE that cannot be: a name that reads as a number, a target that the run
-    has not, more features on than there are; or a point of its grid that is no SAE of its variant."""
+    has not, more features on than there are; or a point of its grid that is no SAE of its variant; or for `splicing`
+    where nothing can be spliced."""
     for name, sae in (config["saes"] or {}).items():
         try:
             float(name)
@@ -20,6 +23,32 @@ def check(config: dict[str, Any]) -> None:
         stage_targets({**config, f"saes.{name}": sae}, f"saes.{name}")
         check_corpus(config, f"saes.{name}.corpus", sae.get("corpus", SPEECH))
         _check_grid(f"saes.{name}", sae)
+    if config.get("splicing"):
+        _check_splicing(config)
+
+
+def spliced_saes(config: dict[str, Any]) -> dict[str, list[str]]:
+    """Target, on the corpus that its SAEs hear -> the SAEs that `splicing` puts into its model; models that do not
+    transcribe have none."""
+    found: dict[str, list[str]] = {}
+    for target in stage_targets(config, "splicing"):
+        if config["models"][parse_target(target)[0]]["kind"] == TRANSCRIBING:
+            for name in stage_saes(config, "splicing", target):
+                found.setdefault(sae_home(config, target, name), []).append(name)
+    return found
+
+
+def _check_splicing(config: dict[str, Any]) -> None:
+    check_saes(config, "splicing.saes", config["splicing"].get("saes", []))
+    for corpus in config["splicing"]["non_speech"]:
+        check_corpus(config, "splicing.non_speech", corpus)
+        if corpus == SPEECH:
+            raise EqknobsError(f"config: splicing.non_speech: {SPEECH!r} is the speech itself; name other corpora")
+    for target in config["splicing"].get("targets", []):
+        if config["models"][parse_target(target)[0]]["kind"] != TRANSCRIBING:
+            raise EqknobsError(f"config: splicing.targets: {target!r} is of no model that transcribes; leave it out")
+    if not spliced_saes(config):
+        raise EqknobsError(f"config: splicing: no target of kind {TRANSCRIBING} has an SAE; set splicing: null")
 
 
 def _check_grid(where: str, sae: dict[str, Any]) -> None:

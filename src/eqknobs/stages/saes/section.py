@@ -11,6 +11,12 @@ from eqknobs.evidence.stage import Context
 
 STAGE, TITLE, SOUNDS = "saes", "Dictionaries", False
 ABOUT = "How sparse the dictionaries are and what they leave unexplained, over seeds."
+ARMS = {
+    "unspliced": "itself",
+    "mean": "the train mean",
+    "sae": "the SAE's reconstruction",
+    "untrained": "that of the SAE before training",
+}
 # Published by others, for other models and other speech; notes in docs/tables.md.
 PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
     "sae": (
@@ -114,4 +120,21 @@ def show(at: Context) -> dict[str, Any]:
         ],
         "dictionaries": display.laid_out(rows, columns),
         "cross_seed": found["cross_seed"],
+        "spliced": _spliced(at),
     }
+
+
+def _spliced(at: Context) -> dict[str, Any] | None:
+    """The table of what is lost downstream, where that was measured."""
+    rows = at.inputs.csv("tables/splicing.csv")
+    rows = rows[rows["target"] == at.target]
+    columns = {
+        "in the layer's place": lambda r: ARMS[r["arm"]],
+        "SAE": lambda r: "–" if pd.isna(r["sae"]) else f"{r['sae']}, seed {r['seed']:g}",
+        "WER": ("wer_text", 3),
+        "nats a token": ("nll", 3),
+        "difference": ("nll_difference", 3),
+        "AUC, no speech": ("no_speech_auc", 3),
+        "clips / speakers": display.sample,
+    }
+    return display.laid_out(rows, columns) if len(rows) else None

@@ -8,19 +8,37 @@ stand for padding pass as they are.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from eqknobs.audio import read_clip
+from eqknobs.corpus.cache import ActivationCache
+from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
+from eqknobs.io import read_csv, write_csv
+from eqknobs.models import ModelCfg, load_model
 from eqknobs.sae.base import SAE, new_sae
 from eqknobs.sae.firing import clip_codes
 from eqknobs.sound.judges import text_errors
+from eqknobs.sound.renders import pick_clips
 
 Edit = Callable[[Tensor], Tensor]
+
+
+class SplicingCfg(TypedDict):
+    """What `score_splicing` reads."""
+
+    model: ModelCfg
+    site: str
+    split: str
+    clips: int  # of speech, and of each corpus of other sound
+    content: NotRequired[dict[str, str]]
 
 
 class Spoken(NamedTuple):
@@ -61,7 +79,8 @@ def spliced_scores(
     model: Any, site: str, saes: Mapping[tuple[str, int], SAE], mean: np.ndarray, clips: Sequence[Spoken]
 ) -> pd.DataFrame:
     """One row a (arm, SAE, seed, clip): arm, sae, seed, id, speaker, split, transcript, errors, words (against the
-    text), nats and tokens of the text, no_speech_prob; those of a text are NaN where a clip has none.
+    text), nats and tokens of the text, no_speech_prob; those of a text are empty where a clip has none, and
+    nothing is transcribed there.
 
     model: of kind whisper; saes: (name, seed) -> SAE of the site; mean [d]: of the site's train frames. Raises
     EqknobsError for a model that does not transcribe, or no clips.
@@ -71,13 +90,15 @@ def spliced_scores(
     if not clips:
         raise EqknobsError(f"no clips to splice {model.name}.{site} in; raise the number of clips")
     rows: list[dict[str, Any]] = []
-    for (arm, name, seed), edit in arms(saes, mean).items():
+    for (arm, name, seed), edit in tqdm(arms(saes, mean).items(), desc=f"splice {model.name}.{site}", unit="arm"):
         for clip in clips:
             with _spliced(model, site, edit):
                 heard = model.hear([clip.wav])
-            said = model.transcribe(heard)[0]
-            errors, words = text_errors(clip.text, said)
-            nats, tokens = (float(x[0]) for x in model.nll(heard, [clip.text])) if clip.text else (np.nan, np.nan)
+            said, errors, words, nats, tokens = "", np.nan, np.nan, np.nan, np.nan
+            if clip.text:
+                said = model.transcribe(heard)[0]
+                errors, words = text_errors(clip.text, said)
+                nats, tokens = (float(x[0]) for x in model.nll(heard, [clip.text]))
             keys = {"arm": arm, "sae": name, "seed": seed, "id": clip.id, "speaker": clip.speaker, "split": clip.split}
             found = {"transcript": said, "errors": errors, "words": words, "nats": nats, "tokens": tokens}
             rows.append(keys | found | {"no_speech_prob": float(model.no_speech_prob(heard)[0])})
@@ -86,3 +107,43 @@ def spliced_scores(
 
 def _spliced(model: Any, site: str, edit: Edit | None) -> AbstractContextManager[None]:
     return nullcontext() if edit is None else model.editing(site, edit, clip_only=True)
+
+
+def _clips(manifest_csv: str | Path, corpus: str, rate: int, cfg: SplicingCfg) -> list[Spoken]:
+    """Clips of a corpus; corpus: "" for speech, whose clips must have a text, else the name of one that has no words.
+
+    Raises EqknobsError for speech without texts.
+    """
+    found = []
+    for row in pick_clips(read_csv(manifest_csv), cfg["split"], cfg["clips"]).itertuples():
+        text = "" if corpus else str(row.text).strip()
+        if not text and not corpus:
+            raise EqknobsError(f"splicing: {row.id} has no text in {manifest_csv}; give texts, or set splicing: null")
+        name, speaker = (f"{corpus}-{value}" if corpus else str(value) for value in (row.id, row.speaker))
+        found.append(Spoken(name, speaker, cfg["split"], read_clip(row, rate), text))
+    return found
+
+
+def score_splicing(
+    speech_csv: str | Path,
+    others: Mapping[str, str | Path],
+    cache_h5: str | Path,
+    sae_dirs: Mapping[tuple[str, int], Path],
+    out_csv: str | Path,
+    cfg: SplicingCfg,
+) -> None:
+    """Splice the SAEs of a target into the model as it transcribes; out_csv: see `spliced_scores`.
+
+    speech_csv, others: manifests of speech with texts and, by corpus, of sound without words; cache_h5: whose train
+    mean is the arm `mean`; sae_dirs: (name, seed) -> folder. Raises EqknobsError as `spliced_scores`, and for speech
+    without texts.
+    """
+    saes = {key: SAE.load(folder) for key, folder in sae_dirs.items()}
+    with ActivationCache(cache_h5) as cache:
+        mean = np.array(cache.mean)
+    with gpu_lock(pick_device(cfg["model"].get("device") or "auto")):
+        model = load_model(cfg["model"])
+        clips = _clips(speech_csv, "", model.sample_rate, cfg)
+        for corpus, manifest in sorted(others.items()):
+            clips += _clips(manifest, corpus, model.sample_rate, cfg)
+        write_csv(out_csv, spliced_scores(model, cfg["site"], saes, mean, clips))
