@@ -25,6 +25,7 @@ STAGES = [
     "steering",
     "importance",
     "quantisation",
+    "accent",
     "speech_lm",
     "lm_layers",
     "lm_pruning",

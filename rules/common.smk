@@ -35,6 +35,7 @@ from eqknobs.plan import (
     voice_records,
     word_codebooks,
 )
+from eqknobs.stages.accent.checks import accent_models
 from eqknobs.stages.domains.checks import domain_targets
 from eqknobs.stages.features.checks import caption_files, paged_targets
 from eqknobs.stages.label_search.checks import searched_targets

@@ -17,6 +17,7 @@ import yaml
 
 import eqknobs.corpus.checks
 import eqknobs.models.checks
+import eqknobs.stages.accent.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
 import eqknobs.stages.features.checks
@@ -51,6 +52,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.probes.checks.check,
     eqknobs.stages.phones.checks.check,
     eqknobs.stages.label_search.checks.check,
+    eqknobs.stages.accent.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,

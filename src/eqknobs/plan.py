@@ -205,7 +205,8 @@ def models_used(config: dict[str, Any]) -> list[str]:
     """Names of the models that the run opens or lets speak, sorted."""
     used = {parse_target(target)[0] for target in config["run"]["targets"]}
     stages = (config.get(stage) or {} for stage in ("speech_lm", "lm_layers"))
-    return sorted(used.union(*(stage.get("models", []) for stage in stages)))
+    accent = (config.get("accent") or {}).get("codecs", {})
+    return sorted(used.union(accent, *(stage.get("models", []) for stage in stages)))
 
 
 def bundled_models(config: dict[str, Any]) -> list[str]:

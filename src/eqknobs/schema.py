@@ -37,6 +37,7 @@ PARTS = (
     "stages/steering",
     "stages/importance",
     "stages/quantisation",
+    "stages/accent",
     "stages/speech_lm",
     "stages/lm_layers",
     "stages/lm_pruning",

@@ -58,6 +58,16 @@ SMALL = {
         "heard_clips": 1,
         "heard_widths": [4],
     },
+    "accent": {
+        "synthesis": {"variants": ["m1", "m2", "m3", "m4", "f1", "f2", "f3", "f4"], "count": 5},
+        "codecs": {"tiny-mimi": {"codebooks": [4, 16], "grid": 16}},
+        "ratios": [2],
+        "sparsities": [0.05],
+        "equal_k": [7],
+        "frames": 200,
+        "sae": {"epochs": 2, "tuned_lr": [0.01]},
+        "classifier": {"tuned_c": [1], "max_iter": 300},
+    },
     "speech_lm": {"answers": 2, "zeroed_answers": 2, "batch": 2, "conditions": ["intact", "heads_zeroed_.5"]},
     "corpora": {"sentences": {"max_utterances": 40}},
     "lm_layers": {

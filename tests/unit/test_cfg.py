@@ -10,6 +10,10 @@ from eqknobs.models import ModelCfg
 from eqknobs.sae.training import GridCfg, SAECfg
 from eqknobs.schema import resolved, schema
 from eqknobs.sound.judges import JudgesCfg
+from eqknobs.stages.accent.coding import SaeCfg
+from eqknobs.stages.accent.compute import AccentCfg, ClassifierCfg
+from eqknobs.stages.accent.compute import CodecCfg as AccentCodecCfg
+from eqknobs.stages.accent.speech import SynthesisCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
 from eqknobs.stages.domains.compute import DomainsCfg
@@ -57,6 +61,11 @@ TYPED = [
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
     (PhonesCfg, ["phones"], PLANNED | {"saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
+    (AccentCfg, ["accent"], {"corpus", "synthesis", "codecs"}, JOB | {"model", "codec"}),
+    (AccentCodecCfg, ["accent.codecs.*"], set(), set()),
+    (SaeCfg, ["accent.sae"], set(), set()),
+    (ClassifierCfg, ["accent.classifier"], set(), set()),
+    (SynthesisCfg, ["accent.synthesis"], set(), {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),

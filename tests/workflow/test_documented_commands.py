@@ -48,6 +48,8 @@ WAYS = {
     "snakemake caches --cores 2": DRY,
     "snakemake caches --cores 2 --configfile config/bundled-full.yaml": DRY,
     "snakemake --cores 2 --configfile config/bundled-full.yaml": DRY,
+    "snakemake --cores 2 --configfile config/accent-bundled.yaml": DRY,
+    "snakemake --cores 1 --resources gpu=1 --configfile config/accent.yaml": DRY,
     "snakemake caches --cores 1 --resources gpu=1 --configfile config/librispeech-mimi.yaml": DRY,
     "snakemake --cores 1 --resources gpu=1 --configfile config/librispeech-mimi.yaml": DRY,
     "snakemake --cores 1 --resources gpu=1 --configfile config/moshiko.yaml": DRY,

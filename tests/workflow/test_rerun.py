@@ -39,6 +39,8 @@ SOUGHT = {("label_search", "")} | PAGES  # and which label it tells best
 SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN | SOUGHT
 SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
+ACCENT = {("accent", "")}
+ACCENT_SPEECH = {("accent_speech", "")} | ACCENT
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
 PRUNED = {("lm_pruning", "")}  # in orders that the probes of heads decide
 QUANTISED = {("lm_quantisation", "")}  # whose plans the probes of layers and heads decide
@@ -231,6 +233,12 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         {("labels", "")} | PROBES | STEERING | IMPORTANCE | LM_READ | TABLES,
     ),
     "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
+    "an accent's SAEs": (edit_config(lambda c: c["accent"]["sae"].update(lr=0.01)), ACCENT | TABLES),
+    "the level of accented speech": (
+        edit_config(lambda c: c["accent"]["synthesis"].update(level_db=-20)),
+        ACCENT_SPEECH | TABLES,
+    ),
+    "no accent": (edit_config(lambda c: c.update(accent=None)), TABLES),
     "lags of a speech LM's layers": (
         edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
         {("lm_layers", "")} | PRUNED | QUANTISED | TABLES,
@@ -306,7 +314,10 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: a stage's figures": (edit_file("src/eqknobs/stages/steering/section.py", CODE), {("report", "")}),
     "a stage's text": (edit_file("src/eqknobs/stages/importance/section.html.j2", "<p>x</p>"), {("report", "")}),
     "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING | SENTENCES),
-    "library: the model's kind": (edit_file("src/eqknobs/models/mimi.py", CODE), FROM_CACHE | JUDGED | SPOKEN | LM),
+    "library: the model's kind": (
+        edit_file("src/eqknobs/models/mimi.py", CODE),
+        FROM_CACHE | JUDGED | SPOKEN | LM | ACCENT,
+    ),
     "library: another kind of model": (edit_file("src/eqknobs/models/moshi/network.py", CODE), SPOKEN | LM | TABLES),
     "another θ": (
         edit_config(lambda c: c["stability"].update(thetas=[0.4])),
@@ -350,7 +361,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "labels: a blank line": (edit_file("resources/corpus/labels.csv", "\n"), set()),
     "labels: a cell, time kept": (replace("resources/corpus/labels.csv", another_accent), EVERYTHING),
     "model touched": (lambda folder: (folder / WEIGHTS).touch(), set()),
-    "other weights, time kept": (replace(WEIGHTS, other_weights), FROM_CACHE | JUDGED),
+    "other weights, time kept": (replace(WEIGHTS, other_weights), FROM_CACHE | JUDGED | ACCENT),
     "SAE weights lost, which nothing is to read": (lose_weights, set()),
     "SAE weights lost, and a stage that reads them is to run": (
         lambda folder: (lose_weights(folder), edit_config(lambda c: c["codec"].update(clips=1))(folder)),

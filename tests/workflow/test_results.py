@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from sklearn.metrics import f1_score
 import yaml
 
 from helpers import ROOT
@@ -196,3 +197,19 @@ def test_what_a_feature_tells_of_a_label_is_recomputed_from_clips(target):
     rows = rows.assign(twice=2 * rows["both"], asked=rows["true"] + rows["told"])
     keys = ["sae", "property", "label"]
     assert check_counted(table[table["target"] == target], rows, keys, ("f1_test", "twice", "asked")) >= 1
+
+
+@pytest.mark.parametrize("path", sorted((RUN / "scores").glob("*.accent.csv")), ids=lambda path: path.name)
+def test_macro_f1_of_accents_is_recomputed_from_what_was_told(path):
+    runs, model = read(path), path.name.removesuffix(".accent.csv")
+    clips = read(RUN / "scores" / f"{model}.accent_clips.csv")
+    table = read(RUN / "tables" / "accent.csv").query("codec == @model").reset_index(drop=True)
+    assert len(table) == len(runs)
+    told = {}
+    for row in runs.to_dict("records"):
+        true = clips.loc[clips["task"] == row["task"], "true"].tolist()
+        value = f1_score(true, list(map(int, row["said"])), average="macro", zero_division=0)
+        key = tuple(str(row[name]) for name in ("weights", "site", "codebooks", "task", "features"))
+        told.setdefault(key, []).append(value)
+    for key, own in table.groupby(["weights", "site", "codebooks", "task", "features"]):
+        assert sorted(own["macro_f1"]) == pytest.approx(sorted(told[tuple(map(str, key))]))

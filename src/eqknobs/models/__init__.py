@@ -89,6 +89,16 @@ class Model(Protocol):
         """Integer codes [codebooks, code frames] of `acts`; `codebooks` None means all."""
         ...
 
+    def decoder_input(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        """What the decoder gets of `acts`, [code frames, width]: dequantised, `codebooks` None around the quantiser.
+        Raises EqknobsError if the model does not decode."""
+        ...
+
+    def shuffle_weights(self, seed: int) -> None:
+        """Move the entries of every weight tensor about inside it: the same architecture and the same sizes of weights,
+        but nothing that was learnt."""
+        ...
+
     def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
         """Waveform [samples] of integer codes [codebooks, code frames], as a listener makes it who gets nothing else.
         Raises EqknobsError if the model does not decode."""

@@ -295,6 +295,18 @@ class Pretrained(ABC):
     def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
         raise EqknobsError(f"model {self.name} is an encoder: it cannot turn tokens into sound")
 
+    def decoder_input(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        raise EqknobsError(f"model {self.name} is an encoder: it has no decoder that reads codes")
+
+    def shuffle_weights(self, seed: int) -> None:
+        """See `Model.shuffle_weights`; codebooks, which are buffers, too."""
+        generator = torch.Generator().manual_seed(seed)
+        buffers = [(name, tensor) for name, tensor in self.net.named_buffers() if "quantizer" in name]
+        for _, tensor in [*self.net.named_parameters(), *buffers]:
+            if tensor.is_floating_point() and tensor.ndim > 1:
+                order = torch.randperm(tensor.numel(), generator=generator)
+                tensor.copy_(tensor.detach().flatten().cpu()[order].reshape(tensor.shape))
+
     def _wave(self, wav: np.ndarray, block: int = 1) -> Tensor:
         """[samples] on the device, zero-padded on the right to a multiple of `block`."""
         if np.ndim(wav) != 1 or len(wav) == 0:
@@ -402,6 +414,13 @@ class ConvCodec(Pretrained):
     def tokens(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
         with inference():
             return self._quantise(self._acts(acts, site).transpose(1, 2), self._codebooks(codebooks))[1].cpu().numpy()
+
+    def decoder_input(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        with inference():
+            latents = self._acts(acts, site).transpose(1, 2)
+            if codebooks is not None:
+                latents = self._quantise(latents, self._codebooks(codebooks))[0]
+            return latents[0].T.contiguous().cpu().numpy()
 
     def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
         with inference():

@@ -131,6 +131,21 @@ class Mimi(Pretrained):
         with inference():
             return self._codes(self._latents(self._acts(acts, site), site), codebooks)[0].cpu().numpy()
 
+    def decoder_input(self, acts: np.ndarray, site: str, codebooks: int | None = None) -> np.ndarray:
+        with inference():
+            latents = self._latents(self._acts(acts, site), site)
+            if codebooks is not None:
+                latents = self.net.quantizer.decode(self._codes(latents, codebooks))
+            return latents[0].T.contiguous().cpu().numpy()
+
+    def shuffle_weights(self, seed: int) -> None:
+        for module in self.net.modules():
+            if hasattr(module, "cluster_usage"):  # codebooks are kept as sums over their uses
+                module.embed_sum.copy_(module.embed)
+                module.cluster_usage.fill_(1)
+                module._embed = None
+        super().shuffle_weights(seed)
+
     def decode_tokens(self, tokens: np.ndarray, samples: int) -> np.ndarray:
         with inference():
             codes = torch.as_tensor(tokens, device=self.device)[None]

@@ -21,6 +21,7 @@ from eqknobs.evidence.wording import ends, number
 from eqknobs.io import atomic_path
 from eqknobs.report import players
 from eqknobs.report.findings import matrix, strongest, tally
+from eqknobs.stages.accent import section as accent
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
 from eqknobs.stages.features import section as features
@@ -49,6 +50,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     steering,
     importance,
     quantisation,
+    accent,
     speech_lm,
     lm_layers,
     lm_pruning,

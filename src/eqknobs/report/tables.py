@@ -13,6 +13,7 @@ from eqknobs.evidence.estimates import table
 from eqknobs.evidence.inputs import Inputs
 from eqknobs.evidence.stage import Context, TablesCfg, TablesModule
 from eqknobs.io import write_csv, write_json
+from eqknobs.stages.accent import tables as accent
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.domains import tables as domains
 from eqknobs.stages.features import tables as features
@@ -41,6 +42,7 @@ STAGES: tuple[TablesModule, ...] = (
     steering,
     importance,
     quantisation,
+    accent,
     speech_lm,
     lm_layers,
     lm_pruning,

@@ -155,7 +155,7 @@ def config(**splicing) -> dict:
         "run": {"targets": ["w.layer.1", "m.encoder"]},
         "corpora": {"music": {}, "mix": {"source": "union", "of": ["speech", "music"]}},
         "saes": {"topk": sae, "wide": {**sae, "corpus": "mix"}},
-        "splicing": {"split": "test", "clips": 2, "non_speech": ["music"], **splicing},
+        "splicing": {"split": "test", "clips": 2, "non_speech": ["music"], "seeds": 1, **splicing},
     }
 
 
