@@ -48,7 +48,7 @@ def test_shifted_labels_stay_in_their_clip() -> None:
 
 
 def test_a_corpus_without_phones_is_refused_before_work() -> None:
-    config = merge(read_yaml(DEFAULT), {"phones": {"purity": 0.5}, "saes": {"topk": {"targets": ["tiny-mimi.*"]}}})
+    config = merge(read_yaml(DEFAULT), {"phones": {"targets": ["tiny-mimi.*"]}})
     with pytest.raises(EqknobsError, match=r"hears a corpus of which no phones are known; give data\.phones"):
         checks.check(config)
     config["data"]["phones"] = "resources/corpus/phones.csv"
