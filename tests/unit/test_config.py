@@ -111,10 +111,16 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("saes: {topk: null}", "probes.reference: names 'topk', which is not under saes (audiosae, batchtopk, jumprelu, rms_l1)"),
+        (
+            "saes: {topk: null}",
+            "probes.reference: names 'topk', which is not under saes (audiosae, batchtopk, jumprelu, rms_l1)",
+        ),
         ("saes: {topk: null}\nprobes: {reference: null}\nsteering: {saes: [rms_l1]}",
         "config: importance.sae: names 'topk', which is not under"),
-        ("saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null, audiosae: null}", "config: saes: must not be empty"),
+        (
+            "saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null, audiosae: null}",
+            "config: saes: must not be empty",
+        ),
         ("run: {seed: null}", "'seed' is a required property"),
         ("saes: {mine: {epochs: 3}}", "config.yaml has no entry of this name to complete, so give all its keys"),
         ("models: {mine: {path: x}}", "config.yaml has no entry of this name to complete"),
@@ -395,7 +401,10 @@ WHISPER = ["whisper-tiny-en.layer.1", "whisper-tiny-en.layer.3"]
         (["whisper-*"], WHISPER),
         (["!whisper-*"], ["tiny-mimi.encoder_transformer"]),
         (["!whisper-*", "*.3@heard"], ["tiny-mimi.encoder_transformer", f"{WHISPER[1]}@heard"]),
-        (["*@heard", WHISPER[0]], ["tiny-mimi.encoder_transformer@heard", WHISPER[0], *(f"{t}@heard" for t in WHISPER)]),
+        (
+            ["*@heard", WHISPER[0]],
+            ["tiny-mimi.encoder_transformer@heard", WHISPER[0], *(f"{t}@heard" for t in WHISPER)],
+        ),
         (["nothing.*"], []),
     ],
 )  # fmt: skip
@@ -406,9 +415,9 @@ def test_targets_are_chosen_by_patterns_all_but_some_and_on_other_corpora(wanted
 def test_chosen_targets_come_in_the_runs_order_on_every_corpus():
     found = chosen_targets(default(), "x.targets", [WHISPER[1], WHISPER[0]], ["talk", "speech"])
     assert found == [f"{WHISPER[0]}@talk", WHISPER[0], f"{WHISPER[1]}@talk", WHISPER[1]]
-    with pytest.raises(EqknobsError, match="x.targets: names the corpus 'noise'"):
+    with pytest.raises(EqknobsError, match=r"x\.targets: names the corpus 'noise'"):
         chosen_targets(default(), "x.targets", ["whisper-*@noise"])
-    with pytest.raises(EqknobsError, match="it goes into saes.audiosae.corpus"):
+    with pytest.raises(EqknobsError, match=r"it goes into saes\.audiosae\.corpus"):
         validate(merge(default(), {"saes": {"audiosae": {"targets": ["whisper-*@heard"]}}}))
 
 

@@ -296,7 +296,7 @@ class Bench:
         self.tell(about | {"features": "full", **evenly}, fit, test, seed)
         self.tell(about | {"features": "position"}, coding.positions(fit), coding.positions(test), seed)
         kept, padded = zip(*(coding.magnitudes(part, cell.k) for part in (fit, test)), strict=True)
-        self.tell(about | {"features": "magnitude", "padded": padded[1]}, *kept, seed)
+        self.tell(about | {"features": "magnitude", "padded": padded[1]}, kept[0], kept[1], seed)
         if (seed, recipe, cell.kind) == (0, "paper", "grid") and reading == self.main:
             self.rates[f"{cell.q:g} {cell.s:g}"] = dense["rates"]
 
