@@ -1,5 +1,6 @@
 """The dictionaries' section of the report."""
 
+import itertools
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -68,7 +69,10 @@ def _front(at: Context, logs: dict[tuple[str, int], pd.DataFrame], saes: list[st
         for sae in saes:
             color = sae_hue(sae, saes)
             if sae in found:
-                axes.plot(found[sae]["val_l0"], found[sae]["val_fvu"], "o-", ms=3.5, lw=1.2, color=color)
+                wide = found[sae].groupby("d_sae") if "d_sae" in found[sae] else [("", found[sae])]
+                for (width, points), style in zip(wide, itertools.cycle(["o-", "s--", "^:", "v-."])):
+                    said = f"{sae}, {width} features" if width else None
+                    axes.plot(points["val_l0"], points["val_fvu"], style, ms=3.5, lw=1.2, color=color, label=said)
             chosen = logs[sae, first].iloc[-1]
             axes.plot(chosen["val_l0"], chosen["val_fvu"], "*", ms=11, color=color, label=sae)
         axes.set(xlabel="features on in a frame (L0), val", ylabel="FVU, val", xscale="log", ylim=(0, None))
@@ -105,6 +109,7 @@ def show(at: Context) -> dict[str, Any]:
         "SAE": "sae",
         "seed": "seed",
         "d": lambda r: f"{r['d_in']} → {r['d_sae']}",
+        **({"input": "input_scale"} if rows["input_scale"].nunique() > 1 else {}),
         "split": "split",
         "L0": ("l0", 1),
         "FVU": ("fvu", 3),

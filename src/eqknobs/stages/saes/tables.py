@@ -21,7 +21,7 @@ COLUMNS = {
     "nll_low nll_high no_speech_auc no_speech_auc_low no_speech_auc_high wer_text_difference wer_text_difference_low "
     "wer_text_difference_high nll_difference nll_difference_low nll_difference_high no_speech_auc_difference "
     "no_speech_auc_difference_low no_speech_auc_difference_high nll_over_untrained nll_over_untrained_low "
-    "nll_over_untrained_high",
+    "nll_over_untrained_high wer_text_over_untrained wer_text_over_untrained_low wer_text_over_untrained_high",
 }
 NOTHING: dict[str, Any] = {"sae": []}
 FVU = Measure("fvu", "sq_error", "sq_total", "lower")
@@ -30,6 +30,8 @@ L0 = Measure("l0", "l0_sum", "frames")
 WER_TEXT = Measure("wer_text", "errors", "words", "lower")
 NLL = Measure("nll", "nats", "tokens", "lower")
 AUC = "no_speech_auc"
+OVER_UNTRAINED = ("nll_over_untrained", "wer_text_over_untrained")
+LEAST_CLIPS = 10  # with fewer an interval says too little
 DENSE_SHARE = 0.1  # a code with more than this share of its features active is called not sparse
 
 
@@ -83,7 +85,9 @@ def spliced_rows(scores: pd.DataFrame, target: str, cfg: IntervalsCfg) -> pd.Dat
             row |= _ends(AUC, (draws[0], *stats.interval(draws[1:])))
             row |= _ends(f"{AUC}_difference", (draws[0] - before[0], *stats.interval(draws[1:] - before[1:])))
         if key["arm"] == "sae":
-            row |= _difference(speech, untrained[key["sae"], key["seed"]], NLL, "nll_over_untrained", cfg)
+            before_training = untrained[key["sae"], key["seed"]]
+            for measure in (WER_TEXT, NLL):
+                row |= _difference(speech, before_training, measure, f"{measure.name}_over_untrained", cfg)
         rows.append(row)
     return table(rows, COLUMNS["splicing"])
 
@@ -149,16 +153,23 @@ def _first(row: dict[str, Any], facts: dict[str, Any]) -> bool:
     return row["arm"] == "sae" and row["seed"] == min(seeds)
 
 
+def _learnt(differences: list[tuple[float | None, float | None]]) -> str:
+    """Whether training helped by every measure ("positive"), or harmed by any ("negative"); the lower the better."""
+    known = [(low, high) for low, high in differences if low is not None and high is not None]
+    if any(low > 0 for low, _ in known):
+        return "negative"
+    return "positive" if known and all(high < 0 for _, high in known) else "undecided"
+
+
 def _spliced_finding(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the words lose downstream of an SAE, beside the same SAE before training."""
     by_arm = {
         other["arm"]: other for other in rows if other["sae"] in ("", row["sae"]) and other["seed"] in (-1, row["seed"])
     }
     whole, mean, untrained = (by_arm[arm] for arm in ("unspliced", "mean", "untrained"))
-    low, high = row["nll_over_untrained_low"], row["nll_over_untrained_high"]
-    verdict = "undecided"
-    if low is not None and high is not None:
-        verdict = "positive" if high < 0 else "negative" if low > 0 else "undecided"
+    verdict = _learnt([(row[f"{name}_low"], row[f"{name}_high"]) for name in OVER_UNTRAINED])
+    if row["clips"] < LEAST_CLIPS:
+        verdict = "undecided"
     text = f"With what SAE {row['sae']} reconstructs in its layer's place, the text costs {number(row['nll'])} nats a "
     text += (
         f"token ({number(whole['nll'])} unspliced) and WER is {number(row['wer_text'])} ({number(whole['wer_text'])})."
@@ -169,5 +180,7 @@ def _spliced_finding(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[st
         f"{number(untrained['nll'])} nats, WER {number(untrained['wer_text'])}; the train mean {number(mean['nll'])} "
     )
     detail += f"nats, WER {number(mean['wer_text'])}; {sample(row)}"
-    cell = (f"SAE {row['sae']} spliced in", "nats a token, against the same SAE untrained")
+    if row["clips"] < LEAST_CLIPS:
+        detail += f"; fewer than {LEAST_CLIPS} clips decide nothing"
+    cell = (f"SAE {row['sae']} spliced in", "words and nats, against the same SAE untrained")
     return headline("sae", verdict, text, detail, cell, estimated(row, "nll_over_untrained"))
