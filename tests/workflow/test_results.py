@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
-from sklearn.metrics import f1_score
 import yaml
+from sklearn.metrics import f1_score
 
 from helpers import ROOT
 from helpers.recompute import (

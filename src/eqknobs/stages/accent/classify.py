@@ -2,13 +2,14 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-Features = np.ndarray | csr_matrix
+Features = Any  # np.ndarray, or csr_matrix, which has no types
 
 
 @dataclass(frozen=True)

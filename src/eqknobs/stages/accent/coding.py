@@ -79,7 +79,13 @@ def _epochs(cell: Cell, cfg: SaeCfg) -> int:
 
 
 def new_trainer(
-    u: np.ndarray, cell: Cell, cfg: SaeCfg, seed: int, lr: float | None = None, latent_bias: bool = False, device="cpu"
+    u: np.ndarray,
+    cell: Cell,
+    cfg: SaeCfg,
+    seed: int,
+    lr: float | None = None,
+    latent_bias: bool = False,
+    device: str = "cpu",
 ) -> Trainer:
     """An SAE of a cell before its first step, started on the train vectors u [n, d]."""
     config = make_config(
@@ -101,7 +107,7 @@ def new_trainer(
     zeros = np.zeros(u.shape[1])
     # Twice the steps: the engine lets the learning rate fall over the last fifth, the paper's stays.
     trainer = Trainer(config, zeros, zeros + 1, len(u), 2 * steps, device)
-    trainer.sae._encoder_start = 1.0  # Gao et al.: the encoder is the decoder transposed
+    trainer.sae._encoder_start = 1.0  # type: ignore[assignment] # Gao et al.: the encoder is the decoder transposed
     trainer.sae.b_enc.requires_grad_(latent_bias)
     trainer.start(u)
     return trainer

@@ -219,7 +219,7 @@ class Bench:
         fit, test = u[self.parts.fit], u[self.parts.test]
         self.tell(about | {"features": "dense"}, fit, test)
         norms = [np.linalg.norm(part, axis=1)[:, None] for part in (fit, test)]
-        self.tell(about | {"features": "norm"}, *norms)
+        self.tell(about | {"features": "norm"}, norms[0], norms[1])
         chosen = self.cfg["classifier"]
         for task in self.tasks:
             most = np.full(len(task.test), int(task.train.mean() >= 0.5), np.int8)
@@ -296,7 +296,7 @@ class Bench:
         self.tell(about | {"features": "full", **evenly}, fit, test, seed)
         self.tell(about | {"features": "position"}, coding.positions(fit), coding.positions(test), seed)
         kept, padded = zip(*(coding.magnitudes(part, cell.k) for part in (fit, test)), strict=True)
-        self.tell(about | {"features": "magnitude", "padded": padded[1]}, *kept, seed)
+        self.tell(about | {"features": "magnitude", "padded": padded[1]}, kept[0], kept[1], seed)
         if (seed, recipe, cell.kind) == (0, "paper", "grid") and reading == self.main:
             self.rates[f"{cell.q:g} {cell.s:g}"] = dense["rates"]
 

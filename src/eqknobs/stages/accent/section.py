@@ -1,5 +1,6 @@
 """Accent in codecs: the section of the report."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -50,7 +51,7 @@ def retained(delta: float, dense: float) -> float:
     return (dense + delta - CONSTANT) / (dense - CONSTANT)
 
 
-def _reread(published: dict[tuple[str, str], tuple[float, ...]], dense: dict[str, float]) -> list[list[str]]:
+def _reread(published: Mapping[tuple[str, str], tuple[float, ...]], dense: dict[str, float]) -> list[list[str]]:
     rows = []
     for (name, kind), deltas in published.items():
         cells = [f"{delta:.2f} | {retained(delta, dense[name]):.2f}".replace("-", "−") for delta in deltas]

@@ -164,7 +164,13 @@ def synthesise(folder: str | Path, manifest_csv: str | Path, cfg: SynthesisCfg, 
                 path = Path(folder) / f"{name}.flac"
                 wav = levelled(say(accent, variant, text), cfg["level_db"])
                 write_flac(path, wav, RATE)
-                row = {"id": name, "path": str(path), "speaker": variant, "sex": sexes[variant], "accent": accent}
+                row: dict[str, Any] = {
+                    "id": name,
+                    "path": str(path),
+                    "speaker": variant,
+                    "sex": sexes[variant],
+                    "accent": accent,
+                }
                 row |= {"seconds": round(len(wav) / RATE, 4), "split": split, "sha256": file_sha256(path)}
                 rows.append(row | {"text": text})
     manifest = pd.DataFrame(rows, columns=MANIFEST_COLUMNS).sort_values("id", ignore_index=True)
