@@ -39,7 +39,7 @@ from eqknobs.stages.accent.checks import accent_models
 from eqknobs.stages.domains.checks import domain_targets
 from eqknobs.stages.features.checks import caption_files, paged_targets
 from eqknobs.stages.label_search.checks import searched_targets
-from eqknobs.stages.phones.checks import named_saes, phone_targets
+from eqknobs.stages.phones.checks import phone_targets
 from eqknobs.stages.saes.checks import spliced_saes
 from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
@@ -364,9 +364,13 @@ def phone_inputs(wildcards):
 
 
 def labels_slice(wildcards):
-    """The slice of frame labels, with phones where the corpus has any."""
-    phones = phone_sources(wildcards)
-    return {**config["labels"], **({"phones": phones} if phones else {})}
+    """The slice of frame labels: pitch where it is probed, phones where the corpus has any."""
+    phones, probes = phone_sources(wildcards), config["probes"] or {}
+    pitch = "pitch" in probes.get(
+        "properties", []
+    ) and wildcards.target in stage_targets(config, "probes")
+    labels = config["labels"] if pitch else {**config["labels"], "crepe": None}
+    return {**labels, **({"phones": phones} if phones else {})}
 
 
 def speech_files(wildcards):

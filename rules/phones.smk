@@ -11,7 +11,7 @@ rule phones:
     input:
         cache=f"{RUN}/activations/{{target}}.h5",
         labels=f"{RUN}/labels/{{target}}.h5",
-        saes=first_saes(lambda target: named_saes(config, target)),
+        saes=first_saes(lambda target: stage_saes(config, "phones", target)),
         script=code("phones.py"),
     output:
         scores=f"{RUN}/scores/{{target}}.phones.csv",
@@ -27,7 +27,7 @@ rule phones:
         cfg=cfg(
             "phones",
             lambda wildcards: {
-                **but(config["phones"], "targets", "saes"),
+                **but(config["phones"], "targets", "corpora", "saes"),
                 "seed": SEED,
             },
         ),

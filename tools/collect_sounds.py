@@ -37,7 +37,8 @@ import soxr
 from eqknobs.io import atomic_path
 
 RATE = 16_000
-SAMPLES = 3 * RATE
+SECONDS = 3  # of a crop
+SAMPLES = SECONDS * RATE
 LEVEL = -23.0  # dBFS, root mean square of a crop
 PEAK = 0.98
 QUIET = 10 ** (-50 / 20)  # below it a crop, or an end of an effect, counts as silence
@@ -108,6 +109,8 @@ class Crop:
     author: str
     sex: str = ""
     accent: str = ""
+    origin: str = ""  # of speech the clip of the bundled corpus, and where in it the crop begins, seconds
+    start: float = 0.0
 
 
 # ---------------------------------------------------------------- packages
@@ -258,7 +261,8 @@ def speech() -> Iterator[Crop]:
                 start = (len(audio) - SAMPLES) // 2
                 about = ("see resources/corpus/LICENSES.md", row["source"], row["sex"], row["accent"])
                 source = re.sub(r"[^a-z0-9]+", "-", row["source"].lower())
-                crop = Crop("speech", source, row["speaker"], audio[start : start + SAMPLES], *about)
+                cut = audio[start : start + SAMPLES]
+                crop = Crop("speech", source, row["speaker"], cut, *about, row["id"], start * SECONDS / SAMPLES)
                 turns.setdefault(source, []).append((taken[row["speaker"]], row["speaker"], crop))
                 taken[row["speaker"]] += 1
     for _, crops in sorted(turns.items()):
@@ -272,12 +276,8 @@ def write(out: Path, crops: list[Crop]) -> None:
     """The crops of a domain and its labels CSV."""
     domain = crops[0].domain
     shutil.rmtree(out / domain, ignore_errors=True)
-    count: Counter[tuple[str, str]] = Counter()
     rows = []
-    for crop in crops:
-        number = count[crop.source, crop.piece]
-        count[crop.source, crop.piece] += 1
-        name = f"{crop.source}_{crop.piece}_{number:02d}"
+    for crop, name in named(crops):
         path = out / domain / crop.source / f"{name}.opus"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(opus(levelled(crop.audio)))
@@ -287,6 +287,29 @@ def write(out: Path, crops: list[Crop]) -> None:
     facts = {"synthetic": domain == "speech", "description": ABOUT[domain]}
     (out / domain / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
     table(out / f"{domain}.csv", sorted(rows, key=lambda row: row["id"]))
+
+
+def write_phones(out: Path, crops: list[Crop]) -> None:
+    """`phones.csv` of the crops of speech, from that of the clips that they were cut from."""
+    with (CORPUS / "phones.csv").open(encoding="utf-8") as file:
+        said: dict[str, list[dict[str, str]]] = {}
+        for row in csv.DictReader(file):
+            said.setdefault(row["id"], []).append(row)
+    rows = []
+    for crop, name in named(crops):
+        for row in said[crop.origin]:
+            start, end = (min(max(float(row[key]) - crop.start, 0), SECONDS) for key in ("start", "end"))
+            if round(end, 3) > round(start, 3):
+                rows.append(dict(id=name, start=f"{start:.3f}", end=f"{end:.3f}", phone=row["phone"]))
+    table(out / "phones.csv", sorted(rows, key=lambda row: (row["id"], float(row["start"]))))
+
+
+def named(crops: list[Crop]) -> Iterator[tuple[Crop, str]]:
+    """Crops with their ids."""
+    count: Counter[tuple[str, str]] = Counter()
+    for crop in crops:
+        yield crop, f"{crop.source}_{crop.piece}_{count[crop.source, crop.piece]:02d}"
+        count[crop.source, crop.piece] += 1
 
 
 def table(path: Path, rows: list[dict]) -> None:
@@ -302,7 +325,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, default=Path("work/sounds"), help="where packages are unpacked")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phones", action="store_true", help="write no more than the phones of the crops of speech")
     args = parser.parse_args()
+    if args.phones:
+        write_phones(args.out, list(speech()))
+        return
     rng = random.Random(args.seed)
     domains: dict[str, list[Crop]] = {"speech": list(speech())}
     sources = []
@@ -316,6 +343,7 @@ def main() -> None:
         where = dict(domain=source.domain, source=source.package, version=version)
         sources.append(where | about | dict(url=url, sha256=digest))
     table(args.out / "sources.csv", sources)
+    write_phones(args.out, domains["speech"])
     for domain, crops in domains.items():
         write(args.out, crops)
         print(f"{domain}: {len(crops)} crops, {len(crops) / 20:.1f} min")

@@ -18,7 +18,7 @@ def in_order(graph: str) -> str:
     edges = {(names[a], names[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", graph)}
     order: list[str] = []
     while left := sorted(set(names.values()) - set(order)):
-        order.append(next(rule for rule in left if all(a in order for a, b in edges if b == rule)))
+        order.append(next(rule for rule in left if all(a in order for a, b in edges if b == rule != a)))
     number = {rule: f"id{i}" for i, rule in enumerate(order)}
     lines = [f"{number[rule]}[{rule}]" for rule in order]
     lines += [f"style {number[rule]} {styles[rule]}" for rule in order]

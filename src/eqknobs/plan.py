@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ SPEECH = "speech"  # the corpus that `data` describes; a target's name says noth
 def parse_target(target: str) -> tuple[str, str]:
     """Split "tiny-mimi.encoder_layer.2" or "tiny-mimi.encoder_layer.2@music" into the model "tiny-mimi" and the site
     "encoder_layer.2"."""
-    model, _, site = target.partition("@")[0].partition(".")
+    model, _, site = without_corpus(target).partition(".")
     return model, site
 
 
@@ -31,8 +33,13 @@ def corpus_of(target: str) -> str:
 
 def on_corpus(target: str, corpus: str) -> str:
     """A target on another corpus."""
-    target = target.partition("@")[0]
+    target = without_corpus(target)
     return target if corpus == SPEECH else f"{target}@{corpus}"
+
+
+def without_corpus(target: str) -> str:
+    """A target's model and site."""
+    return target.partition("@")[0]
 
 
 def corpus_config(config: dict[str, Any], corpus: str) -> dict[str, Any]:
@@ -77,25 +84,46 @@ def stage_targets(config: dict[str, Any], stage: str, decoding: bool = False) ->
     where it is null.
 
     decoding: whether it makes sound, so that by default only targets that decode are its. Raises EqknobsError where
-    `<stage>.targets` names one that the run has not, or that does not decode, or `<stage>.corpora` an unknown corpus.
+    `<stage>.targets` names one that the run has not, or that does not decode, or an unknown corpus is named.
     """
     if not config.get(stage):
         return []
-    wanted = config[stage].get("targets")
-    for target in wanted or []:
-        if target not in config["run"]["targets"]:
-            raise EqknobsError(f"config: {stage}.targets: {target!r} is not under run.targets; add it there")
-        if decoding and not decodes(config, target):
+    wanted = config[stage].get("targets", [])
+    for target in map(without_corpus, wanted):
+        if decoding and target in config["run"]["targets"] and not decodes(config, target):
             raise EqknobsError(f"config: {stage}.targets: {target!r} is no codec: it makes no sound; leave it out")
     corpora = config[stage].get("corpora", [SPEECH])
     for corpus in corpora:
         check_corpus(config, f"{stage}.corpora", corpus)
-    return [
-        on_corpus(target, corpus)
-        for target in config["run"]["targets"]
-        if (target in wanted if wanted else not decoding or decodes(config, target))
-        for corpus in corpora
-    ]
+    found = chosen_targets(config, f"{stage}.targets", wanted, corpora)
+    return [target for target in found if not decoding or decodes(config, target)]
+
+
+def chosen_targets(
+    config: dict[str, Any], key: str, wanted: list[str], corpora: Sequence[str] = (SPEECH,)
+) -> list[str]:
+    """What a list of targets chooses of the run's, in their order, each on these corpora, or on the one after its `@`.
+
+    wanted: targets, with `*` for whatever stands there; `!` before one takes out of all what it fits; an empty list is
+    all. What holds a `*` may fit nothing, so that a list also goes with another run's targets. Raises EqknobsError,
+    naming the key, for another target that the run has not, or an unknown corpus.
+    """
+    targets = config["run"]["targets"]
+    out = [name[1:] for name in wanted if name.startswith("!")]
+    also = [name for name in wanted if not name.startswith("!")]
+    left = [t for t in targets if not any(fnmatchcase(t, name) for name in out)] if out or not also else []
+    found = {on_corpus(target, corpus) for target in left for corpus in corpora}
+    for name in also:
+        _, at, corpus = name.partition("@")
+        own = [target for target in targets if fnmatchcase(target, without_corpus(name))]
+        if not own and "*" not in name:
+            raise EqknobsError(f"config: {key}: {name!r} is not under run.targets; add it there")
+        if at and own:
+            check_corpus(config, key, corpus)
+        found |= {on_corpus(target, one) for target in own for one in ([corpus] if at else corpora)}
+    order = [*corpora, *sorted({corpus_of(target) for target in found} - set(corpora))]
+    every = (on_corpus(target, corpus) for target in targets for corpus in order)
+    return [target for target in every if target in found]
 
 
 def check_corpus(config: dict[str, Any], key: str, corpus: str) -> None:
@@ -107,8 +135,12 @@ def check_corpus(config: dict[str, Any], key: str, corpus: str) -> None:
 
 def trained_saes(config: dict[str, Any], target: str) -> list[str]:
     """The names of the SAEs that are trained on a target, on whatever corpus, sorted."""
-    target = on_corpus(target, SPEECH)
-    return sorted(name for name, sae in (config["saes"] or {}).items() if target in sae.get("targets", [target]))
+    target = without_corpus(target)
+    return sorted(
+        name
+        for name, sae in (config["saes"] or {}).items()
+        if target in chosen_targets(config, f"saes.{name}.targets", sae.get("targets", []))
+    )
 
 
 def sae_home(config: dict[str, Any], target: str, name: str) -> str:

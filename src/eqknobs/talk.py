@@ -85,4 +85,4 @@ def reply(
             if piece := model.piece(tokeniser, int(step.text)):
                 say(piece)
         say("\n")
-    return model.speech(torch.cat(spoken, dim=1), len(heard))
+    return model.speech(torch.cat(spoken, dim=1)[: model.net.steps], len(heard))  # no others are said

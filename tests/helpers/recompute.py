@@ -19,6 +19,7 @@ RATIOS = {
     "cosine": ("cosine_sum", "frames"),
     "token_flip_rate": ("tokens_flipped", "tokens"),
     "l0": ("l0_sum", "frames"),
+    "nll": ("nats", "tokens"),
     "accuracy": ("correct", "frames"),
     "within_one_bin": ("within_one", "frames"),
 }
@@ -207,6 +208,67 @@ def _probe_cells(run: Path, target: str, row: dict[str, Any], raw: pd.DataFrame)
     }
 
 
+def _spliced(run: Path, target: str, row: dict[str, Any]) -> pd.DataFrame | None:
+    """Raw rows of one arm spliced in, or None where that was not measured."""
+    file = run / "scores" / f"{target}.splicing.csv"
+    if not file.is_file():
+        return None
+    raw = read(file).rename(columns={"errors": "errors_text", "words": "words_text"}).fillna({"sae": ""})
+    return pick(raw, {**row, "sae": "" if row["sae"] != row["sae"] else row["sae"]}, ["arm", "sae", "seed", "split"])
+
+
+def _auc(rows: pd.DataFrame, cfg: dict[str, Any]) -> tuple[float, float, float]:
+    """AUC of `no_speech_prob` by counting pairs, draw by draw."""
+    rows = rows.sort_values("id")
+    other, speech = rows[rows["tokens"].isna()], rows[rows["tokens"].notna()]
+    if other.empty:
+        return (math.nan,) * 3
+    a, b = other["no_speech_prob"].to_numpy(), speech["no_speech_prob"].to_numpy()
+    won = np.sign(a[:, None] - b[None]) / 2 + 0.5
+    draws = []
+    drawn = (
+        bootstrap_weights(own["speaker"].tolist(), cfg["bootstrap"], cfg["seed"] + place)
+        for place, own in enumerate((other, speech))
+    )
+    for x, y in zip(*drawn):
+        draws.append((won * np.outer(x, y)).sum() / np.outer(x, y).sum())
+    return (won.mean(), *np.percentile(draws, [2.5, 97.5]))
+
+
+def _spliced_cells(run: Path, target: str, row: dict[str, Any], cfg: dict[str, Any]) -> dict[str, float]:
+    """What `sae.csv` says of an SAE spliced in."""
+    rows = _spliced(run, target, {**row, "arm": "sae"})
+    wanted: dict[str, float] = {}
+    for measure, column in (("wer_text", "wer_text_spliced"), ("nll", "nll_spliced"), ("no_speech_auc", None)):
+        values: tuple[float, float, float] = (math.nan,) * 3
+        if rows is not None and len(rows):
+            values = estimate(rows[rows["tokens"].notna()], measure, cfg) if column else _auc(rows, cfg)
+        wanted |= {f"{column or measure}{end}": value for end, value in zip(("", "_low", "_high"), values)}
+    return wanted
+
+
+def check_splicing(run: Path, target: str, table: pd.DataFrame, cfg: dict[str, Any]) -> int:
+    """Recompute measures and differences of `splicing.csv` from clips; returns how many cells."""
+    cells = 0
+    for row in table.to_dict("records"):
+        rows = _spliced(run, target, row)
+        whole = _spliced(run, target, {**row, "arm": "unspliced", "sae": "", "seed": -1})
+        assert rows is not None and whole is not None
+        speech, before = (own[own["tokens"].notna()] for own in (rows, whole))
+        wanted = dict(zip(("no_speech_auc", "no_speech_auc_low", "no_speech_auc_high"), _auc(rows, cfg)))
+        for measure in ("wer_text", "nll"):
+            wanted |= dict(
+                zip((measure, f"{measure}_low", f"{measure}_high"), estimate(speech, measure, cfg), strict=True)
+            )
+            against = compared(speech, before, measure, cfg)
+            names = {"difference": "", "low": "_low", "high": "_high"}
+            wanted |= {f"{measure}_difference{end}": against[name] for name, end in names.items()}
+        for key, value in wanted.items():
+            same(row[key], value, f"splicing {row['arm']} {row['sae']} {row['seed']} {key}")
+            cells += 1
+    return cells
+
+
 def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: dict[str, Any], words: bool) -> int:
     """Recompute every cell of one table; returns how many were compared."""
     name = {"importance": "importance_ablation"}.get(stage, stage)
@@ -230,6 +292,7 @@ def check_table(run: Path, target: str, stage: str, cfg: dict[str, Any], model: 
         if stage == "codec":
             wanted["centroid_correlation_clip"] = rows["centroid_hz"].corr(rows["centroid_original_hz"])
         wanted |= _packed_cells(run, target, row, rows) if stage == "quantisation" else {}
+        wanted |= _spliced_cells(run, target, row, cfg) if stage == "sae" else {}
         if stage == "sae" and row["split"] == "val":
             wanted["dead_share"] = details[row["sae"]][str(row["seed"])]["dead_share"]
         for measure in (*RATIOS, *MEANS):

@@ -25,7 +25,7 @@ SMALL = {
         "topk": {"d_sae": 320, "k": 16, "aux_k": 32, "epochs": 2, "batch_size": 256, "grid": {"k": [8, 16]}},
     },
     "probes": {"bins": 8, "epochs": 3, "lags": [0, 1]},
-    "features": {"count": 3, "random": 2, "clips": 2, "map_clips": 3, "map_frames": 5},
+    "features": {"count": 3, "random": 2, "clips": 2, "map_clips": 3, "map_frames": 5, "saes": ["topk"]},
     "codec": {"clips": 2, "codebooks": [16]},
     "steering": {
         "clips": 2,

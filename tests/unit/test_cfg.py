@@ -59,7 +59,7 @@ TYPED = [
     (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
     (SplicingCfg, ["splicing"], {"targets", "saes", "non_speech", "seeds"}, {"model", "site", "content"}),
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
-    (PhonesCfg, ["phones"], {"targets", "saes"}, {"seed", "content"}),
+    (PhonesCfg, ["phones"], PLANNED | {"saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
     (AccentCfg, ["accent"], {"corpus", "synthesis", "codecs"}, JOB | {"model", "codec"}),
     (AccentCodecCfg, ["accent.codecs.*"], set(), set()),

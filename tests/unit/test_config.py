@@ -11,7 +11,7 @@ import yaml
 
 from eqknobs.config import DEFAULT, describe, merge, plain, read_config, settle, validate
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import bundled_speech, stage_saes, stage_targets, trained_saes
+from eqknobs.plan import bundled_speech, chosen_targets, stage_saes, stage_targets, trained_saes
 from eqknobs.schema import PACKAGE, PARTS, described, schema
 from eqknobs.strict_yaml import read_yaml
 from helpers import ROOT
@@ -100,21 +100,21 @@ def test_null_in_an_overlay_drops_what_config_yaml_gives(tmp_path):
         "steering: {other_alpha: {pitch: null}}\ndata: {labels: null}\n"
     )
     config = read_config(path)
-    assert sorted(config["saes"]) == ["rms_l1", "topk"] and "grid" not in config["saes"]["topk"]
+    assert sorted(config["saes"]) == ["audiosae", "rms_l1", "topk"] and "grid" not in config["saes"]["topk"]
     assert config["steering"]["other_alpha"] == {"rms": 2}
     assert config["data"]["labels"] is None  # null is a value of its own here
     path.write_text("models: {tiny-mimi: null, other: {kind: dac, path: x, revision: null}}\n")
-    with pytest.raises(EqknobsError, match="which is not under models \\(other, tiny-moshi\\)"):
+    with pytest.raises(EqknobsError, match="which is not under models \\(other, tiny-moshi, whisper-tiny-en\\)"):
         read_config(path)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("saes: {topk: null}", "probes.reference: names 'topk', which is not under saes (batchtopk, jumprelu, rms_l1)"),
+        ("saes: {topk: null}", "probes.reference: names 'topk', which is not under saes (audiosae, batchtopk, jumprelu, rms_l1)"),
         ("saes: {topk: null}\nprobes: {reference: null}\nsteering: {saes: [rms_l1]}",
         "config: importance.sae: names 'topk', which is not under"),
-        ("saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null}", "config: saes: must not be empty"),
+        ("saes: {topk: null, rms_l1: null, jumprelu: null, batchtopk: null, audiosae: null}", "config: saes: must not be empty"),
         ("run: {seed: null}", "'seed' is a required property"),
         ("saes: {mine: {epochs: 3}}", "config.yaml has no entry of this name to complete, so give all its keys"),
         ("models: {mine: {path: x}}", "config.yaml has no entry of this name to complete"),
@@ -133,7 +133,8 @@ def test_an_overlay_that_drops_too_much_is_one_line(tmp_path, text, said):
 def test_a_default_sae_can_go_without_breaking_the_other_configurations(path, sae):
     base = default()
     del base["saes"][sae]
-    left = sorted(base["saes"])
+    base["features"]["saes"] = [name for name in base["features"]["saes"] if name != sae]
+    left = sorted(set(base["saes"]) - {"audiosae"})  # of a codec
     base["steering"]["saes"] = [name for name in base["steering"]["saes"] if name != sae] or left[:1]
     base["importance"]["sae"] = left[0]
     config = merge(base, yaml.safe_load(path.read_text()))
@@ -384,6 +385,43 @@ def test_a_stage_works_on_what_it_lists():
     assert stage_saes(config, "codec", second) == ["topk"]
 
 
+WHISPER = ["whisper-tiny-en.layer.1", "whisper-tiny-en.layer.3"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ([], ["tiny-mimi.encoder_transformer", *WHISPER]),
+        (["whisper-*"], WHISPER),
+        (["!whisper-*"], ["tiny-mimi.encoder_transformer"]),
+        (["!whisper-*", "*.3@heard"], ["tiny-mimi.encoder_transformer", f"{WHISPER[1]}@heard"]),
+        (["*@heard", WHISPER[0]], ["tiny-mimi.encoder_transformer@heard", WHISPER[0], *(f"{t}@heard" for t in WHISPER)]),
+        (["nothing.*"], []),
+    ],
+)  # fmt: skip
+def test_targets_are_chosen_by_patterns_all_but_some_and_on_other_corpora(wanted, found):
+    assert sorted(chosen_targets(default(), "x.targets", wanted)) == sorted(found)
+
+
+def test_chosen_targets_come_in_the_runs_order_on_every_corpus():
+    found = chosen_targets(default(), "x.targets", [WHISPER[1], WHISPER[0]], ["talk", "speech"])
+    assert found == [f"{WHISPER[0]}@talk", WHISPER[0], f"{WHISPER[1]}@talk", WHISPER[1]]
+    with pytest.raises(EqknobsError, match="x.targets: names the corpus 'noise'"):
+        chosen_targets(default(), "x.targets", ["whisper-*@noise"])
+    with pytest.raises(EqknobsError, match="it goes into saes.audiosae.corpus"):
+        validate(merge(default(), {"saes": {"audiosae": {"targets": ["whisper-*@heard"]}}}))
+
+
+def test_what_the_demo_says_of_whisper_goes_with_another_runs_targets():
+    config = merge(default(), {"run": {"targets": ["tiny-mimi.encoder_layer.0"]}})
+    settle(config)
+    (target,) = config["run"]["targets"]
+    assert trained_saes(config, target) == ["batchtopk", "jumprelu", "rms_l1", "topk"]
+    for stage in ("probes", "stability", "label_search", "features"):
+        assert stage_targets(config, stage) == [target]
+    assert not stage_targets(config, "domains") and not stage_targets(config, "phones")
+
+
 # --- one spelling of what means the same ---
 
 
@@ -487,6 +525,7 @@ def test_every_settings_file_is_read():
 
 
 def corpora(config):
+    config["run"]["targets"] = ["tiny-mimi.encoder_transformer"]
     config["corpora"] = {
         "music": config["data"] | {"path": "music"},
         "mix": {"source": "union", "of": ["music", "speech"]},

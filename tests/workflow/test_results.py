@@ -23,6 +23,7 @@ from helpers.recompute import (
     check_overlap,
     check_packing,
     check_pruning,
+    check_splicing,
     check_stability,
     check_summary,
     check_table,
@@ -155,6 +156,12 @@ def test_how_many_features_are_found_again_is_recomputed_from_features_and_one_p
     check_overlap(RUN, target, features)
 
 
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "scores" / f"{t}.splicing.csv").is_file()])
+def test_what_is_lost_downstream_is_recomputed_from_clips(target):
+    table = read(RUN / "tables" / "splicing.csv")
+    assert check_splicing(RUN, target, table[table["target"] == target], CFG) >= 4 * 15
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "domains" / f"{t}.json").is_file()])
 def test_labels_of_domains_are_recomputed_from_shares(target):
     table = read(RUN / "tables" / "domains.csv")
@@ -165,11 +172,10 @@ def test_labels_of_domains_are_recomputed_from_shares(target):
 @pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "phones" / f"{t}.json").is_file()])
 def test_what_names_of_features_tell_is_recomputed_from_clips(target):
     table = read(RUN / "tables" / "phones.csv")
-    table = table[(table["target"] == target) & table["method"].isin(["any_match", "top_feature"])]
+    table = table[table["target"] == target]
     rows = read(RUN / "scores" / f"{target}.phones.csv")
-    rows = rows.assign(space="sae:" + rows["sae"])
-    for labels, name in (("true", "accuracy"), ("shifted", "null")):
-        own = rows[rows["labels"] == labels]
+    for labels, name in ((["true"], "accuracy"), (["shifted", "shuffled"], "null")):
+        own = rows[rows["labels"].isin(labels)]
         assert check_counted(table, own, ["method", "space"], (name, "correct", "frames")) >= 2
 
 

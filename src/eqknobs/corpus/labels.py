@@ -41,7 +41,7 @@ Hop = int | float | Fraction
 class LabelsCfg(TypedDict):
     """What `write_labels` reads: the section `labels`, and `data.phones` by what ids begin with."""
 
-    crepe: str  # tiny | full
+    crepe: str | None  # tiny | full; None: no pitch, which nobody asks for (it takes longest)
     periodicity: float  # of a voiced frame at least
     floor_db: float  # below the clip's loudest frame
     fmin: float  # Hz
@@ -202,12 +202,15 @@ def label_utterance(
 
     `centroid` (Hz), `rms` (dB full scale), `pitch` (Hz, nan where not voiced), `periodicity` (0…1),
     `energetic` (within `cfg["floor_db"]` of the clip's loudest frame), `voiced` (energetic and periodicity
-    above `cfg["periodicity"]`).
+    above `cfg["periodicity"]`); without CREPE neither has a pitch nor periodicity (nan), and none is voiced.
     """
     exact = Fraction(hop_seconds).limit_denominator(10**6) * rate
     hop = int(exact) if exact.denominator == 1 else exact
     centroid, rms = centroid_and_rms(wav, rate, hop, frames)
-    pitch, periodicity = pitch_track(wav, rate, hop, frames, cfg["crepe"], cfg["fmin"], cfg["fmax"])
+    if cfg["crepe"]:
+        pitch, periodicity = pitch_track(wav, rate, hop, frames, cfg["crepe"], cfg["fmin"], cfg["fmax"])
+    else:
+        pitch, periodicity = np.full((2, frames), np.nan, np.float32)
     energetic = energetic_mask(rms, cfg["floor_db"])
     voiced = energetic & (periodicity > cfg["periodicity"])
     return {
@@ -239,7 +242,7 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
         rate, hop = int(source.attrs["sample_rate"]), int(source.attrs["hop"])
         table = source["utterances"]
         source.copy(table, out)
-        out.attrs.update({"sample_rate": rate, "hop": hop, "crepe": cfg["crepe"]})
+        out.attrs.update({"sample_rate": rate, "hop": hop, "crepe": cfg["crepe"] or ""})
         total = source["activations"].shape[0]
         for name in ("centroid", "rms", "pitch", "periodicity"):
             out.create_dataset(name, (total,), np.float32, fillvalue=np.nan)

@@ -15,6 +15,7 @@ from eqknobs.sae import make_config, new_sae
 from eqknobs.stages.saes.checks import check, spliced_saes
 from eqknobs.stages.saes.splicing import Spoken, _clips, spliced_scores
 from eqknobs.stages.saes.tables import auc_draws, spliced_rows
+from helpers.recompute import check_splicing
 
 D = 8
 
@@ -112,6 +113,14 @@ def test_table_holds_every_arm_beside_the_unspliced_model() -> None:
     assert table["no_speech_auc_difference"].tolist() == [0, 0, 0, -0.5]
 
 
+def test_table_is_recomputed_from_clips(tmp_path) -> None:
+    raw = raw_rows()
+    raw["no_speech_prob"] = np.random.default_rng(0).random(len(raw))
+    write_csv(tmp_path / "scores" / "w.layer.2.splicing.csv", raw)
+    table = spliced_rows(raw, "w.layer.2", CFG)
+    assert check_splicing(tmp_path, "w.layer.2", table, CFG) == 4 * 15
+
+
 def test_without_other_sound_there_is_no_auc() -> None:
     rows = raw_rows()
     table = spliced_rows(rows[rows["tokens"].notna()], "w.layer.2", CFG)
@@ -146,7 +155,7 @@ def config(**splicing) -> dict:
         "run": {"targets": ["w.layer.1", "m.encoder"]},
         "corpora": {"music": {}, "mix": {"source": "union", "of": ["speech", "music"]}},
         "saes": {"topk": sae, "wide": {**sae, "corpus": "mix"}},
-        "splicing": {"split": "test", "clips": 2, "non_speech": ["music"], **splicing},
+        "splicing": {"split": "test", "clips": 2, "non_speech": ["music"], "seeds": 1, **splicing},
     }
 
 

@@ -23,7 +23,7 @@ from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path
 from eqknobs.models.access import gated
 from eqknobs.models.base import folder_weights, weights_hash
-from eqknobs.models.moshi.config import Nf4, heads_left, raw_config, read_config, read_raw
+from eqknobs.models.moshi.config import Nf4, heads_left, raw_config, read_config, read_raw, steps_left
 from eqknobs.models.moshi.interventions import linears
 from eqknobs.models.moshi.network import MoshiNet
 from eqknobs.models.moshi.quantise import MARK, bitsandbytes, pack, packed_linear
@@ -131,7 +131,7 @@ def load_net(
         config = read_config(raw, shapes, where)
         heads = heads_left(raw, config, where)
         with torch.device("meta"):
-            net = MoshiNet(config, heads)
+            net = MoshiNet(config, heads, steps_left(raw, config))
         for number, layer in enumerate(net.layers):  # what removed heads gave on average
             if f"transformer.layers.{number}.self_attn.bias" in names:
                 layer.self_attn.bias = nn.Parameter(torch.empty(config.dim, device="meta"), requires_grad=False)
@@ -139,7 +139,7 @@ def load_net(
         used: set[str] = set()
         for name, wanted in [(name, tuple(p.shape)) for name, p in net.named_parameters()]:
             source, step = _source(name, names)
-            rows = wanted[0] if step is None else config.codebooks * wanted[0]
+            rows = wanted[0] if step is None else net.steps * wanted[0]
             if source not in names:
                 raise EqknobsError(f"{where}: no tensor {source}; this is not a whole Moshi checkpoint")
             used.add(source)
@@ -165,7 +165,7 @@ def load_net(
                 put_module(net, owner, packed_linear(*pack(value.to(device), packable[owner], dtype), dtype))
             else:
                 setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
-        if extra := sorted(name for name in names - used if not _dropped(name, config.codebooks)):
+        if extra := sorted(name for name in names - used if not _dropped(name, net.steps)):
             raise EqknobsError(f"{where}: unknown tensor {extra[0]} (one of {len(extra)}); this is no Moshi checkpoint")
     return net.eval().requires_grad_(False)
 
@@ -227,7 +227,8 @@ def save_net(
     codec: str | None = None,
     plan: Plan | None = None,
 ) -> None:
-    """Write a folder that `load_net` reads back bit for bit: heads that are left, packed weights, pruned ones.
+    """Write a folder that `load_net` reads back bit for bit: heads and depformer steps that are left, packed weights,
+    pruned ones.
 
     tokenizer: the sentencepiece model to put beside the weights; codec: the codec's folder, relative to this
     one; plan: by which linears and embeddings were packed (`pack_modules`): what stays is stored as its `rest` says. An
@@ -244,7 +245,8 @@ def save_net(
     if plan is not None:
         state = {name: stored(name, value, plan.rest) for name, value in state.items()}
     sounds = {"silence": list(net.config.silence), "sine": list(net.config.sine)}
-    raw = raw_config(net.config) | {"eqknobs": {"heads": [list(kept) for kept in net.heads], "codec": codec} | sounds}
+    ours = {"heads": [list(kept) for kept in net.heads], "codec": codec, **sounds}
+    raw = raw_config(net.config) | {"dep_q": net.steps, "eqknobs": ours}
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         if modules:

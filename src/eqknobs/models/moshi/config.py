@@ -184,6 +184,11 @@ def heads_left(raw: dict[str, Any], config: MoshiConfig, where: str) -> tuple[tu
     )
 
 
+def steps_left(raw: Mapping[str, Any], config: MoshiConfig) -> int:
+    """Steps of the depformer of the agent that speaks: fewer than codebooks where a saved model was shortened."""
+    return min(int(raw.get("dep_q", config.codebooks)), config.codebooks)
+
+
 def read_config(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: str) -> MoshiConfig:
     """The sizes in kyutai's config.json; one without `dim`, as PersonaPlex's, gets them from the tensors' shapes.
 
@@ -201,10 +206,10 @@ def read_config(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: 
     try:
         dim, dep_dim = int(raw["dim"]), int(raw["depformer_dim"])
         scale, codebooks = float(raw["hidden_scale"]), int(raw["n_q"]) // 2
-        if raw["n_q"] != 2 * codebooks or raw["dep_q"] not in (codebooks, 2 * codebooks):
+        if raw["n_q"] != 2 * codebooks or not (1 <= raw["dep_q"] <= codebooks or raw["dep_q"] == 2 * codebooks):
             raise EqknobsError(
                 f"{where}: config.json has n_q {raw['n_q']} and dep_q {raw['dep_q']}, supported are two speakers: an "
-                "even n_q, and dep_q as many or half"
+                "even n_q, and dep_q as many, half, or fewer where the depformer was shortened"
             )
         ours = raw.get("eqknobs", {})
         sounds = {key: tuple(map(int, ours[key])) for key in ("silence", "sine") if key in ours}

@@ -107,20 +107,32 @@ def first_codebooks(net: MoshiNet, count: int) -> Iterator[None]:
 
     Raises EqknobsError for fewer than 1 or more than there are.
     """
+    lists = _steps_of(net, count)
+    whole = [getattr(owner, name) for owner, name, _ in lists]
+    try:
+        remove_codebooks(net, count)
+        yield
+    finally:
+        for (owner, name, _), modules in zip(lists, whole):
+            setattr(owner, name, modules)
+
+
+def _steps_of(net: MoshiNet, count: int) -> list[tuple[nn.Module, str, int]]:
+    """Where modules of depformer steps are, and how many of each remain."""
     if not 1 <= count <= net.steps:
         raise EqknobsError(f"codebooks: 1 to {net.steps}, got {count}")
     lists: list[tuple[nn.Module, str, int]] = [(net, "depformer_in", count), (net, "linears", count)]
     lists.append((net, "depformer_emb", count - 1))
     for layer in net.dep_layers:
         lists += [(layer, "gating", count), (layer.self_attn, "in_projs", count), (layer.self_attn, "out_projs", count)]
-    whole = [getattr(owner, name) for owner, name, _ in lists]
-    try:
-        for (owner, name, length), modules in zip(lists, whole):
-            setattr(owner, name, modules[:length])
-        yield
-    finally:
-        for (owner, name, _), modules in zip(lists, whole):
-            setattr(owner, name, modules)
+    return lists
+
+
+def remove_codebooks(net: MoshiNet, count: int) -> None:
+    """Take out the depformer's steps beyond the first `count` for good: less memory and time, as `first_codebooks`
+    otherwise. Raises EqknobsError for fewer than 1 or more than there are."""
+    for owner, name, length in _steps_of(net, count):
+        setattr(owner, name, getattr(owner, name)[:length])
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from eqknobs.models.moshi.config import (
     heads_left,
     read_config,
     read_raw,
+    steps_left,
 )
 from eqknobs.packing.notes import NAME as PACKED
 from eqknobs.packing.notes import parts, read_notes
@@ -63,6 +64,7 @@ class Shapes:
     config: MoshiConfig
     heads: tuple[int, ...]
     packed: dict[str, int]
+    steps: int | None = None  # of the depformer, where it was shortened
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def nf4_bytes(values: int, nf4: Nf4) -> int:
 def weights(shapes: Shapes, itemsize: int, nf4: Nf4 | None, dep_q: int | None = None) -> dict[str, int]:
     """Bytes of the parameters, part by part. itemsize: bytes of a value that is not packed."""
     found: dict[str, int] = {}
-    for part, name, values, is_linear in parameters(shapes.config, shapes.heads, dep_q):
+    for part, name, values, is_linear in parameters(shapes.config, shapes.heads, dep_q or shapes.steps):
         if name in shapes.packed:
             size = shapes.packed[name]
         elif nf4 is not None and is_linear and nf4.covers(name):
@@ -280,7 +282,7 @@ def read_shapes(model: dict[str, Any]) -> Shapes | None:
         parts = [part for part in shapes if part == source or (part.startswith(f"{source}.") and part != mark)]
         mean = 4 if f"{source}.nested_absmax" in shapes else 0  # of the scales; it is kept within the mark
         packed[re.sub("[._]weight$", "", source)] = sum(sizes[part] for part in parts) + mean
-    return Shapes(config, heads, packed)
+    return Shapes(config, heads, packed, steps_left(raw, config))
 
 
 def _packed_integers(

@@ -159,11 +159,11 @@ class Layer(nn.Module):
 class DepAttention(nn.Module):
     """Attention over the steps of one frame, with weights of its own for every step and no positions."""
 
-    def __init__(self, config: MoshiConfig):
+    def __init__(self, config: MoshiConfig, steps: int):
         super().__init__()
         self.heads, dim = config.dep_heads, config.dep_dim
-        self.in_projs = nn.ModuleList(nn.Linear(dim, 3 * dim, bias=False) for _ in range(config.codebooks))
-        self.out_projs = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(config.codebooks))
+        self.in_projs = nn.ModuleList(nn.Linear(dim, 3 * dim, bias=False) for _ in range(steps))
+        self.out_projs = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(steps))
 
     def forward(self, x: Tensor, first: int, past: Tensor | None) -> Tensor:
         batch, steps, dim = x.shape
@@ -179,11 +179,11 @@ class DepAttention(nn.Module):
 class DepLayer(nn.Module):
     """Layer of the depformer."""
 
-    def __init__(self, config: MoshiConfig):
+    def __init__(self, config: MoshiConfig, steps: int):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(config.dep_dim), RMSNorm(config.dep_dim)
-        self.self_attn = DepAttention(config)
-        self.gating = nn.ModuleList(Gating(config.dep_dim, config.dep_hidden) for _ in range(config.codebooks))
+        self.self_attn = DepAttention(config, steps)
+        self.gating = nn.ModuleList(Gating(config.dep_dim, config.dep_hidden) for _ in range(steps))
 
     def forward(self, x: Tensor, first: int, past: Tensor | None = None) -> Tensor:
         x = x + self.self_attn(self.norm1(x), first, past)
@@ -203,10 +203,10 @@ class MoshiNet(nn.Module):
 
     `heads[l]`: the original numbers of the heads that layer l has left, by default all. Tensors are float or bfloat16
     on one device; linears may be packed in 4 bits (`eqknobs.models.moshi.quantise`), linears and embeddings in 2 to 8
-    (`eqknobs.packing.modules`).
+    (`eqknobs.packing.modules`). steps: of the depformer, by default one for each of the agent's codebooks.
     """
 
-    def __init__(self, config: MoshiConfig, heads: tuple[tuple[int, ...], ...] | None = None):
+    def __init__(self, config: MoshiConfig, heads: tuple[tuple[int, ...], ...] | None = None, steps: int | None = None):
         super().__init__()
         self.config = config
         heads = heads or (tuple(range(config.heads)),) * config.layers
@@ -215,12 +215,13 @@ class MoshiNet(nn.Module):
         self.transformer = nn.ModuleDict({"layers": nn.ModuleList(Layer(config, kept) for kept in heads)})
         self.out_norm = RMSNorm(config.dim)
         self.text_linear = nn.Linear(config.dim, config.text_card, bias=False)
-        steps, codes = range(config.codebooks), config.card
-        self.depformer_in = nn.ModuleList(nn.Linear(config.dim, config.dep_dim, bias=False) for _ in steps)
-        self.depformer_emb = nn.ModuleList(nn.Embedding(codes + 1, config.dep_dim) for _ in steps[1:])
+        count, codes = steps or config.codebooks, config.card
+        self.depformer_in = nn.ModuleList(nn.Linear(config.dim, config.dep_dim, bias=False) for _ in range(count))
+        self.depformer_emb = nn.ModuleList(nn.Embedding(codes + 1, config.dep_dim) for _ in range(1, count))
         self.depformer_text_emb = nn.Embedding(config.text_card + 1, config.dep_dim)
-        self.depformer = nn.ModuleDict({"layers": nn.ModuleList(DepLayer(config) for _ in range(config.dep_layers))})
-        self.linears = nn.ModuleList(nn.Linear(config.dep_dim, codes, bias=False) for _ in steps)
+        layers = nn.ModuleList(DepLayer(config, count) for _ in range(config.dep_layers))
+        self.depformer = nn.ModuleDict({"layers": layers})
+        self.linears = nn.ModuleList(nn.Linear(config.dep_dim, codes, bias=False) for _ in range(count))
 
     @property
     def layers(self) -> Sequence[Layer]:

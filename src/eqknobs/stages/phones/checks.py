@@ -3,26 +3,27 @@
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import check_saes, stage_saes, stage_targets
-
-
-def named_saes(config: dict[str, Any], target: str) -> list[str]:
-    """The SAEs whose features the stage names: those of its own list, or all, that are probed too."""
-    return [sae for sae in stage_saes(config, "phones", target) if sae in stage_saes(config, "probes", target)]
+from eqknobs.plan import SPEECH, check_saes, corpus_config, corpus_of, stage_saes, stage_targets
 
 
 def phone_targets(config: dict[str, Any]) -> list[str]:
-    """The stage's targets: those that have SAEs and are probed."""
-    if not config.get("phones") or not config["probes"]:
+    """The stage's targets that have SAEs."""
+    if not config.get("phones"):
         return []
-    probed = stage_targets(config, "probes")
-    return [target for target in stage_targets(config, "phones") if target in probed and named_saes(config, target)]
+    return [target for target in stage_targets(config, "phones") if stage_saes(config, "phones", target)]
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raises EqknobsError, one line, for SAEs that are not there, or if phones are not probed."""
+    """Raises EqknobsError, one line, for SAEs that are not there, or a corpus without phones."""
     if not config.get("phones") or not config["saes"]:
         return
     check_saes(config, "phones.saes", config["phones"].get("saes", []))
-    if not config["probes"] or "phone" not in config["probes"]["properties"]:
-        raise EqknobsError("config: phones: needs the property phone in probes.properties; add it, or set phones: null")
+    for target in phone_targets(config):
+        corpus = corpus_of(target)
+        data = corpus_config(config, corpus)
+        if not any("phones" in corpus_config(config, part) for part in data.get("of", [corpus])):
+            key = "data" if corpus == SPEECH else f"corpora.{corpus}"
+            raise EqknobsError(
+                f"config: phones: {target} hears a corpus of which no phones are known; give {key}.phones "
+                "(of a union: of one of its parts), or leave the target out of phones.targets"
+            )

@@ -4,9 +4,11 @@ AudioSAE's procedure (arXiv 2602.05027, section 4.3 of the notes): a feature is 
 its firing is on frames of that phone; a frame is *matched* if any feature that fires on it has the right name. With
 fifty features on a frame some name is right by luck, so the same is done with labels shifted in time, and beside stands
 what a reader would do: take the name of the strongest feature. Names are given on train and judged on test, whose
-speakers are others. Linear probes on codes and on raw activations come from the stage `probes`.
+speakers are others. Linear probes of codes, of raw activations and of log-mel are those of the stage `probes`.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -18,8 +20,14 @@ from scipy.sparse import csr_matrix
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
 from eqknobs.io import write_csv, write_json
+from eqknobs.pieces import Pieces
 from eqknobs.sae import SAE
 from eqknobs.sae.firing import codes
+from eqknobs.stages.probes.compute import ProbesCfg, Sources, ask, fit_space, majority
+from eqknobs.stages.probes.spaces import make_spaces
+
+BASE = ("raw", "logmel")  # spaces that are probed beside the SAEs' codes
+COLUMNS = "space id speaker split method labels frames correct".split()
 
 
 class PhonesCfg(TypedDict):
@@ -29,6 +37,8 @@ class PhonesCfg(TypedDict):
     purity: float
     min_firings: int
     shifts: int
+    l2: list[float]
+    epochs: int
     seed: int
     content: NotRequired[dict[str, str]]
 
@@ -142,26 +152,54 @@ def name_features(
     return table, about
 
 
+def probe_phones(cache: ActivationCache, sources: Sources, cfg: PhonesCfg, pieces: Pieces) -> pd.DataFrame:
+    """Softmax-linear probes of the phone, and always saying the most frequent one: COLUMNS, clip by clip of test.
+
+    method: probe (space: those of BASE, and the code of each SAE; labels: true | shuffled) or majority. Raises
+    EqknobsError as `eqknobs.stages.probes.compute.ask`.
+    """
+    fit: ProbesCfg = {"property": "phone", "l2": cfg["l2"], "epochs": cfg["epochs"], "seed": cfg["seed"]}
+    question = ask(cache, sources, fit)
+    code = cfg.get("content", {}).get("code")
+    made_of = [code, cache.digest() if pieces.folder else None, question.digest(), dict(fit)]
+    counted = [("majority", "majority", "true", majority(question)["category"])]
+    for name, space in make_spaces(cache, sources.saes, cfg["seed"], sources.labels).items():
+        if name in BASE or name.startswith("sae:"):
+            make = partial(fit_space, space, question, fit, "cpu")
+            fitted = pieces.arrays("phone_probes", [made_of, space.made_of], make)
+            counted += [(name, "probe", labels, fitted[f"{labels}:category:scores"]) for labels in ("true", "shuffled")]
+    tables = []
+    for space_name, method, labels, counts in counted:
+        found = pd.DataFrame(counts[:, [0, 2, 3]].astype(np.int64), columns=["utterance", "frames", "correct"])
+        found = found.groupby("utterance", as_index=False).sum()
+        about = cache.utterances.iloc[found["utterance"]][["id", "speaker", "split"]].reset_index(drop=True)
+        tables.append(found.join(about).assign(space=space_name, method=method, labels=labels))
+    table = pd.concat(tables, ignore_index=True)
+    return table.loc[table["split"] == "test", COLUMNS]
+
+
 def score_phones(
     cache_h5: str | Path,
     labels_h5: str | Path,
-    sae_dirs: dict[str, Path],
+    sae_dirs: Mapping[str, Path],
     out_csv: str | Path,
     out_json: str | Path,
     cfg: PhonesCfg,
+    pieces: Pieces | None = None,
 ) -> None:
-    """Name the features of a target's SAEs and judge the names.
+    """Name the features of a target's SAEs, judge the names, and fit the probes that they are held against.
 
-    out_csv: sae, id, speaker, split, method (any_match | top_feature), labels (true | shifted), frames, correct.
+    pieces: where fitted probes are kept; by default nowhere. out_csv: COLUMNS: space (`sae:<sae>`, `raw`, `logmel`,
+    `majority`), method (any_match | top_feature | probe | majority), labels (true | shifted, of a probe shuffled).
     out_json: by SAE the named features, how many names each phone has, features on in a frame and those with a name.
-    Raises EqknobsError as `read_phones`, and if train or test have no frame.
+    Raises EqknobsError as `read_phones` and `probe_phones`, and if train or test have no frame.
     """
     tables, found = [], {}
     with ActivationCache(cache_h5) as cache:
         phone, phones = read_phones(labels_h5, len(cache.acts))
         for name, folder in sorted(sae_dirs.items()):
             rows, found[name] = name_features(cache, SAE.load(folder), phone, phones, cfg)
-            tables.append(rows.assign(sae=name))
-    columns = "sae id speaker split method labels frames correct".split()
-    write_csv(out_csv, pd.concat(tables, ignore_index=True)[columns])
+            tables.append(rows.assign(space=f"sae:{name}"))
+        tables.append(probe_phones(cache, Sources(cache_h5, labels_h5, sae_dirs), cfg, pieces or Pieces(None)))
+    write_csv(out_csv, pd.concat(tables, ignore_index=True)[COLUMNS])
     write_json(out_json, {"purity": cfg["purity"], "min_firings": cfg["min_firings"], "phones": phones, "saes": found})

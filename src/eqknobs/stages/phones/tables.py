@@ -24,26 +24,11 @@ METHODS = {
 }
 
 
-def _probed(at: Context, saes: list[str]) -> pd.DataFrame:
-    """Test rows of the linear probes of phones, with `method` and `labels`, clip by clip."""
-    files = ["", *(f"{sae}." for sae in saes)]
-    rows = pd.concat([at.inputs.csv(f"scores/{at.target}.probes.{part}phone.csv") for part in files])
-    rows = rows[rows["split"] == "test"]
-    rows = rows.groupby(["id", "speaker", "split", "space", "labels"], as_index=False)[["frames", "correct"]].sum()
-    kept = rows["space"].isin(["raw", "logmel", "majority", *(f"sae:{sae}" for sae in saes)])
-    method = rows["space"].map(lambda space: "majority" if space == "majority" else "probe")
-    return rows.assign(method=method)[kept]
-
-
 def scores(at: Context) -> tuple[pd.DataFrame, dict[str, Any]]:
     """All rows: id, speaker, split, method, space, labels (true | null), frames, correct; and the JSON."""
-    about = at.inputs.json(f"phones/{at.target}.json")
-    own = at.inputs.csv(f"scores/{at.target}.phones.csv")
-    own = own.assign(space="sae:" + own["sae"]).drop(columns="sae")
-    rows = pd.concat([own, _probed(at, sorted(about["saes"]))], ignore_index=True)
-    return rows.assign(
-        labels=rows["labels"].replace({"shifted": "null", "shuffled": "null", "majority": "true"})
-    ), about
+    rows = at.inputs.csv(f"scores/{at.target}.phones.csv")
+    labels = rows["labels"].replace({"shifted": "null", "shuffled": "null"})
+    return rows.assign(labels=labels), at.inputs.json(f"phones/{at.target}.json")
 
 
 def tabulate(at: Context) -> Tabulated:

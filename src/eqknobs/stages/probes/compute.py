@@ -312,7 +312,7 @@ def fit_probes(sources: Sources, out: Outputs, cfg: ProbesCfg, pieces: Pieces | 
             arrays["categories"] = np.array(question.frames.categories)
         rows = _Rows(cache.utterances)
         if "base" in parts:
-            for binning, counts in _majority(question).items():
+            for binning, counts in majority(question).items():
                 rows.classes("majority", binning, "majority", counts)
         keys = ("l2", "epochs", "seed") if question.unordered else ("l2", "epochs", "seed", "lags")
         made_of = {
@@ -394,7 +394,7 @@ def _counts(question: Question, places: np.ndarray, binning: int, predicted: np.
     return scores.groupby(["utterance", "class"], as_index=False).sum().to_numpy(np.int64)
 
 
-def _majority(question: Question) -> dict[str, np.ndarray]:
+def majority(question: Question) -> dict[str, np.ndarray]:
     """Binning -> `_counts` of always saying the most frequent class of train."""
     places, train = np.flatnonzero(np.isin(question.frames.split, SCORED)), question.frames.of("train")
     found = {}

@@ -3,7 +3,16 @@
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import SPEECH, check_corpus, check_saes, parse_target, sae_home, stage_saes, stage_targets
+from eqknobs.plan import (
+    SPEECH,
+    check_corpus,
+    check_saes,
+    chosen_targets,
+    parse_target,
+    sae_home,
+    stage_saes,
+    stage_targets,
+)
 from eqknobs.schema import mend, validator
 
 TRANSCRIBING = "whisper"  # the kind of model that goes on to words
@@ -20,8 +29,13 @@ def check(config: dict[str, Any]) -> None:
             pass
         else:
             raise EqknobsError(f"config: saes.{name}: the name reads as a number in tables; choose one with letters")
-        stage_targets({**config, f"saes.{name}": sae}, f"saes.{name}")
-        check_corpus(config, f"saes.{name}.corpus", sae.get("corpus", SPEECH))
+        for target in sae.get("targets", []):
+            if "@" in target:
+                raise EqknobsError(
+                    f"config: saes.{name}.targets: {target!r} names a corpus; it goes into saes.{name}.corpus"
+                )
+        if chosen_targets(config, f"saes.{name}.targets", sae.get("targets", [])):
+            check_corpus(config, f"saes.{name}.corpus", sae.get("corpus", SPEECH))
         _check_grid(f"saes.{name}", sae)
     if config.get("splicing"):
         _check_splicing(config)
@@ -44,7 +58,7 @@ def _check_splicing(config: dict[str, Any]) -> None:
         check_corpus(config, "splicing.non_speech", corpus)
         if corpus == SPEECH:
             raise EqknobsError(f"config: splicing.non_speech: {SPEECH!r} is the speech itself; name other corpora")
-    for target in config["splicing"].get("targets", []):
+    for target in stage_targets(config, "splicing") if "targets" in config["splicing"] else ():
         if config["models"][parse_target(target)[0]]["kind"] != TRANSCRIBING:
             raise EqknobsError(f"config: splicing.targets: {target!r} is of no model that transcribes; leave it out")
     if not spliced_saes(config):
