@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix, issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-Features = Any  # ndarray or csr_matrix [n, width]
+Features = Any  # np.ndarray, or csr_matrix, which has no types
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def new_trainer(
     zeros = np.zeros(u.shape[1])
     # Twice the steps: the engine lets the learning rate fall over the last fifth, the paper's stays.
     trainer = Trainer(config, zeros, zeros + 1, len(u), 2 * steps, device)
-    trainer.sae._encoder_start = 1.0  # type: ignore[assignment]  # Gao et al.: the encoder is the decoder transposed
+    trainer.sae._encoder_start = 1.0  # type: ignore[assignment] # Gao et al.: the encoder is the decoder transposed
     trainer.sae.b_enc.requires_grad_(latent_bias)
     trainer.start(u)
     return trainer

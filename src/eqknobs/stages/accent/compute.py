@@ -219,7 +219,7 @@ class Bench:
         fit, test = u[self.parts.fit], u[self.parts.test]
         self.tell(about | {"features": "dense"}, fit, test)
         norms = [np.linalg.norm(part, axis=1)[:, None] for part in (fit, test)]
-        self.tell(about | {"features": "norm"}, *norms)
+        self.tell(about | {"features": "norm"}, norms[0], norms[1])
         chosen = self.cfg["classifier"]
         for task in self.tasks:
             most = np.full(len(task.test), int(task.train.mean() >= 0.5), np.int8)
