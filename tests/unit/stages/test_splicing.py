@@ -10,11 +10,12 @@ import soundfile as sf
 import torch
 
 from eqknobs.errors import EqknobsError
+from eqknobs.evidence.estimates import records
 from eqknobs.io import file_sha256, write_csv
 from eqknobs.sae import make_config, new_sae
 from eqknobs.stages.saes.checks import check, spliced_saes
 from eqknobs.stages.saes.splicing import Spoken, _clips, spliced_scores
-from eqknobs.stages.saes.tables import auc_draws, spliced_rows
+from eqknobs.stages.saes.tables import LEAST_CLIPS, _spliced_finding, auc_draws, spliced_rows
 from helpers.recompute import check_splicing
 
 D = 8
@@ -109,6 +110,7 @@ def test_table_holds_every_arm_beside_the_unspliced_model() -> None:
     assert table.loc["sae", ["nll_difference_low", "nll_difference_high"]].tolist() == pytest.approx([1, 1])  # paired
     assert table.loc["sae", "nll_over_untrained"] == pytest.approx(-1)
     assert table["nll_over_untrained"].drop("sae").isna().all()
+    assert table.loc["sae", "wer_text_over_untrained"] == pytest.approx(-1 / 8)
     assert table["no_speech_auc"].tolist() == [1, 1, 1, 0.5]
     assert table["no_speech_auc_difference"].tolist() == [0, 0, 0, -0.5]
 
@@ -178,3 +180,15 @@ def test_models_that_transcribe_are_spliced_where_their_saes_lie() -> None:
 def test_what_splicing_names_must_be_there(splicing, said) -> None:
     with pytest.raises(EqknobsError, match=said):
         check(config(**splicing))
+
+
+@pytest.mark.parametrize(
+    ("clips", "verdict"), [(LEAST_CLIPS, "positive"), (LEAST_CLIPS - 1, "undecided")], ids=["enough", "few"]
+)
+def test_few_clips_decide_nothing(clips: int, verdict: str) -> None:
+    rows = records(spliced_rows(raw_rows(), "w.layer.2", CFG))
+    (row,) = (row for row in rows if row["arm"] == "sae")
+    found = _spliced_finding({**row, "clips": clips}, rows)
+    assert found["verdict"] == verdict and ("decide nothing" in found["detail"]) == (verdict == "undecided")
+    worse = {**row, "clips": LEAST_CLIPS, "wer_text_over_untrained_low": 0.1, "wer_text_over_untrained_high": 0.2}
+    assert _spliced_finding(worse, rows)["verdict"] == "negative"  # fewer nats do not make up for words
