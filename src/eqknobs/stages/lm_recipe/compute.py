@@ -196,7 +196,7 @@ def played(conditions: Sequence[Condition], name: str) -> list[Condition]:
     largest = max((c.share for c in conditions), default=0)
     found = [INTACT]
     for c in conditions:
-        if c.heads and c.share == largest and c.step in ("pruned", "recovered") and c.seed == 0:
+        if c.heads and c.share == largest and c.state in ("pruned", "recovered") and c.seed == 0:
             found.append(c)
     recipe = [c for c in conditions if c.name == name and c not in found]
     return [*found, *recipe]
@@ -211,7 +211,7 @@ def write_sounds(bench: RecipeBench, conditions: Sequence[Condition], name: str,
             for asked, answer in zip(bench.speech["asked"][:listen], bench.answers(condition, 0), strict=False):
                 wav = bench.judge.sound(answer)
                 heard = bench.judge.transcriber.transcribe(bench.judge.at_judges_rate(wav))
-                row = {"condition": condition.name, **condition.row(), "recipe": int(condition.name == name)}
+                row = {"condition": condition.name, **condition.row(), "chosen": int(condition.name == name)}
                 row |= {"id": asked.id, "speaker": asked.speaker, "text": asked.told or ""}
                 row |= {"said": bench.model.monologue(answer.text), "heard": heard}
                 file = f"{condition.name.replace(':', '_')}_{asked.id}.flac"

@@ -41,7 +41,7 @@ class Condition:
         return f"{self.order}:{self.share:g}:{self.seed}:{self.trained}:{self.codebooks}:{self.bits}"
 
     @property
-    def step(self) -> str:
+    def state(self) -> str:
         """What was done last."""
         if self.bits:
             return "packed"
@@ -53,7 +53,7 @@ class Condition:
 
     def row(self) -> dict[str, Any]:
         """Its columns in tables, but for sizes."""
-        columns = {name: getattr(self, name) for name in ("step", "order", "seed", "share", "trained")}
+        columns = {name: getattr(self, name) for name in ("state", "order", "seed", "share", "trained")}
         return {**columns, "heads_removed": len(self.heads), "kept": self.codebooks, "bits": self.bits}
 
 

@@ -15,7 +15,7 @@ from eqknobs.stages.lm_recipe.tables import INTACT, described, megabytes
 
 STAGE, TITLE, SOUNDS = "lm_recipe", "Recovered speech LM", False
 ABOUT = "How much a short training gives back to a pruned speech LM, and the smallest model that still says its words."
-STEPS = {
+STATES = {
     "intact": Look(INK, "o"),
     "trained": Look(HUES["grey"], "X"),
     "pruned": Look(HUES["orange"], "v"),
@@ -29,9 +29,9 @@ def sizes(rows: pd.DataFrame, measure: str, unit: str, margin: float) -> dict[st
     """A measure against the bytes of the file, one dot a model, with its interval; the recipe is ringed."""
 
     def draw(axes: plt.Axes) -> None:
-        for step in [name for name in STEPS if name in set(rows["step"])]:
-            color, marker = look(step, STEPS)
-            mine = rows[rows["step"] == step]
+        for state in [name for name in STATES if name in set(rows["state"])]:
+            color, marker = look(state, STATES)
+            mine = rows[rows["state"] == state]
             low, high = (mine[measure] - mine[f"{measure}_low"], mine[f"{measure}_high"] - mine[measure])
             axes.errorbar(
                 mine["bytes"] / 1e6,
@@ -40,10 +40,10 @@ def sizes(rows: pd.DataFrame, measure: str, unit: str, margin: float) -> dict[st
                 ls="",
                 marker=marker,
                 color=color,
-                label=step,
+                label=state,
                 elinewidth=0.8,
             )
-        recipe = rows[rows["recipe"] == 1]
+        recipe = rows[rows["chosen"] == 1]
         axes.plot(recipe["bytes"] / 1e6, recipe[measure], "o", ms=14, mfc="none", color=INK, label="recipe")
         axes.axhline(margin, color=INK, lw=1, ls=":")
         axes.set(xlabel="MB", ylabel=unit)
@@ -64,7 +64,7 @@ def side_by_side(at: Context) -> list[dict[str, Any]]:
             wav, rate = sf.read(folder / row["file"], dtype="float32")
             most = 99  # told apart by `kept`: 0 where all are left
             title = described({**row, "codebooks": row["kept"] or most}, most)
-            title += " (the recipe)" if row["recipe"] and row["condition"] != INTACT else ""
+            title += " (the recipe)" if row["chosen"] and row["condition"] != INTACT else ""
             said, heard = ("" if pd.isna(row[key]) else row[key] for key in ("said", "heard"))
             sound = data_uri("audio/mpeg", mp3(wav, rate))
             takes.append({"name": title, "said": said, "heard": heard, "sound": sound})
@@ -77,9 +77,9 @@ def show(at: Context) -> dict[str, Any]:
     """Figures, the table of both splits, and answers to listen to."""
     rows = at.inputs.csv("tables/lm_recipe.csv")
     rows = rows[rows["model"] == at.target]
-    codebooks = int(rows.loc[rows["step"] == "intact", "codebooks"].iloc[0])
+    codebooks = int(rows.loc[rows["state"] == "intact", "codebooks"].iloc[0])
     columns = {
-        "model": lambda r: ("→ " if r["recipe"] else "") + described(r, codebooks),
+        "model": lambda r: ("→ " if r["chosen"] else "") + described(r, codebooks),
         "heads out": "heads_removed",
         "codebooks": "codebooks",
         "mean bits": ("bits_mean", 2),
@@ -97,7 +97,7 @@ def show(at: Context) -> dict[str, Any]:
     margin = at.facts["lm_recipe"]["margin"]
     test = rows[rows["split"] == "test"]
     drawn = [
-        sizes(test[test["step"] != "intact"], f"delta_wer_{name}", f"ΔWER against the {name}", margin)
+        sizes(test[test["state"] != "intact"], f"delta_wer_{name}", f"ΔWER against the {name}", margin)
         for name in ("monologue", "prompt")
         if test[f"delta_wer_{name}"].notna().any()
     ]

@@ -23,7 +23,7 @@ from eqknobs.evidence.wording import difference, headline, number, said
 
 STAGE = "lm_recipe"
 INTACT = "none:0:0:none:0:0"
-MADE = "step order seed share trained heads_removed codebooks bits bits_mean bytes bytes_resident step_ratio"
+MADE = "state order seed share trained heads_removed codebooks bits bits_mean bytes bytes_resident step_ratio"
 MEASURES = (
     *WORDS,
     Measure("nll_intact", "nll_intact", None, "lower"),
@@ -35,7 +35,7 @@ DELTAS = [f"delta_{m.name}{end}" for m in WORDS for end in ("", "_low", "_high")
 BOUNDS = [f"{m.name}{end}" for m in MEASURES for end in ("_low", "_high")]
 COLUMNS = {
     "lm_recipe": " ".join(
-        [f"model split {MADE} recipe answers prompts speakers", *(m.name for m in MEASURES), *DELTAS, *BOUNDS]
+        [f"model split {MADE} chosen answers prompts speakers", *(m.name for m in MEASURES), *DELTAS, *BOUNDS]
     )
 }
 NOTHING: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def recipe_table(at: Context, answers: pd.DataFrame, recipe: str) -> pd.DataFram
     found = []
     for key, mine in groups(answers, ["split", "condition", "model", *MADE.split()]):
         intact = answers[(answers["condition"] == INTACT) & (answers["split"] == key["split"])]
-        row = {**key, "recipe": int(key["condition"] == recipe)}
+        row = {**key, "chosen": int(key["condition"] == recipe)}
         row |= {"answers": len(mine), "prompts": mine["id"].nunique(), "speakers": mine["speaker"].nunique()}
         for measure in MEASURES:
             row |= estimate(by_prompt(mine), measure, at.cfg)
@@ -113,7 +113,7 @@ def tabulate(at: Context) -> Tabulated:
     made = at.inputs.json(f"lm/{at.target}/recipe.json")
     rows = recipe_table(at, answers, made["condition"])
     facts = {"margin": made["margin"], "val": made["prompts"]}
-    facts |= {"rows": records(rows[(rows["split"] == "test") & ((rows["recipe"] == 1) | (rows["step"] == "intact"))])}
+    facts |= {"rows": records(rows[(rows["split"] == "test") & ((rows["chosen"] == 1) | (rows["state"] == "intact"))])}
     return Tabulated({"lm_recipe": rows}, {"lm_recipe": facts}, compared(at, answers))
 
 
@@ -129,7 +129,7 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
     text += f"{own['margin']:.2f}): {described(recipe, intact['codebooks'])}, {megabytes(recipe['bytes'])} of "
     text += f"{megabytes(intact['bytes'])}, {recipe['step_ratio']:.2f} times the time a frame"
     detail = f"{recipe['prompts']} test prompts: "
-    if recipe["step"] == "intact":
+    if recipe["state"] == "intact":
         text = f"No smaller model keeps both upper 95 % bounds of ΔWER within {own['margin']:.2f} on "
         text += f"{own['val']} val prompts: the recipe is the intact model"
         detail = "few prompts make bounds wide"
