@@ -176,7 +176,9 @@ def test_the_recipe_is_the_smallest_that_keeps_the_margin() -> None:
 def test_bounds_are_of_pairs_with_the_intact_model() -> None:
     def rows(name: str, errors: list[int]) -> list[dict[str, Any]]:
         ids = [{"condition": name, "id": f"p{i}", "speaker": "x", "draw": 0} for i in range(len(errors))]
-        counts = [{"errors_monologue": e, "words_monologue": 10, "errors_prompt": 0, "words_prompt": 10} for e in errors]
+        counts = [
+            {"errors_monologue": e, "words_monologue": 10, "errors_prompt": 0, "words_prompt": 10} for e in errors
+        ]
         return [a | b for a, b in zip(ids, counts, strict=True)]
 
     table = pd.DataFrame(rows(INTACT.name, [0, 5, 2]) + rows("worse", [1, 6, 3]))
@@ -225,7 +227,9 @@ def test_the_recipe_is_a_model_that_compress_writes_and_talk_speaks_from(
     written = speak(model, asked, sampling(benches["test"].cfg, 0), cfg["batch"])
     assert all(torch.equal(a.text, b.text) and torch.equal(a.codes, b.codes) for a, b in zip(judged, written))
     clip = next((world / "speech").glob("*/*.flac"))
-    talk({"name": "small", "kind": "moshi", "path": str(folder), "device": "cpu"}, clip, tmp_path / "a.wav", seconds=0.8)
+    talk(
+        {"name": "small", "kind": "moshi", "path": str(folder), "device": "cpu"}, clip, tmp_path / "a.wav", seconds=0.8
+    )
     assert (tmp_path / "a.wav").stat().st_size > 16000
 
 

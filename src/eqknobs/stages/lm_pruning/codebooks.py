@@ -21,6 +21,7 @@ from eqknobs.speaking.bench import sampling
 from eqknobs.speaking.prompts import Asked
 from eqknobs.stages.lm_pruning.bench import CodebooksCfg, PruningBench
 
+
 def codebook_rows(bench: PruningBench, cfg: CodebooksCfg) -> list[dict[str, Any]]:
     """One record an answer of each reading and count; `step_ratio` is the time of a frame beside the whole model's.
 
