@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from eqknobs.evidence.stats import bootstrap_weights
+from eqknobs.io import read_json
 from eqknobs.packing.files import data_bytes
 
 RATIOS = {

@@ -220,7 +220,7 @@ def test_the_recipe_is_a_model_that_compress_writes_and_talk_speaks_from(
     model = Moshi({"name": "small", "path": str(folder), "device": "cpu"})
     assert model.net.steps == 3 and sum(map(len, model.net.heads)) == LAYERS * HEADS - 2
     cfg = config(world) | {"margin": 1e9}
-    made, benches = compute.opened(cfg, world / "codes.npz", Pieces(None))
+    _, benches = compute.opened(cfg, world / "codes.npz", Pieces(None))
     asked = benches["test"].speech["asked"]
     condition = next(c for c in conditions(CHAIN, order_table()) if c.name == recipe["condition"])
     judged = benches["test"].answers(condition, 0)
@@ -261,5 +261,5 @@ def test_bad_configurations_end_in_one_line(edit: dict[str, Any], line: str) -> 
     whole["lm_pruning"]["heads"]["orders"] = ["norm", "random"]
     with pytest.raises(EqknobsError, match=line):
         check(merge(whole, {"lm_recipe": {"orders": ["norm", "random"]} | edit}))
-    with pytest.raises(EqknobsError, match="list tiny-moshi under lm_pruning.models"):
+    with pytest.raises(EqknobsError, match=r"list tiny-moshi under lm_pruning\.models"):
         check(whole | {"lm_pruning": None})

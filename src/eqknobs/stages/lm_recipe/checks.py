@@ -15,8 +15,8 @@ def check(config: dict[str, Any]) -> None:
     pruning = config.get("lm_pruning") or {"models": [], "heads": {"orders": [], "seeds": 0}}
     if missing := sorted(set(own["models"]) - set(pruning["models"])):
         raise EqknobsError(
-            f"config: lm_recipe: takes heads out in the orders of lm_pruning; list {missing[0]} under lm_pruning.models, "
-            "or set lm_recipe: null"
+            f"config: lm_recipe: takes heads out in the orders of lm_pruning; list {missing[0]} under "
+            "lm_pruning.models, or set lm_recipe: null"
         )
     if missing := [order for order in own["orders"] if order not in pruning["heads"]["orders"]]:
         raise EqknobsError(f"config: lm_recipe.orders: {missing[0]} is not under lm_pruning.heads.orders; add it there")

@@ -60,7 +60,7 @@ class PackingCfg(TypedDict):
 
 
 def told(count: int, part: str, voices: Sequence[str], frames: int, seed: int) -> list[Clip]:
-    """Sentences of a part of the grammar, each in one of the voices in turn, as clips of so many frames without sound."""
+    """Sentences of a part of the grammar, each in one of the voices in turn, as clips of so many silent frames."""
     rng, found = random.Random(f"{seed}-{part}"), dict[str, None]()
     while len(found) < count:
         text = grammar.sentence(rng)
@@ -143,7 +143,12 @@ class Nets:
         """As `speech_lm_training` takes it: one phase, on speech."""
         own, count = self.training, self.model.config.codebooks
         weights = [*CODEBOOK_WEIGHTS, *[CODEBOOK_WEIGHTS[-1]] * count][:count]
-        found = {"seed": self.seed, "batch": own["batch"], "steps": own["steps"], "learning_rate": own["learning_rate"]}
+        found: dict[str, Any] = {
+            "seed": self.seed,
+            "batch": own["batch"],
+            "steps": own["steps"],
+            "learning_rate": own["learning_rate"],
+        }
         found |= {"warmup": max(1, own["steps"] // 10), "decay": 0.5, "copy_steps": 0, "copy_rows": COPY_ROWS}
         found |= {"voice_prompts": VOICE_PROMPTS, "drop": DROP, "codebook_weights": weights}
         return cast(SpeechLMTrainingCfg, found)

@@ -1,4 +1,4 @@
-"""What is done to a speech LM to make it smaller: heads out, training, fewer codebooks, fewer bits, one upon another."""
+"""What is done to a speech LM to make it smaller: heads out, training, fewer codebooks, fewer bits, in turn."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -15,6 +15,21 @@ from eqknobs.stages.lm_recipe.tables import INTACT, described, megabytes
 
 STAGE, TITLE, SOUNDS = "lm_recipe", "Recovered speech LM", False
 ABOUT = "How much a short training gives back to a pruned speech LM, and the smallest model that still says its words."
+PUBLISHED_SOURCE = "PersonaPlex 7B with 24 of 32 layers, Q4_K, for WebGPU (idle-intelligence): judged by listening."
+PUBLISHED: dict[str, tuple[list[str], list[list[str]]]] = {
+    "recovery": (
+        ["model", "out", "training", "size", "result"],
+        [
+            [
+                "PersonaPlex-24L Q4_K",
+                "layers 12–19",
+                "LoRA of rank 32 on out_proj (9.6 M), 333 self-distilled files, 3 epochs",
+                "6.74 B, 3.5 GB (whole: 8.37 B, 4.4 GB)",
+                "meaning lost before, back after; no metric",
+            ]
+        ],
+    ),
+}
 STATES = {
     "intact": Look(INK, "o"),
     "trained": Look(HUES["grey"], "X"),
