@@ -255,6 +255,12 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "bits of a speech LM": (edit_config(lambda c: c["lm_quantisation"].update(group=32)), QUANTISED | TABLES),
     "no packed speech LM": (edit_config(lambda c: c.update(lm_quantisation=None)), TABLES),
+    "a recovered speech LM": (
+        edit_config(
+            lambda c: c.update(lm_recipe=yaml.safe_load((ROOT / "config/config.yaml").read_text())["lm_recipe"])
+        ),
+        {("lm_recipe", "")} | TABLES,
+    ),
     "library: memory and time of a pruned model": (
         edit_file("src/eqknobs/stages/lm_pruning/footprint.py", CODE),
         PRUNED | TABLES,
