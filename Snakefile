@@ -29,6 +29,7 @@ STAGES = [
     "lm_layers",
     "lm_pruning",
     "lm_quantisation",
+    "lm_steering",
 ]
 for stage in STAGES:
     if config[stage]:

@@ -25,6 +25,7 @@ import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
 import eqknobs.stages.lm_pruning.checks
 import eqknobs.stages.lm_quantisation.checks
+import eqknobs.stages.lm_steering.checks
 import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.quantisation.checks
@@ -60,6 +61,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.lm_layers.checks.check,
     eqknobs.stages.lm_pruning.checks.check,
     eqknobs.stages.lm_quantisation.checks.check,
+    eqknobs.stages.lm_steering.checks.check,
 )
 
 

@@ -27,10 +27,10 @@ from eqknobs.errors import EqknobsError, counted
 LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
 TEXT_COLUMNS = frozenset(
-    "a accent arm b binning calibrated clip codec_training condition derived_from domain file format gate granularity "
-    "group half heard id input_scale kind label labels level map measure method mode model name order part path phase "
-    "phone plan property reading reason repair rounding sae said sex sha256 source space speaker split stream tag "
-    "target tensor text top_clips transcript variant voice voices why".split()
+    "a accent arm b beside binning calibrated clip codec_training condition derived_from direction domain file "
+    "format gate granularity group half heard id input_scale kind label labels level map matched measure method "
+    "mode model name order part path phase phone plan property reading reason repair rounding sae said sex sha256 "
+    "source space speaker split stream tag target tensor text top_clips transcript variant voice voices why".split()
 )
 NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.evidence.words)
 

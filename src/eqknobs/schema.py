@@ -41,6 +41,7 @@ PARTS = (
     "stages/lm_layers",
     "stages/lm_pruning",
     "stages/lm_quantisation",
+    "stages/lm_steering",
     "sound",
     "report",
     "stages/codec_training",

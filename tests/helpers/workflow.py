@@ -87,6 +87,17 @@ SMALL = {
         "answered": ["temporal:uniform:3:0", "temporal:layer:3:0", "temporal:inverted:3:0"],
         "batch": 2,
     },
+    "lm_steering": {
+        "prompts": {"val": 1, "test": 2},
+        "layers": [3],
+        "shifts": {"rms": 3, "voice": None},
+        "directions": ["difference_in_means", "sae_feature"],
+        "alphas": [0.5],
+        "rounds": 0,
+        "random": {"seeds": 1, "beside": ["difference_in_means"]},
+        "batch": 2,
+        "listen": 1,
+    },
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }

@@ -25,7 +25,7 @@ def with_corpora(config: dict) -> None:
     config["probes"].update(properties=["centroid"], corpora=["mix", "other"], saes=["topk"])
     config["codec"].update(corpora=["other"], clips=1)
     off = ("steering", "importance", "quantisation", "speech_lm", "lm_layers", "lm_pruning", "lm_quantisation")
-    config.update(dict.fromkeys(off))
+    config.update(dict.fromkeys((*off, "lm_steering")))
 
 
 @pytest.fixture(scope="module")
