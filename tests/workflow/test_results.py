@@ -23,6 +23,7 @@ from helpers.recompute import (
     check_packing,
     check_pruning,
     check_stability,
+    check_steered,
     check_summary,
     check_table,
     read,
@@ -54,6 +55,7 @@ TARGETS = [name for name, facts in SUMMARY["targets"].items() if not facts.keys(
 OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in facts]
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
+STEERED = [name for name, facts in SUMMARY["targets"].items() if "lm_steering" in facts]
 QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 
 
@@ -124,6 +126,11 @@ def test_what_a_pruned_speech_lm_says_is_recomputed_from_its_answers(model):
 @pytest.mark.parametrize("model", QUANTISED)
 def test_what_a_packed_speech_lm_says_is_recomputed_from_its_answers(model):
     check_packing(RUN, model)
+
+
+@pytest.mark.parametrize("model", STEERED)
+def test_what_a_steered_speech_lm_says_is_recomputed_from_its_answers(model):
+    check_steered(RUN, model)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])
