@@ -30,6 +30,7 @@ STAGES = [
     "lm_layers",
     "lm_pruning",
     "lm_quantisation",
+    "lm_recipe",
 ]
 for stage in STAGES:
     if config[stage]:

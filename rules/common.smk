@@ -364,12 +364,10 @@ def phone_inputs(wildcards):
 
 
 def labels_slice(wildcards):
-    """The slice of frame labels: pitch where it is probed, phones where the corpus has any."""
-    phones, probes = phone_sources(wildcards), config["probes"] or {}
-    pitch = "pitch" in probes.get(
-        "properties", []
-    ) and wildcards.target in stage_targets(config, "probes")
-    labels = config["labels"] if pitch else {**config["labels"], "crepe": None}
+    """The slice of frame labels: pitch where the target is probed, phones where the corpus has any."""
+    phones = phone_sources(wildcards)
+    probed = wildcards.target in stage_targets(config, "probes")
+    labels = config["labels"] if probed else {**config["labels"], "crepe": None}
     return {**labels, **({"phones": phones} if phones else {})}
 
 

@@ -26,6 +26,7 @@ import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
 import eqknobs.stages.lm_pruning.checks
 import eqknobs.stages.lm_quantisation.checks
+import eqknobs.stages.lm_recipe.checks
 import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.quantisation.checks
@@ -62,6 +63,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.lm_layers.checks.check,
     eqknobs.stages.lm_pruning.checks.check,
     eqknobs.stages.lm_quantisation.checks.check,
+    eqknobs.stages.lm_recipe.checks.check,
 )
 
 

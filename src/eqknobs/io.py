@@ -30,8 +30,8 @@ TEXT_COLUMNS = frozenset(
     "a accent arm b binning calibrated cell clip codec codec_training condition derived_from domain features file "
     "format gate granularity group half heard id input_scale kind label labels level map measure method mode model "
     "name order part path phase phone plan property reading reason recipe repair rounding sae said sex sha256 site "
-    "source space speaker split stream tag target task tensor text top_clips transcript variant voice voices "
-    "weights why".split()
+    "source space speaker split state stream tag target task tensor text top_clips trained transcript variant voice "
+    "voices weights why".split()
 )
 NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.evidence.words)
 

@@ -42,6 +42,7 @@ PARTS = (
     "stages/lm_layers",
     "stages/lm_pruning",
     "stages/lm_quantisation",
+    "stages/lm_recipe",
     "sound",
     "report",
     "stages/codec_training",

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 
 from eqknobs.evidence.stats import bootstrap_weights
+from eqknobs.io import read_json
+from eqknobs.packing.files import data_bytes
 
 RATIOS = {
     "wer": ("errors", "words"),
@@ -738,6 +740,33 @@ def _check_moment(run: Path, target: str, row: pd.Series) -> None:
     path = read(run / "manifest" / "manifest.csv").set_index("id").loc[moment["id"], "path"]
     whole = read_audio(run.resolve().parents[1] / path, rate)[round(moment["start"] * rate) :][: len(cut)]
     assert np.abs(cut - whole).max() < 1e-3
+
+
+def check_recipe(run: Path, model: str) -> None:
+    """The table of the stage lm_recipe, counted anew from answers, and the recipe's choice and file."""
+    table = read(run / "tables/lm_recipe.csv").query(f"model == '{model}'")
+    answers = read(run / "scores" / f"{model}.lm_recipe_answers.csv")
+    recipe = read_json(run / "lm" / model / "recipe.json")
+    keys = ["split", "order", "seed", "share", "trained", "codebooks", "bits"]
+    rows, spoken = table.set_index(keys), dict(list(answers.groupby(keys)))
+    assert set(rows.index) == set(spoken)
+    for key, mine in spoken.items():
+        row, whole = rows.loc[key], answers[(answers["state"] == "intact") & (answers["split"] == key[0])]
+        base = whole[whole["draw"].isin(mine["draw"])]
+        assert row["answers"] == len(mine) and row["prompts"] == mine["id"].nunique()
+        for name, top, bottom in PRUNED_RATIOS[:2]:
+            value = mine[top].sum() / mine[bottom].sum()
+            assert np.isclose(row[name], value, rtol=1e-6, equal_nan=True), (key, name)
+            if row["state"] != "intact":
+                apart = value - base[top].sum() / base[bottom].sum()
+                assert np.isclose(row[f"delta_{name}"], apart, atol=1e-7, equal_nan=True), (key, name)
+    val = table[table["split"] == "val"]
+    highs = val[["delta_wer_monologue_high", "delta_wer_prompt_high"]]
+    within = (highs <= recipe["margin"]).all(axis=1) | (val["state"] == "intact")
+    best = val[within].sort_values("bytes").iloc[0]
+    assert best["chosen"] == 1 and best["bytes"] == recipe["bytes"] and val["chosen"].sum() == 1
+    files = [run / "lm" / model / "recipe" / name for name in ("packed.safetensors", "model.safetensors")]
+    assert [data_bytes(file) for file in files if file.is_file()] == [best["bytes"]]
 
 
 def check_packing(run: Path, model: str) -> None:

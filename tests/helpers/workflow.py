@@ -97,6 +97,7 @@ SMALL = {
         "answered": ["temporal:uniform:3:0", "temporal:layer:3:0", "temporal:inverted:3:0"],
         "batch": 2,
     },
+    "lm_recipe": None,  # half a minute; test_lm_recipe.py makes one of an untrained model
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }

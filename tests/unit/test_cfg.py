@@ -24,6 +24,8 @@ from eqknobs.stages.label_search.compute import LabelSearchCfg
 from eqknobs.stages.lm_layers.compute import LmLayersCfg
 from eqknobs.stages.lm_layers.dictionaries import DictionariesCfg, LayerSaesCfg
 from eqknobs.stages.lm_layers.turns import TurnLabelsCfg, TurnsCfg
+from eqknobs.stages.lm_recipe.compute import RecipeCfg, RecipePromptsCfg
+from eqknobs.stages.lm_recipe.nets import TrainingCfg
 from eqknobs.stages.phones.compute import PhonesCfg
 from eqknobs.stages.probes.compute import ProbesCfg
 from eqknobs.stages.quantisation.compute import PlansCfg, RendersCfg
@@ -82,6 +84,9 @@ TYPED = [
     (LayerSaesCfg, ["lm_layers.sae"], set(), set()),
     (TurnLabelsCfg, ["labels", "lm_layers"], OPENED_LM - {"tokens"}, {"phones"}),
     (TurnsCfg, ["lm_layers", "judges"], OPENED_LM - {"lead", "frames"}, JOB | {"model"}),
+    (RecipeCfg, ["lm_recipe"], {"models"}, JOB | {"model", "judges", "bootstrap"}),
+    (RecipePromptsCfg, ["lm_recipe.prompts"], set(), set()),
+    (TrainingCfg, ["lm_recipe.training"], set(), set()),
     (SpeechLMTrainingCfg, ["speech_lm_training"], {"synthesis", "scores"}, JOB),
     (DropCfg, ["speech_lm_training.drop"], set(), set()),
     (ScoresCfg, ["speech_lm_training.scores"], set(), set()),

@@ -84,7 +84,9 @@ def test_clean(site, tmp_path):
 def test_vram(site, tmp_path):
     model = {"kind": "moshi", "path": "kyutai/moshiko-pytorch-bf16", "revision": None, "nf4": True}
     config = {"run": {"targets": ["m.residual.3"]}, "models": {"m": model}, "saes": None}
-    config |= dict.fromkeys(["steering", "importance", "speech_lm", "lm_layers", "lm_pruning", "lm_quantisation"])
+    config |= dict.fromkeys(
+        ["steering", "importance", "speech_lm", "lm_layers", "lm_pruning", "lm_quantisation", "lm_recipe"]
+    )
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     said = eqknobs(site, tmp_path, "vram", "--config", "mine.yaml")
     assert "m (kyutai/moshiko-pytorch-bf16), " in said and said.endswith("fits hardware.vram_gb = 12\n")

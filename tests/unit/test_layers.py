@@ -18,7 +18,13 @@ ROOMS = {  # room -> the rooms that it may import
     "report": {"evidence", "stages"},
 }
 # Stages that go on from what another one computes.
-AFTER = {"importance": {"probes"}, "lm_layers": {"probes"}, "phones": {"probes"}, "steering": {"probes"}}
+AFTER = {
+    "importance": {"probes"},
+    "lm_layers": {"probes"},
+    "lm_recipe": {"speech_lm_training"},
+    "phones": {"probes"},
+    "steering": {"probes"},
+}
 ENTRIES = {"audiosae.py", "cli.py", "compress.py", "explore.py", "talk.py"}  # commands stand above the rooms
 # Foundations that reach into a room, and the only files there that they may.
 REACH = {"config.py": ("checks.py", "sites.py"), "provenance.py": ("files.py",)}

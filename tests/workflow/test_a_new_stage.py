@@ -167,6 +167,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "lm_layers",
             "lm_pruning",
             "lm_quantisation",
+            "lm_recipe",
         )
         config.update(dict.fromkeys(off))
         config["toy"] = {"longest": 3.0}

@@ -24,7 +24,16 @@ def with_corpora(config: dict) -> None:
     config["sae_seeds"] = [0]
     config["probes"].update(properties=["centroid"], corpora=["mix", "other"], saes=["topk"])
     config["codec"].update(corpora=["other"], clips=1)
-    off = ("steering", "importance", "quantisation", "speech_lm", "lm_layers", "lm_pruning", "lm_quantisation")
+    off = (
+        "steering",
+        "importance",
+        "quantisation",
+        "speech_lm",
+        "lm_layers",
+        "lm_pruning",
+        "lm_quantisation",
+        "lm_recipe",
+    )
     config.update(dict.fromkeys(off))
 
 

@@ -101,6 +101,8 @@ WAYS = {
     "eqknobs talk --model resources/models/tiny-moshi --audio resources/corpus/101/1101/101-1101-0000.flac --seconds 5 "
     '--greedy --text-prompt "Emily painted the small golden castle yesterday" '
     "--voice resources/models/tiny-moshi/voices/joe-bright.flac --out answer.wav": REAL,
+    "eqknobs talk --model results/demo/lm/tiny-moshi/recipe --audio resources/corpus/101/1101/101-1101-0000.flac "
+    '--seconds 5 --text-prompt "Emily painted the small golden castle yesterday" --out answer.wav': HELP,  # test_lm_recipe.py
 }
 PLACEHOLDERS = {"…": "config/moshiko.yaml"}
 

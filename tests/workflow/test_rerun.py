@@ -232,7 +232,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_config(lambda c: c["labels"].update(periodicity=0.6)),
         {("labels", "")} | PROBES | STEERING | IMPORTANCE | LM_READ | TABLES,
     ),
-    "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES),
+    "seed": (edit_config(lambda c: c["run"].update(seed=1)), EVERYTHING | SENTENCES | ACCENT_SPEECH),
     "an accent's SAEs": (edit_config(lambda c: c["accent"]["sae"].update(lr=0.01)), ACCENT | TABLES),
     "the level of accented speech": (
         edit_config(lambda c: c["accent"]["synthesis"].update(level_db=-20)),
@@ -255,6 +255,12 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     ),
     "bits of a speech LM": (edit_config(lambda c: c["lm_quantisation"].update(group=32)), QUANTISED | TABLES),
     "no packed speech LM": (edit_config(lambda c: c.update(lm_quantisation=None)), TABLES),
+    "a recovered speech LM": (
+        edit_config(
+            lambda c: c.update(lm_recipe=yaml.safe_load((ROOT / "config/config.yaml").read_text())["lm_recipe"])
+        ),
+        {("lm_recipe", "")} | TABLES,
+    ),
     "library: memory and time of a pruned model": (
         edit_file("src/eqknobs/stages/lm_pruning/footprint.py", CODE),
         PRUNED | TABLES,
@@ -304,7 +310,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: the judges": (edit_file("src/eqknobs/sound/judges.py", CODE), JUDGEMENTS | SPOKEN | LM | TABLES),
     "library: the judge of quality": (
         edit_file("src/eqknobs/sound/quality.py", CODE),
-        JUDGEMENTS | SPOKEN | PRUNED | TABLES,
+        JUDGEMENTS | SPOKEN | PRUNED | QUANTISED | TABLES,
     ),
     "the schema": (edit_file("src/eqknobs/schema.py", CODE), set()),
     "a target added": (edit_config(new_target), ADDED_TARGET),
@@ -313,7 +319,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: a stage's tables": (edit_file("src/eqknobs/stages/steering/tables.py", CODE), TABLES),
     "library: a stage's figures": (edit_file("src/eqknobs/stages/steering/section.py", CODE), {("report", "")}),
     "a stage's text": (edit_file("src/eqknobs/stages/importance/section.html.j2", "<p>x</p>"), {("report", "")}),
-    "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING | SENTENCES),
+    "library: data": (edit_file("src/eqknobs/corpus/manifest.py", CODE), EVERYTHING | SENTENCES | ACCENT_SPEECH),
     "library: the model's kind": (
         edit_file("src/eqknobs/models/mimi.py", CODE),
         FROM_CACHE | JUDGED | SPOKEN | LM | ACCENT,
@@ -339,7 +345,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: scores of SAEs": (edit_file("src/eqknobs/stages/saes/compute.py", CODE), {("sae_scores", "")} | TABLES),
     "library: one variant of SAEs, which all load": (
         edit_file("src/eqknobs/sae/topk.py", CODE),
-        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | LM_PROBES | TABLES,
+        ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | LM_PROBES | ACCENT | TABLES,
     ),
     "a comment in a library module that all import": (edit_file("src/eqknobs/errors.py", "\n# edited\n"), set()),
     "code, time kept": (

@@ -23,6 +23,7 @@ from helpers.recompute import (
     check_overlap,
     check_packing,
     check_pruning,
+    check_recipe,
     check_splicing,
     check_stability,
     check_summary,
@@ -56,6 +57,7 @@ TARGETS = [name for name, facts in SUMMARY["targets"].items() if not facts.keys(
 OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in facts]
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
+RECOVERED = [name for name, facts in SUMMARY["targets"].items() if "lm_recipe" in facts]
 QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 
 
@@ -126,6 +128,11 @@ def test_what_a_pruned_speech_lm_says_is_recomputed_from_its_answers(model):
 @pytest.mark.parametrize("model", QUANTISED)
 def test_what_a_packed_speech_lm_says_is_recomputed_from_its_answers(model):
     check_packing(RUN, model)
+
+
+@pytest.mark.parametrize("model", RECOVERED)
+def test_what_a_recovered_speech_lm_says_is_recomputed_from_its_answers(model):
+    check_recipe(RUN, model)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])

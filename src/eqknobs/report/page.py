@@ -30,6 +30,7 @@ from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.lm_layers import section as lm_layers
 from eqknobs.stages.lm_pruning import section as lm_pruning
 from eqknobs.stages.lm_quantisation import section as lm_quantisation
+from eqknobs.stages.lm_recipe import section as lm_recipe
 from eqknobs.stages.phones import section as phones
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.quantisation import section as quantisation
@@ -55,6 +56,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     lm_layers,
     lm_pruning,
     lm_quantisation,
+    lm_recipe,
 )  # in the order of the pages
 
 HERE = Path(__file__).parent

@@ -22,6 +22,7 @@ from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.lm_layers import tables as lm_layers
 from eqknobs.stages.lm_pruning import tables as lm_pruning
 from eqknobs.stages.lm_quantisation import tables as lm_quantisation
+from eqknobs.stages.lm_recipe import tables as lm_recipe
 from eqknobs.stages.phones import tables as phones
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.quantisation import tables as quantisation
@@ -47,6 +48,7 @@ STAGES: tuple[TablesModule, ...] = (
     lm_layers,
     lm_pruning,
     lm_quantisation,
+    lm_recipe,
 )  # in the order of the findings
 COLUMNS = {name: columns for stage in STAGES for name, columns in stage.COLUMNS.items()}
 

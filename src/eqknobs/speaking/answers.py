@@ -1,7 +1,9 @@
 """Answers of a speech LM, in batches with one prompt a row."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,9 @@ from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import GREEDY, UNKNOWN, Sampling, generate
 from eqknobs.models.moshi.likelihood import Said, nats
 from eqknobs.speaking.prompts import Asked
+
+TIMED = 25  # frames of an answer that is timed
+REPEATS = 3
 
 
 class Answer(NamedTuple):
@@ -84,3 +89,21 @@ def divergence(one: Answer, other: Answer) -> int:
 def free_codebooks(count: int, codebooks: int, filler: Sequence[int] | None = None) -> list[int]:
     """`speak`'s `fixed` where only the first `count` codes are free; the others are nothing, or a filler's."""
     return [UNKNOWN if k < count else (-1 if filler is None else filler[k]) for k in range(codebooks)]
+
+
+def frame_seconds(model: Moshi, asked: Asked, fixed: Sequence[int] | None = None) -> float:
+    """CPU seconds (on a GPU, wall seconds) of a frame of one answer: the median of some, after a first."""
+    row, clock = (
+        replace(asked, user=asked.user[:, :TIMED]),
+        time.perf_counter if model.device == "cuda" else time.process_time,
+    )
+    found = []
+    for _ in range(1 + REPEATS):
+        if model.device == "cuda":
+            torch.cuda.synchronize()
+        begun = clock()
+        speak(model, [row], batch=1, fixed=fixed)
+        if model.device == "cuda":
+            torch.cuda.synchronize()
+        found.append((clock() - begun) / row.user.shape[1])
+    return median(found[1:])

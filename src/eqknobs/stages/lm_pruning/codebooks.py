@@ -6,11 +6,9 @@ that it is faster and smaller; its answers are those of `b` but for the sampler'
 the user's.
 """
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,13 +16,10 @@ import torch
 from eqknobs.errors import EqknobsError
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.interventions import first_codebooks
-from eqknobs.speaking.answers import Answer, free_codebooks, speak
+from eqknobs.speaking.answers import Answer, frame_seconds, free_codebooks, speak
 from eqknobs.speaking.bench import sampling
 from eqknobs.speaking.prompts import Asked
 from eqknobs.stages.lm_pruning.bench import CodebooksCfg, PruningBench
-
-TIMED = 25  # frames of an answer that is timed
-REPEATS = 3
 
 
 def codebook_rows(bench: PruningBench, cfg: CodebooksCfg) -> list[dict[str, Any]]:
@@ -66,21 +61,3 @@ def heard_by(model: Moshi, asked: Sequence[Asked], count: int) -> list[Asked]:
     """The same prompts, but of the user's codebooks only the first `count` are there."""
     kept = torch.arange(model.config.codebooks)[:, None] < count
     return [replace(row, user=torch.where(kept, row.user, -1)) for row in asked]
-
-
-def frame_seconds(model: Moshi, asked: Asked, fixed: Sequence[int] | None = None) -> float:
-    """CPU seconds (on a GPU, wall seconds) of a frame of one answer: the median of some, after a first."""
-    row, clock = (
-        replace(asked, user=asked.user[:, :TIMED]),
-        time.perf_counter if model.device == "cuda" else time.process_time,
-    )
-    found = []
-    for _ in range(1 + REPEATS):
-        if model.device == "cuda":
-            torch.cuda.synchronize()
-        begun = clock()
-        speak(model, [row], batch=1, fixed=fixed)
-        if model.device == "cuda":
-            torch.cuda.synchronize()
-        found.append((clock() - begun) / row.user.shape[1])
-    return median(found[1:])

@@ -293,8 +293,20 @@ def update(
     net: MoshiNet, optimizer: torch.optim.Optimizer, step: int, cfg: SpeechLMTrainingCfg, data: Sequences
 ) -> float:
     """One step of the optimizer; returns the loss. Raises EqknobsError if it is not finite."""
+    return descend(net, optimizer, step, cfg, *batch_of(step, cfg, data))
+
+
+def descend(
+    net: MoshiNet,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    cfg: SpeechLMTrainingCfg,
+    codes: Tensor,
+    dialogue: Tensor,
+) -> float:
+    """`update` on a batch: codes [B, streams, T], of which dialogue [B, T] is learnt."""
     generator = torch.Generator().manual_seed((cfg["seed"] << 32) + step)
-    text, due, _, audio = losses(net, *batch_of(step, cfg, data), cfg["drop"], generator)
+    text, due, _, audio = losses(net, codes, dialogue, cfg["drop"], generator)
     loss = TEXT_WEIGHT * (text * torch.where(due == net.config.pad, PAD_WEIGHT, 1.0)).mean()
     if not audio.isnan().any():
         loss = loss + (audio * torch.tensor(cfg["codebook_weights"])).sum()
