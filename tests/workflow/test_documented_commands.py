@@ -49,6 +49,12 @@ WAYS = {
     "snakemake caches --cores 2 --configfile config/bundled-full.yaml": DRY,
     "snakemake --cores 2 --configfile config/bundled-full.yaml": DRY,
     "snakemake --cores 2 --configfile config/accent-bundled.yaml": DRY,
+    "snakemake --cores 2 --configfile config/audiosae-base.yaml": DRY,
+    "snakemake --cores 2 --configfile config/audiosae-tiny.en.yaml": DRY,
+    "snakemake --cores 2 --configfile config/audiosae-librispeech.yaml --config "
+    "'data={source: folder, path: my/LibriSpeech/dev-clean}'": DRY,
+    "snakemake --cores 4 --resources gpu=1 --configfile config/audiosae-hubert.yaml": DRY,
+    "snakemake --cores 4 --resources gpu=1 --configfile config/audiosae-whisper.yaml": DRY,
     "snakemake --cores 1 --resources gpu=1 --configfile config/accent.yaml": DRY,
     "snakemake caches --cores 1 --resources gpu=1 --configfile config/librispeech-mimi.yaml": DRY,
     "snakemake --cores 1 --resources gpu=1 --configfile config/librispeech-mimi.yaml": DRY,
