@@ -503,7 +503,7 @@ def broken(folder: Path, tmp_path: Path, change) -> MoshiFiles:
             r"is \[64, 64\], but config.json makes it \[1536, 64\]",
         ),
         (lambda _, raw: raw.update(num_heads=3), "heads must divide"),
-        (lambda _, raw: raw.update(n_q=32), "n_q 32 and dep_q 8, supported are two speakers"),
+        (lambda _, raw: raw.update(n_q=15), "n_q 15 and dep_q 8, supported are two speakers"),
         (lambda _, raw: raw.update(card=512), "eqknobs.silence and eqknobs.sine must be 8 codes below 512"),
         (lambda _, raw: raw.update(eqknobs={"silence": [1, 2]}), "must be 8 codes below 2048"),
         (lambda _, raw: raw.update(conditioners={"speaker": {}}), "conditioners"),
