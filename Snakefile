@@ -31,6 +31,7 @@ STAGES = [
     "lm_pruning",
     "lm_quantisation",
     "lm_recipe",
+    "lm_steering",
 ]
 for stage in STAGES:
     if config[stage]:

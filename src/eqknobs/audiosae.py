@@ -24,6 +24,7 @@ from eqknobs.io import atomic_path
 from eqknobs.sae import SAE
 from eqknobs.sae.firing import clip_codes, codes
 from eqknobs.stages.domains.compute import firing_counts, labelled
+from eqknobs.stages.features.compute import strongest_first
 
 SPLITS = ("train", "val", "test")
 FRAME_TAUS, CLIP_TAUS = (0.2, 0.1, 0.04), (0.5, 0.3)  # AudioSAE, appendix C
@@ -86,8 +87,8 @@ def top_clips_for_feature(most: MaxActivations, feature: int, n: int = 10) -> pd
     Clips where it never fires are left out. Raises EqknobsError for a feature that is not there.
     """
     _require(feature, most.values.shape[1])
-    rows = most.clips.assign(activation=most.values[:, feature])
-    return rows[rows["activation"] > 0].sort_values("activation", ascending=False, kind="stable").head(n)
+    peak = most.values[:, feature]
+    return most.clips.assign(activation=peak).iloc[strongest_first(peak, n)]
 
 
 def dead_features(most: MaxActivations) -> np.ndarray:

@@ -27,6 +27,7 @@ import eqknobs.stages.lm_layers.checks
 import eqknobs.stages.lm_pruning.checks
 import eqknobs.stages.lm_quantisation.checks
 import eqknobs.stages.lm_recipe.checks
+import eqknobs.stages.lm_steering.checks
 import eqknobs.stages.phones.checks
 import eqknobs.stages.probes.checks
 import eqknobs.stages.quantisation.checks
@@ -64,6 +65,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.lm_pruning.checks.check,
     eqknobs.stages.lm_quantisation.checks.check,
     eqknobs.stages.lm_recipe.checks.check,
+    eqknobs.stages.lm_steering.checks.check,
 )
 
 

@@ -43,6 +43,7 @@ PARTS = (
     "stages/lm_pruning",
     "stages/lm_quantisation",
     "stages/lm_recipe",
+    "stages/lm_steering",
     "sound",
     "report",
     "stages/codec_training",

@@ -803,3 +803,40 @@ def check_packing(run: Path, model: str) -> None:
         assert row["tested"] == sizes["budget"].nunique()
         assert (row["bound"] <= 0.05) == np.isfinite(row["bytes"])
         assert np.isnan(row["bytes"]) or row["bytes"] >= 0.99 * sizes["bytes"].min()
+
+
+def check_steered(run: Path, model: str) -> None:
+    """The table of the stage lm_steering, counted anew from answers and from what was tried on val."""
+    table = read(run / "tables/lm_steering.csv")
+    table = table[table["model"] == model]
+    tried, answers = (
+        read(run / f"scores/{model}.{name}.csv") for name in ("lm_steering_calibration", "lm_steered_answers")
+    )
+    keys = ["layer", "property", "direction", "seed", "matched", "beside", "alpha"]
+    intact = answers[answers["direction"] == "intact"]
+    spoken = dict(list(answers[answers["direction"] != "intact"].groupby(keys, dropna=False)))
+    test = table[(table["split"] == "test") & (table["direction"] != "intact")]
+    assert len(test) == len(spoken)
+    for key, mine in spoken.items():
+        (row,) = [
+            r for r in test.to_dict("records") if all(r[k] == v or (r[k] != r[k] and v != v) for k, v in zip(keys, key))
+        ]
+        both = mine.merge(intact, on=["id", "draw"], suffixes=("", "_intact"))
+        assert len(both) == len(mine) == row["answers"]
+        voice = [both[f"similarity_to{end}"] - both[f"similarity_from{end}"] for end in ("", "_intact")]
+        shifts = {"pitch_shift": 12 * np.log2(both["f0"] / both["f0_intact"]), "voice_shift": voice[0] - voice[1]}
+        shifts["level_shift"] = both["level_db"] - both["level_db_intact"]
+        for name, values in shifts.items():
+            assert np.isclose(row[name], values.mean(), atol=1e-7, equal_nan=True), (key, name)
+        own = {"pitch": "pitch_shift", "rms": "level_shift", "voice": "voice_shift"}[row["property"]]
+        assert np.isclose(row["shift"], row[own], equal_nan=True), key
+        for name, top, bottom in PRUNED_RATIOS[:2]:
+            value, base = (both[f"{top}{end}"].sum() / both[f"{bottom}{end}"].sum() for end in ("", "_intact"))
+            assert np.isclose(row[name], value, rtol=1e-6, equal_nan=True), (key, name)
+            assert np.isclose(row[f"delta_{name}"], value - base, atol=1e-7, equal_nan=True), (key, name)
+    val = table[table["split"] == "val"].set_index(["layer", "property", "direction", "alpha"])
+    for key, mine in tried.groupby(["layer", "property", "direction", "alpha"]):
+        assert np.isclose(val.loc[key, "shift"], mine["shift"].mean(), equal_nan=True), key
+        if val.loc[key, "matched"] != "tried":
+            sides = test.query("layer == @key[0] and property == @key[1] and direction == @key[2] and beside == 'none'")
+            assert key[3] in set(sides["alpha"]) or sides.empty, key  # what val found speaks, in the chosen layer

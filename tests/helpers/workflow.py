@@ -98,6 +98,17 @@ SMALL = {
         "batch": 2,
     },
     "lm_recipe": None,  # half a minute; test_lm_recipe.py makes one of an untrained model
+    "lm_steering": {
+        "prompts": {"val": 1, "test": 2},
+        "layers": [3],
+        "shifts": {"rms": 3, "voice": None},
+        "directions": ["difference_in_means", "sae_feature"],
+        "alphas": [0.5],
+        "rounds": 0,
+        "random": {"seeds": 1, "beside": ["difference_in_means"]},
+        "batch": 2,
+        "listen": 1,
+    },
     "tables": {"bootstrap": 100},
     "report": {"clips": 1},
 }

@@ -85,7 +85,16 @@ def test_vram(site, tmp_path):
     model = {"kind": "moshi", "path": "kyutai/moshiko-pytorch-bf16", "revision": None, "nf4": True}
     config = {"run": {"targets": ["m.residual.3"]}, "models": {"m": model}, "saes": None}
     config |= dict.fromkeys(
-        ["steering", "importance", "speech_lm", "lm_layers", "lm_pruning", "lm_quantisation", "lm_recipe"]
+        [
+            "steering",
+            "importance",
+            "speech_lm",
+            "lm_layers",
+            "lm_pruning",
+            "lm_quantisation",
+            "lm_recipe",
+            "lm_steering",
+        ]
     )
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     said = eqknobs(site, tmp_path, "vram", "--config", "mine.yaml")

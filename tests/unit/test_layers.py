@@ -23,6 +23,7 @@ AFTER = {
     "lm_layers": {"probes"},
     "lm_recipe": {"speech_lm_training"},
     "phones": {"probes"},
+    "lm_steering": {"lm_layers", "probes"},
     "steering": {"probes"},
 }
 ENTRIES = {"audiosae.py", "cli.py", "compress.py", "explore.py", "talk.py"}  # commands stand above the rooms

@@ -168,6 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "lm_pruning",
             "lm_quantisation",
             "lm_recipe",
+            "lm_steering",
         )
         config.update(dict.fromkeys(off))
         config["toy"] = {"longest": 3.0}

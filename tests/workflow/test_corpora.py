@@ -33,6 +33,7 @@ def with_corpora(config: dict) -> None:
         "lm_pruning",
         "lm_quantisation",
         "lm_recipe",
+        "lm_steering",
     )
     config.update(dict.fromkeys(off))
 

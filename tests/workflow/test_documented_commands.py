@@ -96,6 +96,7 @@ WAYS = {
     '--greedy --text-prompt "Emily painted the small golden castle yesterday" '
     "--voice resources/models/tiny-moshi/voices/joe-bright.flac --out answer.wav": REAL,
     "eqknobs talk --model results/demo/lm/tiny-moshi/recipe --audio resources/corpus/101/1101/101-1101-0000.flac "
+    # test_lm_recipe.py lets one speak
     '--seconds 5 --text-prompt "Emily painted the small golden castle yesterday" --out answer.wav': HELP,
 }
 PLACEHOLDERS = {"…": "config/moshiko.yaml"}

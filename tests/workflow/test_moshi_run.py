@@ -41,6 +41,9 @@ def shrink(name: str, folder: Path) -> dict:
     packing = copy.deepcopy(SMALL["lm_quantisation"])
     packing["prompts"] = config["lm_quantisation"]["prompts"] | packing["prompts"] | {"seconds": 1.6}
     config["lm_quantisation"] |= packing | {"draws": 1, "best": {"count": 0, "budget": 3}, "dnsmos": False}
+    steering = copy.deepcopy(SMALL["lm_steering"]) | {"layers": [1], "shifts": {"pitch": 2, "rms": -3, "voice": None}}
+    steering["prompts"] = config["lm_steering"]["prompts"] | steering["prompts"] | {"seconds": 1.6}
+    config["lm_steering"] |= steering
     config["steering"] = {"high_bin": SMALL["probes"]["bins"] - 1}
     # the same kinds of sites, at the layers that a model of three has
     kinds = sorted({target.split(".")[1] for target in config["run"]["targets"]}, reverse=True)

@@ -44,7 +44,8 @@ ACCENT_SPEECH = {("accent_speech", "")} | ACCENT
 SPOKEN = {("speech_lm_answers", "")}  # its codec is a mimi
 PRUNED = {("lm_pruning", "")}  # in orders that the probes of heads decide
 QUANTISED = {("lm_quantisation", "")}  # whose plans the probes of layers and heads decide
-LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNED | QUANTISED
+STEERED = {("lm_steering", "")}
+LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNED | QUANTISED | STEERED
 LM_PROBES = LM_READ - {("lm_labels", "")}
 LM = {("lm_caches", "")} | LM_READ
 SENTENCES = {("corpus_manifest", "")} | LM
@@ -251,7 +252,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "no pruning": (edit_config(lambda c: c.update(lm_pruning=None)), TABLES),
     "library: what a pruned model is asked": (
         edit_file("src/eqknobs/speaking/prompts.py", CODE),
-        SPOKEN | PRUNED | QUANTISED | TABLES,
+        SPOKEN | PRUNED | QUANTISED | STEERED | TABLES,
     ),
     "bits of a speech LM": (edit_config(lambda c: c["lm_quantisation"].update(group=32)), QUANTISED | TABLES),
     "no packed speech LM": (edit_config(lambda c: c.update(lm_quantisation=None)), TABLES),
@@ -261,11 +262,27 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         ),
         {("lm_recipe", "")} | TABLES,
     ),
+    "how far a speech LM is steered": (
+        edit_config(lambda c: c["lm_steering"]["shifts"].update(rms=2)),
+        STEERED | TABLES,
+    ),
+    "library: directions of a speech LM": (
+        edit_file("src/eqknobs/stages/lm_steering/directions.py", CODE),
+        STEERED | TABLES,
+    ),
+    "library: the report on a steered speech LM": (
+        edit_file("src/eqknobs/stages/lm_steering/section.py", CODE),
+        {("report", "")},
+    ),
+    "no steered speech LM": (edit_config(lambda c: c.update(lm_steering=None)), TABLES),
     "library: memory and time of a pruned model": (
         edit_file("src/eqknobs/stages/lm_pruning/footprint.py", CODE),
         PRUNED | TABLES,
     ),
-    "SAEs of a speech LM": (edit_config(lambda c: c["lm_layers"]["sae"].update(k=9)), {("lm_saes", "")} | TABLES),
+    "SAEs of a speech LM": (
+        edit_config(lambda c: c["lm_layers"]["sae"].update(k=9)),
+        {("lm_saes", "")} | STEERED | TABLES,
+    ),
     "text tokens told apart": (edit_config(lambda c: c["lm_layers"].update(tokens=9)), LM_READ | TABLES),
     "how far a monologue leads": (edit_config(lambda c: c["lm_layers"].update(lead=1)), LM | TABLES),
     "when a word is spoken": (

@@ -26,6 +26,7 @@ from helpers.recompute import (
     check_recipe,
     check_splicing,
     check_stability,
+    check_steered,
     check_summary,
     check_table,
     read,
@@ -58,6 +59,7 @@ OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in fac
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 RECOVERED = [name for name, facts in SUMMARY["targets"].items() if "lm_recipe" in facts]
+STEERED = [name for name, facts in SUMMARY["targets"].items() if "lm_steering" in facts]
 QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 
 
@@ -133,6 +135,11 @@ def test_what_a_packed_speech_lm_says_is_recomputed_from_its_answers(model):
 @pytest.mark.parametrize("model", RECOVERED)
 def test_what_a_recovered_speech_lm_says_is_recomputed_from_its_answers(model):
     check_recipe(RUN, model)
+
+
+@pytest.mark.parametrize("model", STEERED)
+def test_what_a_steered_speech_lm_says_is_recomputed_from_its_answers(model):
+    check_steered(RUN, model)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if SUMMARY["targets"][t]["words"]])

@@ -31,6 +31,7 @@ from eqknobs.stages.lm_layers import section as lm_layers
 from eqknobs.stages.lm_pruning import section as lm_pruning
 from eqknobs.stages.lm_quantisation import section as lm_quantisation
 from eqknobs.stages.lm_recipe import section as lm_recipe
+from eqknobs.stages.lm_steering import section as lm_steering
 from eqknobs.stages.phones import section as phones
 from eqknobs.stages.probes import section as probes
 from eqknobs.stages.quantisation import section as quantisation
@@ -57,6 +58,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     lm_pruning,
     lm_quantisation,
     lm_recipe,
+    lm_steering,
 )  # in the order of the pages
 
 HERE = Path(__file__).parent

@@ -23,6 +23,7 @@ from eqknobs.stages.lm_layers import tables as lm_layers
 from eqknobs.stages.lm_pruning import tables as lm_pruning
 from eqknobs.stages.lm_quantisation import tables as lm_quantisation
 from eqknobs.stages.lm_recipe import tables as lm_recipe
+from eqknobs.stages.lm_steering import tables as lm_steering
 from eqknobs.stages.phones import tables as phones
 from eqknobs.stages.probes import tables as probes
 from eqknobs.stages.quantisation import tables as quantisation
@@ -49,6 +50,7 @@ STAGES: tuple[TablesModule, ...] = (
     lm_pruning,
     lm_quantisation,
     lm_recipe,
+    lm_steering,
 )  # in the order of the findings
 COLUMNS = {name: columns for stage in STAGES for name, columns in stage.COLUMNS.items()}
 

@@ -86,23 +86,28 @@ def f0_error_cents(a: np.ndarray, b: np.ndarray, rate: int) -> float:
     return float(np.median(np.abs(1200 * np.log2(second[both].astype(np.float64) / first[both]))))
 
 
-def _f0(wav: np.ndarray, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    return _f0_of_bytes(np.ascontiguousarray(wav, np.float32).tobytes(), rate)
+def _f0(wav: np.ndarray, rate: int, periodic: float = VOICED_PERIODICITY) -> tuple[np.ndarray, np.ndarray]:
+    pitch, periodicity = _f0_of_bytes(np.ascontiguousarray(wav, np.float32).tobytes(), rate)
+    return pitch, periodicity > periodic
 
 
 @lru_cache(maxsize=32)  # one original is compared with many renders
 def _f0_of_bytes(samples: bytes, rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pitch (Hz) and periodicity every 40 ms [frames]; the latter is 0 where there is next to no sound."""
     wav = np.frombuffer(samples, np.float32)
     hop = round(0.04 * rate)
     frames = _frames(wav, hop)
     pitch, periodicity = pitch_track(wav, rate, hop, frames)
     _, rms = centroid_and_rms(wav, rate, hop, frames)
-    return pitch, energetic_mask(rms, FLOOR_DB) & (periodicity > VOICED_PERIODICITY)
+    return pitch, np.where(energetic_mask(rms, FLOOR_DB), periodicity, 0)
 
 
-def clip_f0(wav: np.ndarray, rate: int) -> float:
-    """Median fundamental frequency (Hz) of the voiced frames, by CREPE tiny; nan for under 5."""
-    pitch, voiced = _f0(wav, rate)
+def clip_f0(wav: np.ndarray, rate: int, periodic: float = VOICED_PERIODICITY) -> float:
+    """Median fundamental frequency (Hz) of the voiced frames, by CREPE tiny; nan for under 5.
+
+    periodic: CREPE's confidence above which a frame is voiced.
+    """
+    pitch, voiced = _f0(wav, rate, periodic)
     return float(np.median(pitch[voiced])) if voiced.sum() >= MIN_VOICED_FRAMES else float("nan")
 
 

@@ -5,6 +5,7 @@ Words that the codec garbles were left out (docs/tiny-moshi.md). Standard librar
 
 import hashlib
 import random
+from collections.abc import Collection
 
 NAMES = "Peter Robert Henry John Thomas Michael Emily Rachel Oliver Charlie Jennifer Sarah".split()
 VERBS = """lost painted visited saw covered counted described discovered chose held took broke caught
@@ -77,3 +78,13 @@ def words() -> list[str]:
 def part_of(text: str) -> str:
     """`test` or `val` for a fiftieth of the sentences each, else `train`: by the sentence's SHA-256."""
     return {0: "test", 1: "val"}.get(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) % 50, "train")
+
+
+def drawn(part: str, count: int, seed: int, without: Collection[str] = ()) -> list[str]:
+    """`count` unlike sentences of a part, none of them in `without`."""
+    rng, found = random.Random(f"{part}-{seed}"), dict[str, None]()
+    while len(found) < count:
+        text = sentence(rng)
+        if part_of(text) == part and text not in without:
+            found[text] = None
+    return list(found)

@@ -127,17 +127,19 @@ def choose(activity: Activity, named: dict[str, list[int]], cfg: FeaturesCfg) ->
     return found | dict.fromkeys(drawn, "random")
 
 
+def strongest_first(peak: np.ndarray, count: int | None = None) -> list[int]:
+    """The `count` clips (None: all) in which a feature is strongest, of those where it fires; peak: [clips]."""
+    return [int(place) for place in np.argsort(-peak, kind="stable")[:count] if peak[place] > 0]
+
+
 def top_clips(peak: np.ndarray, speakers: list[str], count: int) -> list[int]:
     """The clips in which a feature is strongest, each of another speaker, the strongest first; peak: [clips]."""
-    found: list[int] = []
-    heard: set[str] = set()
-    for place in np.argsort(-peak, kind="stable"):
-        if len(found) == count or peak[place] <= 0:
+    found: dict[str, int] = {}
+    for place in strongest_first(peak):
+        if len(found) == count:
             break
-        if speakers[place] not in heard:
-            found.append(int(place))
-            heard.add(speakers[place])
-    return found
+        found.setdefault(speakers[place], place)
+    return list(found.values())
 
 
 def strongest_clips(activity: Activity, count: int) -> np.ndarray:
@@ -369,9 +371,9 @@ def _gather(
     pages = []
     for feature in chosen:
         peak = activity.peak[:, feature]
-        strongest = [int(place) for place in np.argsort(-peak, kind="stable")[: cfg["map_clips"]] if peak[place] > 0]
         rng = np.random.default_rng([cfg["seed"], 43, feature])
-        pages.append(_Page(feature, top_clips(peak, speakers, cfg["clips"]), set(strongest), rng))
+        mapped = set(strongest_first(peak, cfg["map_clips"]))
+        pages.append(_Page(feature, top_clips(peak, speakers, cfg["clips"]), mapped, rng))
     rate = int(cache.attrs["sample_rate"])
     for place in sorted({place for page in pages for place in (*page.shown, *page.mapped)}):
         clip = activity.clips.iloc[place]

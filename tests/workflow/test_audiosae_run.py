@@ -1,0 +1,114 @@
+"""config/audiosae-whisper.yaml and config/audiosae-hubert.yaml, shrunk, on tiny random models of the hub's format.
+
+A job costs more than what it computes here, so each runs what the other does not: Whisper is spliced and has its
+features told apart by domain, HuBERT has two seeds compared. Searches, phones and pages: the small workflow.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, WhisperConfig, WhisperModel
+
+from eqknobs.models.ctranslate2 import convert_whisper
+from eqknobs.models.packaged import PACKAGED, package_files
+from helpers import ROOT
+from helpers.workflow import copy_workflow, snakemake
+
+WIDTH, FEATURES, LAYER = 16, 48, 2
+OFF = {"whisper": ("label_search", "features", "stability"), "hubert": ("label_search", "features", "domains")}
+
+
+def write_whisper(folder: Path) -> None:
+    """Three layers of random weights, with the tokeniser that comes with tiny.en."""
+    parts = package_files("whisper-tiny.en")
+    convert_whisper(parts, parts[-1].parent, folder, PACKAGED["whisper-tiny.en"].sha256)
+    sizes = dict(encoder_layers=3, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    sizes |= dict(encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=51864)
+    net = WhisperModel(WhisperConfig(d_model=WIDTH, decoder_start_token_id=50257, **sizes))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    net.decoder.embed_tokens.weight.data[50256] *= 8  # so that a text ends before its 224th token
+    (folder / "model.safetensors").unlink()
+    net.save_pretrained(folder)
+
+
+def write_hubert(folder: Path) -> None:
+    sizes = dict(hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    sizes |= dict(conv_dim=[16] * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
+    HubertModel(HubertConfig(**sizes, initializer_range=0.2)).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+
+
+WRITE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "whisper": (write_whisper, "whisper-small"),
+    "hubert": (write_hubert, "hubert-base"),
+}
+
+
+def shrink(kind: str, model: str) -> dict:
+    """The shipped configuration with one layer of a tiny model, a few bundled clips, and one corpus for all stages."""
+    config = yaml.safe_load((ROOT / f"config/audiosae-{kind}.yaml").read_text())
+    default = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    layers = config["run"]["targets"]
+    assert layers == [f"{model}.layer.{i}" for i in range(12)]
+    config["run"]["targets"] = [layers[LAYER]]
+    config["models"][model]["path"] = "model"
+    config["data"] = default["data"] | {"max_utterances": 16, "max_minutes": 1}
+    for corpus in config["corpora"].values():
+        corpus |= {} if corpus["source"] == "union" else {"max_utterances": 12}
+    config["saes"]["audiosae"] |= {"d_sae": FEATURES, "k": 4, "epochs": 1, "batch_size": 256}
+    config["sae_seeds"] = [0, 1] if kind == "hubert" else [0]
+    config["hardware"] = {"threads": 1}
+    config["tables"] = {"bootstrap": 100}
+    config["corpora"]["heard"]["of"] = ["music", "sounds", "talk"]
+    if kind == "whisper":
+        config["splicing"] |= {"clips": 2, "non_speech": ["music"]}
+        config["domains"] |= {"corpus": "heard", "permutations": 4, "resamples": 10}
+    else:
+        config["stability"] |= {"resamples": 20, "min_firings": 5, "shifts": 1}
+    return config | dict.fromkeys(OFF[kind])
+
+
+@pytest.fixture(scope="module", params=sorted(WRITE))
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, pd.DataFrame]]:
+    """The kind of a model, and the tables of its shrunken configuration."""
+    kind = request.param
+    folder = copy_workflow(tmp_path_factory.mktemp(kind) / "work")
+    write, model = WRITE[kind]
+    torch.manual_seed(0)
+    write(folder / "model")
+    config = shrink(kind, model)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    tables = folder / "results" / config["run"]["name"] / "tables"
+    snakemake(folder, f"{tables.relative_to(folder)}/sae.csv", "--cores", "1", "--configfile", "run.yaml")
+    return kind, {path.stem: pd.read_csv(path) for path in tables.glob("*.csv")}
+
+
+def test_both_run_to_their_tables(run: tuple[str, dict[str, pd.DataFrame]]) -> None:
+    kind, tables = run
+    sae = tables["sae"]
+    assert set(sae["target"]) == {f"{WRITE[kind][1]}.layer.{LAYER}@heard"}
+    assert set(sae["layer"]) == {LAYER} and set(sae["d_in"]) == {WIDTH} and set(sae["d_sae"]) == {FEATURES}
+    assert sae["fvu"].between(0, 1).all() and sae["l0"].between(2, 8).all()
+    assert sae[["wer_text_spliced", "nll_spliced", "no_speech_auc"]].notna().all(axis=None) == (kind == "whisper")
+    if kind == "whisper":
+        spliced = tables["splicing"]
+        assert set(spliced["arm"]) == {"unspliced", "mean", "sae", "untrained"}
+        assert set(spliced["clips"]) == {2} and set(spliced["non_speech"]) == {2}
+        domains = tables["domains"]
+        assert set(domains["domain"]) == {"music", "sounds", "talk"} and set(domains["level"]) == {"frame", "clip"}
+        assert (
+            domains[["share", "permuted", "left_out"]].apply(lambda values: values.dropna().between(0, 1).all()).all()
+        )
+    else:
+        pairs = tables["stability"]
+        assert set(pairs["kind"]) == {"seeds", "untrained"} and set(pairs["theta"]) == {0.3, 0.5}
+        assert {(a[-1], b[-1]) for a, b in zip(pairs["a"], pairs["b"])} == {("0", "1"), ("1", "0")}
+        trained = pairs[pairs["kind"] == "seeds"]
+        assert (trained["coverage"] >= trained["null_shift"]).all() and trained["coverage"].max() > 0
