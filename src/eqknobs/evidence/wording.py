@@ -11,6 +11,9 @@ from eqknobs.evidence.estimates import Measure
 PROPERTIES = {name: found.title for name, found in REGISTERED.items()}
 
 
+FEW = 5
+
+
 def label(name: str, words: Mapping[str, str]) -> str:
     """Plain words for an arm, a space or a map: "sae_clamp:topk" -> "SAE feature clamp (topk)"."""
     kind, _, sae = name.partition(":")
@@ -43,9 +46,10 @@ def listed(names: Iterable[str]) -> str:
 def said(record: dict[str, Any]) -> tuple[str, str]:
     """What a comparison does to the claim that a is the better one: (verdict, words).
 
-    An interval that holds 0, or a p that fails Holm's correction, shows nothing.
+    An interval that holds 0, or a p that fails Holm's correction, shows nothing; nor do fewer than `FEW` clips, whose
+    resamples hardly differ.
     """
-    if record["verdict"] == "undecided":
+    if record["verdict"] == "undecided" or record.get("clips", FEW) < FEW:
         return "undecided", "is not shown to differ from"
     if record["p_holm"] >= 0.05:
         return "undecided", f"looks {record['verdict']} than, but after Holm's correction is not shown to differ from,"
