@@ -70,7 +70,8 @@ def costs(name: str, rows: pd.DataFrame, wanted: float) -> dict[str, str]:
         axes.set(xlabel=f"shift of {PROPERTIES[name]} ({_unit(name)})", ylabel="words lost (WER, minus intact)")
         legend(axes)
 
-    caption = "Test prompts, 95 % intervals; words heard against the monologue. Dotted: the shift that α was chosen for on val; lines: multiples of α."
+    caption = "Test prompts, 95 % intervals; words heard against the monologue. "
+    caption += "Dotted: the shift that α was chosen for on val; lines: multiples of α."
     return figure(f"{PROPERTIES[name].capitalize()}: shift and words lost", draw, caption, height=3.8)
 
 
