@@ -28,11 +28,12 @@ LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
 TEXT_COLUMNS = frozenset(
     "a accent arm b beside binning calibrated cell clip codec codec_training condition derived_from direction domain "
-    "features file format gate granularity group half heard id input_scale kind label labels level map matched "
+    "file format gate granularity group half heard id input_scale kind label labels level map matched "
     "measure method mode model name order part path phase phone plan property reading reason recipe repair rounding "
     "sae said sex sha256 site source space speaker split state stream tag target task tensor text top_clips trained "
     "transcript variant voice voices weights why".split()
 )
+EITHER = frozenset({"features"})  # text in accent.csv (which of a code's), elsewhere how many
 NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.evidence.words)
 
 
@@ -185,7 +186,8 @@ def _line(error: Exception) -> str:
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
-    """Read a table of ours by explicit types: `TEXT_COLUMNS` as text, all others as numbers or True and False.
+    """Read a table of ours by explicit types: `TEXT_COLUMNS` as text, all others (but `EITHER`) as numbers or True
+    and False.
 
     No text stands for "missing" ("NA", "null" and "0019" are names like others); only an empty cell does, and reads
     as NaN, in `text` and `transcript` as "". Raises EqknobsError for a file that is not there or not such a table.
@@ -204,7 +206,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         )
     except (OSError, ValueError) as error:  # UnicodeDecodeError and pandas' own errors are ValueErrors
         raise EqknobsError(f"{path}: not a readable table ({_line(error)}); remove it and run again") from error
-    for name in set(names) - TEXT_COLUMNS:
+    for name in set(names) - TEXT_COLUMNS - EITHER:
         cells = table[name].dropna()
         if not (is_numeric_dtype(cells) or (pd.to_numeric(cells, "coerce").notna() | cells.isin(NO_NUMBERS)).all()):
             raise EqknobsError(f"{path}: column {name} holds text where numbers belong; remove the file and run again")

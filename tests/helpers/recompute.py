@@ -640,17 +640,18 @@ def check_stability(table: pd.DataFrame, features: pd.DataFrame) -> int:
 
 
 def check_overlap(run: Path, target: str, features: pd.DataFrame) -> None:
-    """The overlaps of the first pair of seeds of `topk`, again from the codes themselves, by dense products."""
+    """The overlaps of the first pair of seeds of one SAE, again from the codes themselves, by dense products."""
     from eqknobs.corpus.cache import ActivationCache
     from eqknobs.sae import SAE
 
-    own = features[(features["kind"] == "seeds") & (features["sae"] == "topk")]
+    name = "topk" if (features["sae"] == "topk").any() else features["sae"].iloc[0]
+    own = features[(features["kind"] == "seeds") & (features["sae"] == name)]
     own = own[own["a"] == own["a"].iloc[0]]
     fires = []
     with ActivationCache(run / "activations" / f"{target}.h5") as cache:
         for side in ("a", "b"):
             seed = own[side].iloc[0].rpartition("#")[2]
-            sae = SAE.load(run / "saes" / target / "topk" / f"seed{seed}")
+            sae = SAE.load(run / "saes" / target / name / f"seed{seed}")
             on = []
             for clip in cache.utterances[cache.utterances["split"] == "test"].itertuples():
                 z = (np.array(cache.acts[clip.start : clip.start + clip.frames]) - sae.mean.numpy()) / sae.std.numpy()
@@ -737,7 +738,8 @@ def _check_moment(run: Path, target: str, row: pd.Series) -> None:
     moment = shown.iloc[0]
     assert on[moment["id"]].max() == max(one.max() for one in on.values())
     cut, rate = sf.read(run / "renders" / target / "features" / moment["file"], dtype="float32")
-    path = read(run / "manifest" / "manifest.csv").set_index("id").loc[moment["id"], "path"]
+    manifest = run / "manifest" / target.partition("@")[2] / "manifest.csv"
+    path = read(manifest).set_index("id").loc[moment["id"], "path"]
     whole = read_audio(run.resolve().parents[1] / path, rate)[round(moment["start"] * rate) :][: len(cut)]
     assert np.abs(cut - whole).max() < 1e-3
 

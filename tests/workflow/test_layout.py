@@ -40,7 +40,8 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
         assert output.startswith((f"results/{config['run']['name']}/", "results/models/")), output
         sites = r"encoder_transformer|encoder_layer\.\d+|encoder|(?:layer|residual|heads)\.\d+"
         found |= set(re.findall(rf"[\w-]+\.(?:{sites})", output))
-    assert found == set(expand_targets(config["run"]["targets"], config["models"]))
+    reads = not name.startswith("accent")  # whose stage pools what models say itself
+    assert found == (set(expand_targets(config["run"]["targets"], config["models"])) if reads else set())
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_runs_have_names_of_their_own() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_the_demo_has_at_most_70_jobs() -> None:
+def test_the_demo_has_at_most_75_jobs() -> None:
     text = snakemake(ROOT, "-n", "--nolock", "--forceall").stdout
     assert 15 <= int(re.search(r"^total +(\d+)$", text, re.M).group(1)) <= 75
 

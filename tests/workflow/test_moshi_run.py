@@ -35,7 +35,7 @@ def shrink(name: str, folder: Path) -> dict:
     config["corpora"] = {"readers": config["data"] | readers}
     small = copy.deepcopy(SMALL["lm_layers"]) | {"properties": ["centroid", "token", "who"], "frames": 4000}
     config["lm_layers"] |= small | {"tokens": 8, "sae": small["sae"] | {"layers": [1]}}
-    pruning = copy.deepcopy(SMALL["lm_pruning"])
+    pruning = copy.deepcopy(SMALL["lm_pruning"]) | {"removal": {"shares": [0.5], "nf4": False}}
     pruning["prompts"] = config["lm_pruning"]["prompts"] | pruning["prompts"] | {"seconds": 1.6}
     config["lm_pruning"] |= pruning | {"draws": 1, "confirmed": [], "dnsmos": False}
     packing = copy.deepcopy(SMALL["lm_quantisation"])

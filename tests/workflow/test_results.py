@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from sklearn.metrics import f1_score
@@ -55,6 +56,7 @@ CFG = {
     "properties": merged("probes")["properties"],
 }
 TARGETS = [name for name, facts in SUMMARY["targets"].items() if not facts.keys() & {"answers", "lm_best"}]
+PROBED = [name for name in TARGETS if (RUN / "probes" / name).is_dir()]  # what the chain of codecs works on
 OPENED = [name for name, facts in SUMMARY["targets"].items() if "lm_best" in facts]
 SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in facts]  # speech LMs
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
@@ -68,12 +70,12 @@ def model_of(target: str) -> dict:
     return {**model, "path": str(ROOT / model["path"])}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PROBED)
 def test_every_number_of_the_summary_is_recomputed_from_clips(target):
     assert check_summary(RUN, target, CFG, model_of(target)) > 100
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PROBED)
 @pytest.mark.parametrize("stage", ["codec", "sae", "probes", "steering", "importance", "quantisation"])
 def test_every_cell_of_every_table_is_recomputed_from_clips(target, stage):
     if stage in ("codec", "steering", "importance", "quantisation") and not SUMMARY["targets"][target]["words"]:
@@ -190,7 +192,8 @@ def test_what_names_of_features_tell_is_recomputed_from_clips(target):
     rows = read(RUN / "scores" / f"{target}.phones.csv")
     for labels, name in ((["true"], "accuracy"), (["shifted", "shuffled"], "null")):
         own = rows[rows["labels"].isin(labels)]
-        assert check_counted(table, own, ["method", "space"], (name, "correct", "frames")) >= 2
+        judged = table[table[name].notna()]  # the majority has no null
+        assert check_counted(judged, own, ["method", "space"], (name, "correct", "frames")) >= 2
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "features" / f"{t}.json").is_file()])
@@ -215,7 +218,7 @@ def test_what_a_feature_tells_of_a_label_is_recomputed_from_clips(target):
 
 @pytest.mark.parametrize("path", sorted((RUN / "scores").glob("*.accent.csv")), ids=lambda path: path.name)
 def test_macro_f1_of_accents_is_recomputed_from_what_was_told(path):
-    runs, model = read(path), path.name.removesuffix(".accent.csv")
+    runs, model = pd.read_csv(path, dtype={"said": str}), path.name.removesuffix(".accent.csv")
     clips = read(RUN / "scores" / f"{model}.accent_clips.csv")
     table = read(RUN / "tables" / "accent.csv").query("codec == @model").reset_index(drop=True)
     assert len(table) == len(runs)

@@ -5,6 +5,7 @@ was ended goes on where it was. Answers are paired: prompt i and draw d have one
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -157,7 +158,7 @@ def digest(rows: Sequence[Asked] | Sequence[Said]) -> str:
 C = TypeVar("C", bound=Condition)
 
 
-class Bench(Generic[C]):
+class Bench(ABC, Generic[C]):
     """A model, what it is asked, and what is known of its answers.
 
     pieces: the store, for this model and this code; whole: the condition in which nothing is done to the model.
@@ -171,13 +172,13 @@ class Bench(Generic[C]):
         self.cfg = cfg
         self.intact: dict[int, list[Answer]] = {}
 
+    @abstractmethod
     def applied(self, condition: C) -> AbstractContextManager[None]:
         """While the block runs, that is done to the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decided_by(self, condition: C) -> Any:
         """What decides what a condition does, in plain JSON."""
-        raise NotImplementedError
 
     def hear_intact(self, draws: int) -> list[dict[str, Any]]:
         """The intact model's answers of so many draws, two at least, and their records."""

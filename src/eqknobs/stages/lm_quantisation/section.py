@@ -126,7 +126,7 @@ def show(at: Context) -> dict[str, Any]:
     def plan(row: dict[str, Any]) -> str:
         if row["plan"] == "intact":
             return "intact"
-        drawn = f" #{row['seed']:g}" if row["plan"] == "random" else ""
+        drawn = f" #{row['seed']:g}" if row["plan"] == "random" and pd.notna(row["seed"]) else ""
         return f"{PARTS[row['part']]}, {PLANS[row['plan']]}{drawn}"
 
     rows = read("lm_quantisation")
