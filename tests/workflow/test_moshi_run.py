@@ -109,7 +109,7 @@ def test_the_report_shows_probes_and_nothing_that_was_not_run(run: tuple[Path, d
     for absent in ("Dictionaries", "The codec alone", "Steering the centroid", "Importance map"):
         assert absent not in page, absent
     assert not (folder / f"results/{name}/saes").exists()
-    assert [path.name for path in (folder / f"results/{name}/renders").glob("*/*")] == ["pruned"]
+    assert {path.name for path in (folder / f"results/{name}/renders").glob("*/*")} == {"pruned", "steered"}
 
 
 def test_what_people_are_answered_is_judged_after_pruning(run: tuple[Path, dict, str]) -> None:
@@ -138,6 +138,16 @@ def test_every_layer_and_head_is_probed_in_both_streams(run: tuple[Path, dict, s
     order = pd.read_csv(folder / f"results/{name}/scores/{name}.lm_heads.csv")
     assert list(order) == "layer head property accuracy selectivity half_a half_b".split()
     assert "<title>layer 2, head 1: " in (folder / f"results/{name}/report/lm_layers.html").read_text()
+
+
+def test_what_people_are_answered_is_steered(run: tuple[Path, dict, str]) -> None:
+    folder, _, name = run
+    rows = pd.read_csv(folder / f"results/{name}/tables/lm_steering.csv")
+    test = rows[rows["split"] == "test"]
+    assert set(test["direction"]) >= {"intact", "difference_in_means", "sae_feature", "random", "vocoder", "gain"}
+    assert test["wer_prompt"].isna().all() and (test["prompts"] == 2).all()
+    assert test[test["direction"] == "gain"]["level_shift"].item() == pytest.approx(-3, abs=1e-3)
+    assert "Listen: intact and steered" in (folder / f"results/{name}/report/lm_steering.html").read_text()
 
 
 def planned(folder: Path, config: str) -> set[str]:

@@ -47,6 +47,10 @@ MATCHED = {
 }
 
 
+def _unit(name: str) -> str:
+    return UNITS[name].removeprefix("of ")
+
+
 def costs(name: str, rows: pd.DataFrame, wanted: float) -> dict[str, str]:
     """Words lost against the shift, on test: a line a direction through its multiples of α, a dot where α is val's."""
 
@@ -63,12 +67,11 @@ def costs(name: str, rows: pd.DataFrame, wanted: float) -> dict[str, str]:
             axes.errorbar(x, y, xerr=ends[0], yerr=ends[1], ls="", elinewidth=0.8, **style)
         axes.axhline(0, color=INK, lw=1, ls="--")
         axes.axvline(wanted, color=INK, lw=1, ls=":")
-        axes.set(
-            xlabel=f"shift of {PROPERTIES[name]} ({UNITS[name]})", ylabel="WER against the monologue, more than intact"
-        )
+        axes.set(xlabel=f"shift of {PROPERTIES[name]} ({_unit(name)})", ylabel="words lost (WER, minus intact)")
         legend(axes)
 
-    caption = "Test prompts, 95 % intervals. Dotted: the shift that α was chosen for on val; lines: multiples of α."
+    caption = "Test prompts, 95 % intervals; words heard against the monologue. "
+    caption += "Dotted: the shift that α was chosen for on val; lines: multiples of α."
     return figure(f"{PROPERTIES[name].capitalize()}: shift and words lost", draw, caption, height=3.8)
 
 
@@ -83,7 +86,7 @@ def tries(name: str, rows: pd.DataFrame, layer: float, wanted: float) -> dict[st
                 [0, *mine["alpha"]], [0, *mine["shift"]], color=color, marker=marker, label=DIRECTIONS[str(direction)]
             )
         axes.axhline(wanted, color=INK, lw=1, ls=":")
-        axes.set(xlabel="α", ylabel=f"shift ({UNITS[name]})")
+        axes.set(xlabel="α", ylabel=f"shift ({_unit(name)})")
         legend(axes)
 
     return figure(f"{PROPERTIES[name].capitalize()}: α on val, layer {layer:g}", draw, "Dotted: asked for.", height=3.2)
