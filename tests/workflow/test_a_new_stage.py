@@ -157,6 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def only_toy(config: dict) -> None:
         off = (
+            "accent",
             "saes",
             "probes",
             "codec",

@@ -327,7 +327,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "library: the judges": (edit_file("src/eqknobs/sound/judges.py", CODE), JUDGEMENTS | SPOKEN | LM | TABLES),
     "library: the judge of quality": (
         edit_file("src/eqknobs/sound/quality.py", CODE),
-        JUDGEMENTS | SPOKEN | PRUNED | QUANTISED | TABLES,
+        JUDGEMENTS | SPOKEN | PRUNED | QUANTISED | STEERED | TABLES,
     ),
     "the schema": (edit_file("src/eqknobs/schema.py", CODE), set()),
     "a target added": (edit_config(new_target), ADDED_TARGET),
