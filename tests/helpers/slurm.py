@@ -32,6 +32,7 @@ GresTypes=gpu
 ReturnToService=2
 MinJobAge=86400
 AccountingStorageType=accounting_storage/none
+AccountingStorageTRES=gres/gpu
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobs.txt

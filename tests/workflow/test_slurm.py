@@ -12,9 +12,9 @@ import yaml
 
 from helpers import ROOT
 from helpers.slurm import missing, one_node
-from helpers.workflow import copy_workflow, write_config
+from helpers.workflow import copy_workflow, snakemake, write_config
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 PROFILE = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
 
 
@@ -42,10 +42,14 @@ def through_slurm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     return folder, [dict(re.findall(r"(\w+)=(\S+)", line)) for line in jobs]
 
 
-def test_every_table_is_that_of_a_local_run(through_slurm, finished_run: Path) -> None:
-    there, here = through_slurm[0] / "results/small/tables", finished_run / "results/small/tables"
-    names = sorted(path.name for path in there.glob("*.csv"))
-    assert {"sae.csv", "probes.csv", "codec.csv", "steering.csv"} <= set(names)
+def test_every_table_is_that_of_a_local_run(through_slurm, tmp_path: Path) -> None:
+    local = copy_workflow(tmp_path / "work")
+    write_config(local, fewer)
+    snakemake(local, "--cores", "2")
+    there, here = through_slurm[0] / "results/small/tables", local / "results/small/tables"
+    names = sorted(path.name for path in here.iterdir())
+    assert {"sae.csv", "probes.csv", "codec.csv", "steering.csv", "summary.json"} <= set(names)
+    assert names == sorted(path.name for path in there.iterdir())
     assert filecmp.cmpfiles(here, there, names, shallow=False)[0] == names
 
 
