@@ -117,7 +117,7 @@ def opened(cfg: RecipeCfg, codes: Path, pieces: Pieces) -> tuple[Nets, dict[str,
     Raises EqknobsError where the folder of sentences has no clips of part train or test.
     """
     model = Moshi(cfg["model"])
-    judge = Judge(model, {"asr": cfg["judges"]["asr"], "beam": cfg["judges"]["beam"]}, pieces)
+    judge = Judge(model, cfg["judges"], pieces)
     made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]
     own = pieces.within([*made_of, [content(file) for file in module_inputs(__name__)]])
     asks = cfg["prompts"]
