@@ -1,7 +1,7 @@
 """All seeds of one SAE in one job: the cache is opened, and its pages read from the disk, once for all.
 
 Each seed draws an order of its own, so seeds train one after another. Snakemake deletes a job's outputs before it runs,
-so the store of pieces keeps every trained SAE: where a seed is added, or a job was killed, the others are taken from it.
+so the store of pieces keeps every trained SAE: where a seed is added, or a job was killed, the others come from it.
 """
 
 import errno
