@@ -1,13 +1,12 @@
 """config/audiosae-whisper.yaml and config/audiosae-hubert.yaml, shrunk, on tiny random models of the hub's format.
 
 A job costs more than what it computes here, so each runs what the other does not: Whisper is spliced and has its
-features told apart by domain and named after phones, HuBERT has two seeds compared. Searches and pages: the small workflow.
+features told apart by domain and named after phones, HuBERT has two seeds compared. Searches, pages: the small workflow.
 What edits of these stages invalidate is here too, as the small workflow (test_rerun.py) has no Whisper.
 """
 
 import os
 import re
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
