@@ -29,6 +29,7 @@ from eqknobs.speaking.answers import Answer, as_said, costs, divergence, speak, 
 from eqknobs.speaking.clips import encode_speech, read_clips
 from eqknobs.speaking.prompts import Asked, Sentences, Talk, conversations
 from eqknobs.speaking.scores import Judge, JudgeCfg
+from eqknobs.speaking.takes import Take
 
 SEEDS_APART = 100_000  # between draws: answer i of a draw has seed draw * SEEDS_APART + i
 
@@ -222,6 +223,11 @@ class Bench(ABC, Generic[C]):
 
         made_of = [self.decided_by(condition), digest(self.speech["asked"]), draw, self.cfg["temperature"]]
         return kept_answers(self.pieces, made_of, make)
+
+    def takes(self, condition: C, columns: dict[str, Any], count: int) -> list[Take]:
+        """The first answers of draw 0, to be heard."""
+        rows = zip(self.speech["asked"][:count], self.answers(condition, 0), strict=False)
+        return [Take(condition.name, columns, row, answer, self.judge.sound(answer)) for row, answer in rows]
 
     def score(self, condition: C, draw: int, rated: bool = True) -> list[dict[str, Any]]:
         """One record an answer; rated: by DNSMOS too, if the config wants that.

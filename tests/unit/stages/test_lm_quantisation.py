@@ -93,6 +93,7 @@ def config(world: Path) -> QuantisationCfg:
         "batch": 2,
         "temperature": 0.5,
         "dnsmos": False,
+        "listen": 1,
         "judges": {"asr": "tiny.en", "beam": 1},
         "seed": 0,
     }
@@ -100,7 +101,7 @@ def config(world: Path) -> QuantisationCfg:
 
 def run(world: Path, folder: Path, pieces: Pieces) -> Path:
     out = {key: str(folder / f"scores/tones.{name}.csv") for key, name in RAW.items()}
-    out["plans"] = str(folder / "lm_quantisation/tones")
+    out |= {"plans": str(folder / "lm_quantisation/tones"), "sounds": str(folder / "renders/tones/quantised")}
     probes = {"layers": str(world / "layers.csv"), "heads": str(world / "heads.csv")}
     quantise_and_score(config(world), {**probes, "manifest": None, "codes": world / "codes.npz"}, out, pieces)
     return folder

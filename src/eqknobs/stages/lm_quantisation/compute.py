@@ -33,10 +33,22 @@ from eqknobs.packing.quantise import Packed
 from eqknobs.pieces import Pieces
 from eqknobs.speaking.bench import Bench, PromptsCfg, Speech, digest, opened
 from eqknobs.speaking.scores import Judge, JudgeCfg
+from eqknobs.speaking.takes import write_takes
 from eqknobs.stages.lm_quantisation import plans
-from eqknobs.stages.lm_quantisation.plans import INTACT_MODEL, NF4, TEMPORAL, UNIFORM, Condition, Guides, Plans
+from eqknobs.stages.lm_quantisation.plans import (
+    INTACT_MODEL,
+    INVERTED,
+    LAYER,
+    NF4,
+    TEMPORAL,
+    UNIFORM,
+    Condition,
+    Guides,
+    Plans,
+)
 
 KEPT = 2**28  # values that a network has at most whose packed tensors are kept from plan to plan
+PLAYED = (UNIFORM, LAYER, INVERTED)
 RAW = {"sensitivity": "lm_quantisation.sensitivity", "nats": "lm_quantised_nats", "answers": "lm_quantised_answers"}
 
 
@@ -68,6 +80,7 @@ class QuantisationCfg(TypedDict):
     batch: int
     temperature: float
     dnsmos: bool
+    listen: int
     judges: JudgeCfg
     seed: int
     device: NotRequired[str]
@@ -85,12 +98,13 @@ class Inputs(TypedDict):
 
 
 class Outputs(TypedDict):
-    """Files that it writes; `plans` is a folder."""
+    """Files that it writes; `plans` and `sounds` are folders."""
 
     sensitivity: str
     nats: str
     answers: str
     plans: str
+    sounds: str
 
 
 class Weights:
@@ -340,6 +354,14 @@ def write_plans(folder: Path, conditions: Sequence[Condition]) -> None:
         write_csv(temporary / "index.csv", pd.DataFrame(rows))
 
 
+def played(conditions: Sequence[Condition], spoken: Sequence[Mapping[str, Any]], budget: float) -> list[Condition]:
+    """The intact model and, at a budget, the temporal transformer's uniform plan, that by layers' probes and its
+    inverse, as far as they have spoken. spoken: records of answers."""
+    names = [Condition(TEMPORAL, plan, budget) for plan in PLAYED]
+    heard = {tuple(row[key] for key in INTACT_MODEL.row()) for row in spoken}
+    return [INTACT_MODEL, *(c for one in names for c in conditions if c == one and tuple(c.row().values()) in heard)]
+
+
 def scored(bench: QuantBench, conditions: Sequence[Condition], nats: Mapping[str, float]) -> list[dict[str, Any]]:
     """One record an answer of the intact model and of the conditions that speak; `sure`: 1 where with every draw."""
     cfg = bench.cfg
@@ -372,4 +394,8 @@ def quantise_and_score(cfg: QuantisationCfg, inputs: Inputs, out: Outputs, piece
     table = pd.DataFrame(screened).assign(nats=lambda t: t["nll_text"] + t["nll_audio"])
     keys = ["part", "plan", "budget", "seed"]
     means = {f"{a}:{b}:{c:g}:{d}": float(value) for (a, b, c, d), value in table.groupby(keys)["nats"].mean().items()}
-    write(out["answers"], scored(bench, conditions, means))
+    spoken = scored(bench, conditions, means)
+    write(out["answers"], spoken)
+    shown = ((c, bench.sizes(c)["bits_mean"]) for c in played(conditions, spoken, cfg["best"]["budget"]))
+    takes = (t for c, bits in shown for t in bench.takes(c, {**c.row(), "bits_mean": bits}, cfg["listen"]))
+    write_takes(bench.judge, takes, Path(out["sounds"]))

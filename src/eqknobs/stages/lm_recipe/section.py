@@ -4,13 +4,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import soundfile as sf
 
 from eqknobs.evidence import display
 from eqknobs.evidence.drawing import HUES, INK, Look, figure, legend, look
-from eqknobs.evidence.listening import data_uri, mp3
+from eqknobs.evidence.listening import side_by_side
 from eqknobs.evidence.stage import Context
-from eqknobs.io import require_renders
 from eqknobs.stages.lm_recipe.tables import INTACT, described, megabytes
 
 STAGE, TITLE, SOUNDS = "lm_recipe", "Recovered speech LM", False
@@ -67,25 +65,10 @@ def sizes(rows: pd.DataFrame, measure: str, unit: str, margin: float) -> dict[st
     return figure(f"Size and {unit}", draw, "Test prompts, paired. Dotted: the margin.", height=4.0)
 
 
-def side_by_side(at: Context) -> list[dict[str, Any]]:
-    """Answers to the same prompts side by side: [{told, speaker, takes: [{name, said, heard, sound}]}]."""
-    name = f"renders/{at.target}/recipe/index.csv"
-    index, folder = at.inputs.csv(name), at.inputs.path(name).parent
-    require_renders(folder / "index.csv", index["file"])
-    found = []
-    for _, rows in index.groupby("id", sort=False):
-        takes = []
-        for row in rows.to_dict("records"):
-            wav, rate = sf.read(folder / row["file"], dtype="float32")
-            most = 99  # told apart by `kept`: 0 where all are left
-            title = described({**row, "codebooks": row["kept"] or most}, most)
-            title += " (the recipe)" if row["chosen"] and row["condition"] != INTACT else ""
-            said, heard = ("" if pd.isna(row[key]) else row[key] for key in ("said", "heard"))
-            sound = data_uri("audio/mpeg", mp3(wav, rate))
-            takes.append({"name": title, "said": said, "heard": heard, "sound": sound})
-        told = "" if pd.isna(rows["text"].iloc[0]) else rows["text"].iloc[0]
-        found.append({"told": told, "speaker": rows["speaker"].iloc[0], "takes": takes})
-    return found
+def _take(row: dict[str, Any]) -> str:
+    most = 99  # told apart by `kept`: 0 where all are left
+    title = described({**row, "codebooks": row["kept"] or most}, most)
+    return title + (" (the recipe)" if row["chosen"] and row["condition"] != INTACT else "")
 
 
 def show(at: Context) -> dict[str, Any]:
@@ -121,6 +104,6 @@ def show(at: Context) -> dict[str, Any]:
         "drawn": drawn,
         "test": display.laid_out(test, columns),
         "val": display.laid_out(rows[rows["split"] == "val"], columns),
-        "answers": side_by_side(at),
+        "answers": side_by_side(at, "recipe", _take),
         "folder": f"lm/{at.target}/recipe",
     }
