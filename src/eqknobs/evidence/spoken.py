@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from eqknobs.evidence.comparisons import compare
-from eqknobs.evidence.estimates import IntervalsCfg, Measure, estimate
+from eqknobs.evidence.estimates import IntervalsCfg, Measure, estimate, groups
 from eqknobs.evidence.stage import TablesCfg
 from eqknobs.evidence.wording import ends, number
 
@@ -63,6 +63,34 @@ def answered(
             name = f"delta_{measure.name}"
             row |= {name: record["difference"], f"{name}_low": record["low"], f"{name}_high": record["high"]}
     return row
+
+
+def screened(
+    nats: pd.DataFrame,
+    answers: pd.DataFrame,
+    condition: list[str],
+    about: list[str],
+    measures: tuple[Sequence[Measure], Sequence[Measure]],
+    cfg: IntervalsCfg,
+) -> list[dict[str, Any]]:
+    """A row a condition of a stage that screens all, teacher-forced, and lets some speak, the intact model first.
+
+    condition: columns that tell one from another; about: others that its rows of `nats` have in common; measures: of
+    held-out clips, and of answers, which are empty where a condition does not speak.
+    """
+    spoken = {tuple(key.values()): rows for key, rows in groups(answers, condition)}
+    found: list[dict[str, Any]] = []
+    intact: pd.DataFrame | None = None
+    for key, clips in groups(nats, [*condition, *about]):
+        row = {**key, "clips": len(clips), "answers": 0, "prompts": 0, "speakers": clips["speaker"].nunique()}
+        for measure in measures[0]:
+            row |= estimate(by_prompt(clips), measure, cfg)
+        mine = spoken.get(tuple(key[name] for name in condition))
+        if mine is not None:
+            row |= answered(mine, intact, measures[1], cfg)
+            intact = mine if intact is None else intact
+        found.append(row)
+    return found
 
 
 def measurable(intact: pd.DataFrame, cfg: TablesCfg) -> list[Measure]:

@@ -8,6 +8,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Generic, NotRequired, Protocol, TypedDict, TypeVar
 
@@ -157,6 +158,16 @@ def digest(rows: Sequence[Asked] | Sequence[Said]) -> str:
 
 
 C = TypeVar("C", bound=Condition)
+
+
+def matching(conditions: Sequence[C], patterns: Sequence[str], key: str) -> list[C]:
+    """The conditions whose name any pattern matches. Raises EqknobsError, naming the key of the configuration, for one
+    that matches none."""
+    names = [condition.name for condition in conditions]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise EqknobsError(f"config: {key}: no condition is called {pattern!r}; names are like {names[0]}")
+    return [c for c in conditions if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
 
 
 class Bench(ABC, Generic[C]):

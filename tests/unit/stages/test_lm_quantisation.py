@@ -297,6 +297,11 @@ def test_the_page_shows_plans_against_bytes(finished: Path) -> None:
     cfg = {**CFG, "targets": ["tones"], "stages": {"lm_quantisation": {"targets": ["tones"]}}}
     write_tables(Inputs.below(finished), cfg, finished / "tables")
     shown = show(context(finished))
+    (answer,) = shown["answers"]
+    names = [take["name"].split(", ", 1)[-1] for take in answer["takes"]]
+    # the inverse is not among those that speak, the uniform plan is the best ones' rival
+    assert names == ["intact", "uniform (temporal transformer)", "by layers' probes (temporal transformer)"]
+    assert all(take["sound"].startswith("data:audio/mpeg;base64,") for take in answer["takes"]) and answer["told"]
     titles = {figure["title"] for figure in shown["drawn"]}
     assert {"Temporal transformer: cosine of the last layer", "One block alone at 2 bits"} <= titles
     assert len(shown["rows"]["rows"]) == 19 and shown["small"]["rows"]

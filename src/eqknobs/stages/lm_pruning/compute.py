@@ -15,7 +15,7 @@ from torch import Tensor
 from eqknobs.errors import counted
 from eqknobs.io import read_csv, write_csv
 from eqknobs.pieces import Pieces
-from eqknobs.speaking.bench import opened
+from eqknobs.speaking.bench import matching, opened
 from eqknobs.speaking.prompts import Asked
 from eqknobs.speaking.takes import write_takes
 from eqknobs.stages.lm_pruning import plan
@@ -113,8 +113,8 @@ class Inputs(TypedDict):
 def scored(bench: PruningBench, conditions: Sequence[Condition]) -> list[dict[str, Any]]:
     """One record an answer of the intact model and of the conditions that speak."""
     cfg = bench.cfg
-    answered = plan.matching(conditions, cfg["answered"], "answered")
-    confirmed = plan.matching(answered, cfg["confirmed"], "confirmed")
+    answered = matching(conditions, cfg["answered"], "lm_pruning.answered")
+    confirmed = matching(answered, cfg["confirmed"], "lm_pruning.confirmed")
     records = bench.hear_intact(cfg["draws"])
     for condition in answered:
         sure = condition in confirmed

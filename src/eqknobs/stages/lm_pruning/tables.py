@@ -22,12 +22,12 @@ from eqknobs.evidence.spoken import (
     SIMILARITY_PROMPT,
     WORDS,
     WORDS_PER_SECOND,
-    answered,
     bounds_of,
     by_prompt,
     counted_prompts,
     measurable,
     paired,
+    screened,
     versus,
 )
 from eqknobs.evidence.stage import Context, Tabulated
@@ -108,16 +108,8 @@ def with_gates(answers: pd.DataFrame) -> pd.DataFrame:
 
 def pruning_table(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """One row a condition; answers are counted, and measures given, of those that speak."""
-    intact, found = answers[is_intact(answers)], []
-    spoken = {tuple(key.values()): rows for key, rows in groups(answers, CONDITION)}
-    for key, clips in groups(nats, [*CONDITION, "removed", "model", "split"]):
-        row = {**key, "clips": len(clips), "answers": 0, "prompts": 0, "speakers": clips["speaker"].nunique()}
-        for measure in NATS:
-            row |= estimate(by_prompt(clips), measure, at.cfg)
-        mine = spoken.get(tuple(key[name] for name in CONDITION))
-        if mine is not None:
-            row |= answered(mine, None if key["granularity"] == "intact" else intact, MEASURES, at.cfg)
-        found.append(row)
+    measures = (NATS, MEASURES)
+    found = screened(nats, answers, CONDITION, ["removed", "model", "split"], measures, at.cfg)
     return table(found, COLUMNS["lm_pruning"])
 
 

@@ -7,7 +7,6 @@ with what a packed file of the plan would give, bit for bit.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -31,7 +30,7 @@ from eqknobs.packing.modules import PackedModule, bytes_resident, packed_module,
 from eqknobs.packing.plan import Plan, mean_bits, packable, plan_bytes
 from eqknobs.packing.quantise import Packed
 from eqknobs.pieces import Pieces
-from eqknobs.speaking.bench import Bench, PromptsCfg, Speech, digest, opened
+from eqknobs.speaking.bench import Bench, PromptsCfg, Speech, digest, matching, opened
 from eqknobs.speaking.scores import Judge, JudgeCfg
 from eqknobs.speaking.takes import write_takes
 from eqknobs.stages.lm_quantisation import plans
@@ -330,17 +329,6 @@ def made_plans(bench: QuantBench, inputs: Inputs) -> tuple[list[dict[str, Any]],
     return rows, found
 
 
-def matching(conditions: Sequence[Condition], patterns: Sequence[str]) -> list[Condition]:
-    """The conditions whose name any pattern matches. Raises EqknobsError for one that matches none."""
-    names = [condition.name for condition in conditions]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise EqknobsError(
-                f"config: lm_quantisation.answered: no condition is called {pattern!r}; names are like {names[0]}"
-            )
-    return [c for c in conditions if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
-
-
 def write_plans(folder: Path, conditions: Sequence[Condition]) -> None:
     """A plan's file each, as `eqknobs compress --plan` takes it, and `index.csv`: part, plan, budget, seed, file."""
     rows = []
@@ -367,7 +355,11 @@ def scored(bench: QuantBench, conditions: Sequence[Condition], nats: Mapping[str
     cfg = bench.cfg
     chosen = plans.best(conditions, nats, cfg["best"]["budget"], cfg["best"]["count"])
     sure = {c.name for c in chosen} | {Condition(TEMPORAL, UNIFORM, cfg["best"]["budget"]).name}
-    speaking = [c for c in conditions if c in matching(conditions, cfg["answered"]) or c.name in sure]
+    speaking = [
+        c
+        for c in conditions
+        if c in matching(conditions, cfg["answered"], "lm_quantisation.answered") or c.name in sure
+    ]
     records = [{**row, "sure": 1} for row in bench.hear_intact(cfg["draws"])]
     for condition in speaking:
         every = condition.name in sure

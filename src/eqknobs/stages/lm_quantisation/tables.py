@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.evidence.estimates import Measure, groups, records, table
 from eqknobs.evidence.spoken import (
     DELTAS,
     DNSMOS,
@@ -20,12 +20,11 @@ from eqknobs.evidence.spoken import (
     SIMILARITY_INTACT,
     SIMILARITY_PROMPT,
     WORDS,
-    answered,
     bounds_of,
-    by_prompt,
     counted_prompts,
     measurable,
     paired,
+    screened,
     versus,
 )
 from eqknobs.evidence.stage import Context, Tabulated
@@ -75,16 +74,8 @@ TURNED = {"layer": "inverted", "head": "head_inverted"}  # a plan -> its inverse
 
 def quantisation_table(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """One row a plan, the intact model first; answers are counted, and measures given, of those that speak."""
-    intact, found = answers[answers["plan"] == "intact"], []
-    spoken = {tuple(key.values()): rows for key, rows in groups(answers, CONDITION)}
-    for key, clips in groups(nats, [*CONDITION, *SIZES, "model", "split"]):
-        row = {**key, "clips": len(clips), "answers": 0, "prompts": 0, "speakers": clips["speaker"].nunique()}
-        for measure in SCREENED:
-            row |= estimate(by_prompt(clips), measure, at.cfg)
-        mine = spoken.get(tuple(key[name] for name in CONDITION))
-        if mine is not None:
-            row |= answered(mine, None if key["plan"] == "intact" else intact, MEASURES, at.cfg)
-        found.append(row)
+    measures = (SCREENED, MEASURES)
+    found = screened(nats, answers, CONDITION, [*SIZES, "model", "split"], measures, at.cfg)
     return table(found, COLUMNS["lm_quantisation"])
 
 

@@ -9,7 +9,7 @@ from eqknobs.evidence import display
 from eqknobs.evidence.drawing import HUES, INK, Look, figure, legend, look
 from eqknobs.evidence.listening import side_by_side
 from eqknobs.evidence.stage import Context
-from eqknobs.stages.lm_recipe.tables import INTACT, described, megabytes
+from eqknobs.stages.lm_recipe.tables import DATA, INTACT, ORDERS, described, megabytes
 
 STAGE, TITLE, SOUNDS = "lm_recipe", "Recovered speech LM", False
 ABOUT = "How much a short training gives back to a pruned speech LM, and the smallest model that still says its words."
@@ -71,6 +71,25 @@ def _take(row: dict[str, Any]) -> str:
     return title + (" (the recipe)" if row["chosen"] and row["condition"] != INTACT else "")
 
 
+def recovery(at: Context) -> dict[str, Any]:
+    """What training gives back, and by which pace that was chosen."""
+    rows = at.inputs.csv("tables/lm_recovery.csv")
+    rows = rows[rows["model"] == at.target]
+    about: dict[str, Any] = {
+        "heads out": lambda r: f"{r['share']:.0%}, {ORDERS[r['order']]}" if r["share"] else "none",
+        "trained on": lambda r: DATA[r["trained"]],
+        "by": lambda r: "heard against monologue" if r["measure"] == "wer_monologue" else "monologue against prompt",
+    }
+    changed = {"before": ("before", 3), "after": ("after", 3), "change": ("change", 3)}
+    net = {"intact model's change": ("control", 3), "net": ("net", 3), "verdict": "verdict"}
+    pace = {"steps": "steps", "learning rate": "learning_rate", "taken": lambda r: "→" if r["chosen"] else ""}
+    count = {"prompts / answers": lambda r: f"{r['prompts']} / {r['answers']}"}
+    return {
+        "net": display.laid_out(rows[rows["split"] == "test"], about | changed | net | count),
+        "paces": display.laid_out(rows[rows["split"] == "val"], about | pace | changed | count),
+    }
+
+
 def show(at: Context) -> dict[str, Any]:
     """Figures, the table of both splits, and answers to listen to."""
     rows = at.inputs.csv("tables/lm_recipe.csv")
@@ -104,6 +123,7 @@ def show(at: Context) -> dict[str, Any]:
         "drawn": drawn,
         "test": display.laid_out(test, columns),
         "val": display.laid_out(rows[rows["split"] == "val"], columns),
+        **recovery(at),
         "answers": side_by_side(at, "recipe", _take),
         "folder": f"lm/{at.target}/recipe",
     }
