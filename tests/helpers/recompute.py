@@ -767,8 +767,35 @@ def check_recipe(run: Path, model: str) -> None:
     within = (highs <= recipe["margin"]).all(axis=1) | (val["state"] == "intact")
     best = val[within].sort_values("bytes").iloc[0]
     assert best["chosen"] == 1 and best["bytes"] == recipe["bytes"] and val["chosen"].sum() == 1
+    check_recovery(read(run / "tables/lm_recovery.csv").query(f"model == '{model}'"), answers, recipe["training"])
     files = [run / "lm" / model / "recipe" / name for name in ("packed.safetensors", "model.safetensors")]
     assert [data_bytes(file) for file in files if file.is_file()] == [best["bytes"]]
+
+
+def _common_rates(plain: pd.DataFrame, models: list[tuple], top: str, bottom: str) -> list[float]:
+    """Word error rates on the prompts to which all those models say something."""
+    parts = []
+    for order, seed, share, trained in models:
+        same = (plain["order"] == order) & (plain["seed"] == seed) & (plain["share"] == share)
+        parts.append(plain[same & (plain["trained"] == trained)].groupby("id")[[top, bottom]].sum())
+    heard = sorted(set.intersection(*(set(part.index[part[bottom] > 0]) for part in parts)))
+    return [part.loc[heard, top].sum() / part.loc[heard, bottom].sum() for part in parts]
+
+
+def check_recovery(table: pd.DataFrame, answers: pd.DataFrame, pace: dict) -> None:
+    """What training gives back, counted anew from answers: a change, the control's, and their difference."""
+    plain = answers[(answers["split"] == "test") & (answers["kept"] == 0) & (answers["bits"] == 0)]
+    test = table[table["split"] == "test"]
+    assert len(test) and (test["steps"] == pace["steps"]).all() and (table["chosen"] == 1).any()
+    tops = {name: (top, bottom) for name, top, bottom in PRUNED_RATIOS[:2]}
+    for row in test.to_dict("records"):
+        top, bottom = tops[row["measure"]]
+        place = row["order"], row["seed"], row["share"]
+        models = [(*place, row["trained"]), (*place, "none"), ("none", 0, 0, row["trained"]), ("none", 0, 0, "none")]
+        after, before = _common_rates(plain, models[:2], top, bottom)
+        assert np.allclose([row["after"], row["before"], row["change"]], [after, before, after - before], atol=1e-7)
+        own, was, control, whole = _common_rates(plain, models, top, bottom)
+        assert np.isclose(row["net"], own - was - control + whole, atol=1e-7), row
 
 
 def check_packing(run: Path, model: str) -> None:

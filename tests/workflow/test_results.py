@@ -62,7 +62,7 @@ SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in f
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 RECOVERED = [name for name, facts in SUMMARY["targets"].items() if "lm_recipe" in facts]
 STEERED = [name for name, facts in SUMMARY["targets"].items() if "lm_steering" in facts]
-QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
+QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "lm_quantisation" in facts]
 
 
 def model_of(target: str) -> dict:
