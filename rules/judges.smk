@@ -29,7 +29,9 @@ rule originals:
         gpu=gpu,
     params:
         cfg=cfg(
-            "originals", lambda wildcards: {"judges": but(config["judges"], "answer_window")}, asr=asr_files
+            "originals",
+            lambda wildcards: {"judges": but(config["judges"], "answer_window")},
+            asr=asr_files,
         ),
     message:
         "Transcribe the untouched test clips"
