@@ -37,6 +37,7 @@ from eqknobs.plan import (
 )
 from eqknobs.stages.accent.checks import accent_models
 from eqknobs.stages.domains.checks import domain_targets
+from eqknobs.stages.erasing.checks import erased_targets, vowels_told
 from eqknobs.stages.features.checks import caption_files, paged_targets
 from eqknobs.stages.label_search.checks import searched_targets
 from eqknobs.stages.phones.checks import phone_targets

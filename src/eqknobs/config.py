@@ -20,6 +20,7 @@ import eqknobs.models.checks
 import eqknobs.stages.accent.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
+import eqknobs.stages.erasing.checks
 import eqknobs.stages.features.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
@@ -54,6 +55,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.probes.checks.check,
     eqknobs.stages.phones.checks.check,
     eqknobs.stages.label_search.checks.check,
+    eqknobs.stages.erasing.checks.check,
     eqknobs.stages.accent.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,

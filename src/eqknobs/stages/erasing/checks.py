@@ -26,7 +26,7 @@ def erased_targets(config: dict[str, Any]) -> list[str]:
     return [target for target in found if corpus_of(target) in own["tasks"] and stage_saes(config, "erasing", target)]
 
 
-def needs_phones(config: dict[str, Any], target: str) -> bool:
+def vowels_told(config: dict[str, Any], target: str) -> bool:
     """Whether vowels are told apart in a target."""
     return VOWELS in config["erasing"]["tasks"][corpus_of(target)]
 
@@ -47,7 +47,7 @@ def check(config: dict[str, Any]) -> None:
     for target in erased_targets(config):
         corpus = corpus_of(target)
         parts = corpus_config(config, corpus).get("of", [corpus])
-        if needs_phones(config, target) and not any("phones" in corpus_config(config, part) for part in parts):
+        if vowels_told(config, target) and not any("phones" in corpus_config(config, part) for part in parts):
             key = "data" if corpus == SPEECH else f"corpora.{corpus}"
             raise EqknobsError(
                 f"config: erasing.tasks.{corpus}: vowels need phones; give {key}.phones (of a union: of one of its "

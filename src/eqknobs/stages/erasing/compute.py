@@ -8,7 +8,7 @@ order of a classifier's weights and in random order stand raw dimensions and pri
 for erasing, LEACE on the raw activations, which takes out as many dimensions as a label has values but one. What a
 removal does to the other tasks is probed likewise.
 
-A vowel is a run of frames with that label; vowels are told apart by one probe, each is erased in its own order.
+A vowel is a run of frames with that label, which is told from the other vowels; each is a task of its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +36,7 @@ from eqknobs.stages.erasing.samples import (
     pooled,
     second_moment,
     vowel_segments,
-    vowel_task,
+    vowel_tasks,
 )
 from eqknobs.stages.erasing.spaces import Space, living_features, principal_axes, random_order, spaces_of
 from eqknobs.stages.erasing.swaps import SWAP_COLUMNS, swap_features
@@ -68,23 +68,6 @@ class ErasingCfg(TypedDict):
     sources: int
     seed: int
     content: NotRequired[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Concept:
-    """What is told or erased: a task, or one of its values against the others.
-
-    codes: labels of the task's train rows that orders and eraser go by; moment: E x xᵀ over the frames of these.
-    """
-
-    name: str
-    task: Task
-    value: int | None
-    moment: np.ndarray
-
-    def of(self, codes: np.ndarray) -> np.ndarray:
-        """Labels of the task as labels of the concept."""
-        return codes if self.value is None else (codes == self.value).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -132,7 +115,7 @@ class Bench:
         """Fit on the task's train rows with labels codes, keep what is said of test."""
         penalty = None if about["penalty"] == "none" else self.cfg["c"]
         about = {**about, "judged": task.name}
-        whole = about["edit"] == "all"  # which concept it is for makes no difference
+        whole = about["edit"] == "all"  # for which task makes no difference
         key = "|".join(f"{name} {about[name]}" for name in sorted(about) if not (whole and name == "task"))
         self.keys.add(key)
         if key not in self.pack:
@@ -141,25 +124,23 @@ class Bench:
         converged, said = self.pack[key]
         self.rows.append({**about, "converged": converged, "said": said})
 
-    def edit(self, concept: Concept, edit: Edit, judged: Task | None = None) -> None:
-        """Ask what an edit leaves of a task, by default the concept's own."""
-        task = judged or concept.task
-        about = {"task": concept.name, **edit.about()}
-        self.ask(about, task, edit.left, task.codes["train"])
+    def edit(self, task: Task, edit: Edit, judged: Task) -> None:
+        """Ask what an edit for a task leaves of that or another one."""
+        self.ask({"task": task.name, **edit.about()}, judged, edit.left, judged.codes["train"])
 
     # --- curves
 
-    def orders(self, concept: Concept) -> dict[str, list[tuple[str, int, np.ndarray]]]:
+    def orders(self, task: Task) -> dict[str, list[tuple[str, int, np.ndarray]]]:
         """Of each space (order, seed, columns), made of the train rows; Fisher's comes first."""
-        rows, codes = concept.task.rows["train"], concept.of(concept.task.codes["train"])
-        spaces = self.spaces(concept.task.samples)
+        rows, codes = task.rows["train"], task.codes["train"]
+        spaces = self.spaces(task.samples)
         found = {}
         for name in ("features", "raw", "pca"):
             scores = probes.fisher(spaces[name].ranked[rows], codes)
             found[name] = [("fisher", 0, probes.descending(scores))]
         features = spaces["features"]
         weights = probes.fit(features.ranked[rows], codes, self.cfg["c"]).weights
-        self.keys.add(f"order {concept.name}")
+        self.keys.add(f"order {task.name}")
         found["features"].append(("classifier", 0, probes.descending(weights)))
         seeds = range(self.cfg["random"]["seeds"])
         found["features"] += [("random", seed, random_order(features.width, seed, self.cfg)) for seed in seeds]
@@ -181,34 +162,31 @@ class Bench:
             for count in removed_counts(self.cfg["removed"], space.width):
                 yield Edit(space, "removed", columns[count:], count, order, seed, "none")
 
-    def curves(self, concept: Concept, others: list[Task]) -> dict[str, np.ndarray]:
+    def curves(self, task: Task, others: list[Task]) -> dict[str, np.ndarray]:
         """Every edit of every space; others: tasks that a removal ought not to touch. Returns the Fisher orders."""
-        orders = self.orders(concept)
-        for name, space in self.spaces(concept.task.samples).items():
+        orders = self.orders(task)
+        for name, space in self.spaces(task.samples).items():
             for edit in self.edits(space, orders[name]):
-                self.edit(concept, edit)
-                if (edit.kind, edit.order, edit.penalty) == ("removed", "fisher", "l2"):
-                    for other in others:
-                        self.edit(concept, edit, other)
+                beside = others if (edit.kind, edit.order, edit.penalty) == ("removed", "fisher", "l2") else []
+                for judged in (task, *beside):
+                    self.edit(task, edit, judged)
         return {name: found[0][2] for name, found in orders.items()}
 
-    def erase(self, concept: Concept, others: list[Task]) -> np.ndarray:
-        """LEACE on raw activations; returns what it takes out [d, d]."""
-        task = concept.task
+    def erase(self, task: Task, others: list[Task], moment: np.ndarray) -> np.ndarray:
+        """LEACE on raw activations; returns what it takes out [d, d]. moment: E x xᵀ over train's frames [d, d]."""
         raw, rows = task.samples.raw, task.rows["train"]
-        taken = probes.leace(concept.moment, raw[rows], concept.of(task.codes["train"]))
+        taken = probes.leace(moment, raw[rows], task.codes["train"])
         mean, count = raw[rows].mean(0), probes.rank(taken)
-        about = {"task": concept.name, "space": "raw", "order": "leace", "seed": 0, "edit": "removed"}
+        about = {"task": task.name, "space": "raw", "order": "leace", "seed": 0, "edit": "removed"}
         about |= {"count": count, "width": raw.shape[1], "penalty": "l2", "labels": "true"}
         for judged in [task, *others]:
             self.ask(about, judged, lambda at: raw[at] - (raw[at] - mean) @ taken.T, judged.codes["train"])
         return taken
 
-    def nulls(self, concept: Concept) -> None:
+    def nulls(self, task: Task) -> None:
         """The most frequent label of train, and features in Fisher order with shuffled labels."""
-        task = concept.task
         most = int(np.bincount(task.codes["train"]).argmax())
-        about = {"task": concept.name, "judged": task.name, "space": "majority", "order": "", "seed": 0}
+        about = {"task": task.name, "judged": task.name, "space": "majority", "order": "", "seed": 0}
         about |= {"edit": "all", "count": 0, "width": 0, "penalty": "l2", "labels": "true", "converged": True}
         self.rows.append(about | {"said": " ".join([str(most)] * len(task.rows["test"]))})
         space = self.spaces(task.samples)["features"]
@@ -216,25 +194,17 @@ class Bench:
         for seed in range(self.cfg["shuffles"]):
             rng = np.random.default_rng([self.cfg["seed"], seed, 67])
             moved = probes.permuted(task.codes["train"], speakers, task.by_speaker, rng)
-            scores = probes.fisher(space.ranked[task.rows["train"]], concept.of(moved))
+            scores = probes.fisher(space.ranked[task.rows["train"]], moved)
             columns = probes.descending(scores)
             for count in (k for k in self.cfg["kept"] if k <= space.width):
                 edit = Edit(space, "kept", columns[:count], count, "fisher", seed)
-                about = {"task": concept.name, **edit.about(), "labels": "shuffled"}
+                about = {"task": task.name, **edit.about(), "labels": "shuffled"}
                 self.ask(about, task, edit.left, moved)
 
 
 def removed_counts(shares: list[float], width: int) -> list[int]:
     """How many columns each share is; at least one goes and one stays."""
     return sorted({min(max(1, round(share * width)), width - 1) for share in shares if width > 1})
-
-
-def concepts_of(task: Task, cache: ActivationCache) -> list[Concept]:
-    """A task of clips as it is; of the vowels each one."""
-    moment = second_moment(cache, task.samples.about.iloc[task.rows["train"]])
-    if task.name != VOWELS:
-        return [Concept(task.name, task, None, moment)]
-    return [Concept(f"vowel {name}", task, value, moment) for value, name in enumerate(task.names)]
 
 
 def _tasks(
@@ -248,7 +218,7 @@ def _tasks(
     if VOWELS in cfg["tasks"]:
         assert labels_h5 is not None  # the rule's input where vowels are a task
         about, codes, vowels = vowel_segments(cache, labels_h5, cfg["vowels"], cfg["segments"], cfg["seed"])
-        found.append(vowel_task(pooled(cache, sae, about, k), codes, vowels))
+        found += vowel_tasks(pooled(cache, sae, about, k), codes, vowels)
     return found
 
 
@@ -266,21 +236,19 @@ def run_sae(
     bench.pack = stack.enter_context(pieces.pack("erasing", [*made_of, sorted(_digest(task) for task in tasks)]))
     swapped, about = [], {}
     for task in tasks:
-        others = [one for one in tasks if one is not task and VOWELS not in (one.name, task.name)]
-        others = [one for one in others if not nested(task, one)]
+        others = [one for one in tasks if one is not task and one.samples is task.samples and not nested(task, one)]
         living = living_features(task.samples)
-        facts = {"names": task.names, "others": [one.name for one in others], "living": len(living)}
-        facts |= {part: len(task.rows[part]) for part in PARTS}
-        for concept in concepts_of(task, cache):
-            orders = bench.curves(concept, others)
-            taken = bench.erase(concept, others)
-            bench.nulls(concept)
-            first = [int(living[j]) for j in orders["features"][:NAMED]]
-            about[concept.name] = facts | {"judged": task.name, "first": first}
-            if concept.value is None:
-                spaces = bench.spaces(task.samples)
-                swapped.append(swap_features(task, others, spaces, bench.axes, orders, taken, cfg))
-                bench.keys |= {f"swap {task.name}, {one.name}" for one in [task, *others]}
+        orders = bench.curves(task, others)
+        moment = second_moment(cache, task.samples.about.iloc[task.rows["train"]])
+        taken = bench.erase(task, others, moment)
+        bench.nulls(task)
+        about[task.name] = {"names": task.names, "others": [one.name for one in others], "living": len(living)}
+        about[task.name] |= {part: len(task.rows[part]) for part in PARTS}
+        about[task.name] |= {"first": [int(living[j]) for j in orders["features"][:NAMED]]}
+        if len(task.samples.about) == task.samples.about["id"].nunique():  # a clip has each label once, but many vowels
+            spaces = bench.spaces(task.samples)
+            swapped.append(swap_features(task, others, spaces, bench.axes, orders, taken, cfg))
+            bench.keys |= {f"swap {task.name}, {one.name}" for one in [task, *others]}
     table = pd.concat(swapped, ignore_index=True) if swapped else pd.DataFrame(columns=SWAP_COLUMNS)
     return bench, table, about
 

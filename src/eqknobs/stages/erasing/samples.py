@@ -179,10 +179,14 @@ def _task(
     return Task(name, samples, rows, codes, names, of_speakers and bool((values == 1).all()))
 
 
-def vowel_task(samples: Samples, codes: np.ndarray, names: list[str]) -> Task:
-    """The vowels as a task, from what `vowel_segments` found."""
+def vowel_tasks(samples: Samples, codes: np.ndarray, names: list[str]) -> list[Task]:
+    """Each vowel against the others as a task, `vowel aa`, from what `vowel_segments` found."""
+    part = samples.about["split"].to_numpy()
     label = np.array(names)[codes]
-    return _task("vowels", samples, label, samples.about["split"].to_numpy(), names, False)
+    return [
+        _task(f"vowel {name}", samples, np.where(label == name, name, "other"), part, ["other", name], False)
+        for name in names
+    ]
 
 
 def second_moment(cache: ActivationCache, about: pd.DataFrame) -> np.ndarray:

@@ -107,8 +107,9 @@ class Judges:
 
 
 def goodness(counts: list[pd.DataFrame]) -> float:
-    """Mean of cause and isolation over repeats; of cause alone where no other task was asked."""
-    total = pd.concat(counts).sum()
+    """Mean of cause and isolation over repeats, of clips that other tasks ask about; else of cause alone."""
+    every = pd.concat(counts)
+    total = (every[every["asked"] > 0] if every["asked"].any() else every).sum()
     cause = total["caused"] / max(total["pairs"], 1)
     return float((cause + total["kept"] / total["asked"]) / 2 if total["asked"] else cause)
 
