@@ -26,6 +26,7 @@ from eqknobs.plan import (
     model_config,
     on_corpus,
     parse_target,
+    parts_of,
     reference_saes,
     sae_home,
     stage_saes,
@@ -376,7 +377,7 @@ def speech_files(wildcards):
     """The sound of a corpus on this disk; that of LibriSpeech is known by its published checksum."""
     data = corpus_data(wildcards)
     source, path = data["source"], data.get("path")
-    if source in ("librispeech", "union"):
+    if source in ("librispeech", "union", "mixture"):
         return []
     return corpus_files(path) if source == "folder" else [path]
 
