@@ -781,10 +781,10 @@ def test_a_mixture_has_every_clip_with_and_without_noise(tmp_path):
         manifest.groupby("noise")["split"].value_counts()["clean"].to_dict() == speech["split"].value_counts().to_dict()
     )
     by_id = manifest.set_index("id")
-    for clip in manifest[manifest["noise"] == "noisy"].itertuples():
-        clean = by_id.loc[clip.id.removesuffix(".noisy")]
-        assert (clean["speaker"], clean["split"], clean["text"]) == (clip.speaker, clip.split, clip.text)
-        (a, rate), (b, _) = read_samples(clean["path"]), read_samples(clip.path)
+    for row in manifest[manifest["noise"] == "noisy"].itertuples():
+        clean = by_id.loc[row.id.removesuffix(".noisy")]
+        assert (clean["speaker"], clean["split"], clean["text"]) == (row.speaker, row.split, row.text)
+        a, b = (read_samples(path)[0] for path in (clean["path"], row.path))
         assert len(a) == len(b) and np.isclose(a.std(), b.std(), rtol=0.05)
     again, _ = mix({"talk": speech, "street": noise}, cfg, tmp_path / "again", 0)
     assert again["sha256"].tolist() == manifest["sha256"].tolist()
