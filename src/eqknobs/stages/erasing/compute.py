@@ -232,8 +232,15 @@ def run_sae(
 ) -> tuple[Bench, pd.DataFrame, dict[str, Any]]:
     """Probes of one SAE, swaps between clips (`eqknobs.stages.erasing.swaps`), and what is to be said of its tasks."""
     bench = Bench(sae, principal_axes(cache), cfg)
-    made_of = [cfg.get("content", {}).get("code"), cfg["c"], cfg["seed"], array_hash(sae.W_dec.numpy())]
-    bench.pack = stack.enter_context(pieces.pack("erasing", [*made_of, sorted(_digest(task) for task in tasks)]))
+    decoder = array_hash(*(part.numpy() for part in (sae.W_dec, sae.b_dec, sae.mean, sae.std)))
+    made_of: list[Any] = [
+        cfg.get("content", {}).get("code"),
+        cache.digest() if pieces.folder else None,
+        cfg["c"],
+        cfg["seed"],
+    ]
+    made_of += [decoder, sorted(_digest(task) for task in tasks)]
+    bench.pack = stack.enter_context(pieces.pack("erasing", made_of))
     swapped, about = [], {}
     for task in tasks:
         others = [one for one in tasks if one is not task and one.samples is task.samples and not nested(task, one)]

@@ -102,17 +102,13 @@ def _gone(rows: pd.DataFrame, title: str) -> dict[str, str]:
     )
 
 
-def _percent(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    return "–" if pd.isna(value) else f"{100 * value:.3g} %"
-
-
 def _share(row: dict[str, Any]) -> str:
     if pd.isna(row["gone"]):
         return "not told"
     if row["gone"] == 1:
         return "not before all"
-    return f"{_percent(row, 'gone')} [{_percent(row, 'gone_low')}, {_percent(row, 'gone_high')}]"
+    share, low, high = (100 * row[name] for name in ("gone", "gone_low", "gone_high"))
+    return f"{share:.3g} % [{low:.3g}, {high:.3g}]"
 
 
 def _ends_of_curves(rows: pd.DataFrame) -> pd.DataFrame:
@@ -148,12 +144,12 @@ def show(at: Context) -> dict[str, Any]:
             _name(r["space"], r["order"]) + (", no penalty" if r["penalty"] == "none" else "")
         ),
         "intact": ("intact", 2),
-        "most frequent": ("majority", 2),
+        "majority": ("majority", 2),
         "gone at": _share,
-        "removed": lambda r: f"{r['removed']:.0f} of {r['width']:.0f}",
-        "score then": ("score", 2),
-        "the others then": ("off_target", 2),
-        "their change": ("off_change", 2),
+        "columns": lambda r: f"{r['removed']:.0f} of {r['width']:.0f}",
+        "score": ("score", 2),
+        "others": ("off_target", 2),
+        "change": ("off_change", 2),
         "clips / speakers": display.sample,
     }
     swapped = {

@@ -325,14 +325,19 @@ def _few(own: list[dict[str, Any]], sae: str, task: str, compared: list[dict[str
     shown = enough or curve[-1]
     if shown["shuffled"] is not None:
         detail += f"; {counted(shown['k'], 'feature')} in Fisher order with shuffled labels {number(shown['shuffled'])}"
-    rival = _one(own, space="raw", order="fisher", k=shown["k"])
-    at_random = _one(own, space="features", order="random", k=shown["k"])
-    for row, words in ((rival, "as many raw dimensions"), (at_random, "as many random features")):
-        detail += f"; {words} {number(row['score'])}" if row else ""
-    record = _one(compared, k=shown["k"], task=task, sae=sae)
-    verdict, words = said(record) if record else ("measured", "")
-    text += f" It {words} taking as many raw dimensions." if record else ""
-    return headline(STAGE, verdict, text, detail, cell, difference(record) if record else None)
+    # There are fewer raw dimensions than features.
+    alike = [row for row in compared if (row["sae"], row["task"]) == (sae, task) and row["k"] <= shown["k"]]
+    k = max((row["k"] for row in alike), default=shown["k"])
+    rival = _one(own, space="raw", order="fisher", k=k)
+    at_random = _one(own, space="features", order="random", k=k)
+    for row, words in ((rival, "raw dimensions"), (at_random, "random features")):
+        detail += f"; {k} {words} {number(row['score'])}" if row else ""
+    record = _one(alike, k=k)
+    if record is None:
+        return headline(STAGE, "measured", text, detail, cell)
+    verdict, words = said(record)
+    text += f" Taking {counted(k, 'feature')} {words} taking as many raw dimensions."
+    return headline(STAGE, verdict, text, detail, cell, difference(record))
 
 
 def _gone(row: dict[str, Any] | None) -> str:
