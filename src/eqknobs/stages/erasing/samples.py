@@ -155,7 +155,8 @@ def clip_task(name: str, samples: Samples, manifest: pd.DataFrame, seed: int) ->
         # Music has a performer, but no voice: what has a sex speaks.
         speaks = np.isin(part, ("val", "test")) & (own["sex"].fillna("").to_numpy() != "")
         text = [" ".join(re.findall(r"\w+", str(text).casefold())) for text in own["text"].fillna("")]
-        text = [said or id for said, id in zip(text, about["id"], strict=True)]
+        # Without a text each clip stands alone, but a mixture has it twice.
+        text = [said or id.removesuffix(".noisy") for said, id in zip(text, about["id"], strict=True)]
         part[~speaks], label = "", np.where(speaks, label, "")
         part[speaks] = sentence_parts(np.array(text)[speaks].tolist(), label[speaks].tolist(), seed)
     counts = pd.crosstab(label, part).reindex(columns=list(PARTS), fill_value=0)

@@ -330,8 +330,8 @@ def _few(own: list[dict[str, Any]], sae: str, task: str, compared: list[dict[str
     k = max((row["k"] for row in alike), default=shown["k"])
     rival = _one(own, space="raw", order="fisher", k=k)
     at_random = _one(own, space="features", order="random", k=k)
-    for row, words in ((rival, "raw dimensions"), (at_random, "random features")):
-        detail += f"; {k} {words} {number(row['score'])}" if row else ""
+    for row, word in ((rival, "raw dimension"), (at_random, "random feature")):
+        detail += f"; {counted(k, word)} {number(row['score'])}" if row else ""
     record = _one(alike, k=k)
     if record is None:
         return headline(STAGE, "measured", text, detail, cell)
@@ -360,7 +360,7 @@ def _erased(own: list[dict[str, Any]], sae: str, task: str) -> Any:
     text += f"{number(leace['score'])} (most frequent value {number(leace['majority'])})."
     rivals = [("reconstruction", "fisher"), ("features", "classifier"), ("raw", "fisher"), ("pca", "fisher")]
     detail = "; ".join(
-        f"{SPACES[space]}, {ORDERS[order]}: {_gone(curve[space, order])}"
+        f"{SPACES[space]}, {ORDERS[order]}: {_gone(curve[space, order]).removeprefix('is ')}"
         for space, order in rivals
         if (space, order) in curve
     )
