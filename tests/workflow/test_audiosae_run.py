@@ -59,7 +59,7 @@ def shrink(kind: str, model: str) -> dict:
     config["models"][model]["path"] = "model"
     config["data"] = default["data"] | {"max_utterances": 16, "max_minutes": 1}
     for corpus in config["corpora"].values():
-        corpus |= {} if corpus["source"] == "union" else {"max_utterances": 12}
+        corpus |= {} if "of" in corpus else {"max_utterances": 12}
     config["saes"]["audiosae"] |= {"d_sae": FEATURES, "k": 4, "epochs": 1, "batch_size": 256}
     config["sae_seeds"] = [0, 1] if kind == "hubert" else [0]
     config["hardware"] = {"threads": 1}
