@@ -21,6 +21,7 @@ STAGES = [
     "phones",
     "label_search",
     "features",
+    "hallucination",
     "codec",
     "steering",
     "importance",

@@ -21,6 +21,7 @@ import eqknobs.stages.accent.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
 import eqknobs.stages.features.checks
+import eqknobs.stages.hallucination.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
@@ -59,6 +60,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
     eqknobs.stages.features.checks.check,
+    eqknobs.stages.hallucination.checks.check,
     eqknobs.stages.quantisation.checks.check,
     eqknobs.stages.speech_lm.checks.check,
     eqknobs.stages.lm_layers.checks.check,

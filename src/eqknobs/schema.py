@@ -33,6 +33,7 @@ PARTS = (
     "stages/phones",
     "stages/label_search",
     "stages/features",
+    "stages/hallucination",
     "stages/codec",
     "stages/steering",
     "stages/importance",

@@ -17,6 +17,7 @@ from eqknobs.stages.accent import tables as accent
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.domains import tables as domains
 from eqknobs.stages.features import tables as features
+from eqknobs.stages.hallucination import tables as hallucination
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.lm_layers import tables as lm_layers
@@ -41,6 +42,7 @@ STAGES: tuple[TablesModule, ...] = (
     phones,
     label_search,
     features,
+    hallucination,
     steering,
     importance,
     quantisation,
