@@ -1,6 +1,6 @@
-from eqknobs.stages.hallucination.checks import hallucination_layers
+from eqknobs.stages.hallucination.checks import hallucinating, hallucination_layers
 
-HALLUCINATING = config["hallucination"]["models"]
+HALLUCINATING = hallucinating(config)
 SECTIONS["hallucination"] = {
     "targets": HALLUCINATING,
     "non_speech": config["hallucination"]["non_speech"],
@@ -15,12 +15,20 @@ REPORT_INPUTS += expand(
 )
 
 
+def homes_of(model):
+    """The layers at which a model is edited, on what their SAEs hear, in the order of the configuration."""
+    return list(hallucination_layers(config, model).values())
+
+
 def of_layers(path):
-    """A file of each layer that a model is edited at, in the order of the configuration."""
+    """A file of each of them."""
     return lambda wildcards: [
         path.format(home=home, seed=FIRST_SEED, sae=config["hallucination"]["sae"])
-        for home in hallucination_layers(config, wildcards.model).values()
+        for home in homes_of(wildcards.model)
     ]
+
+
+LISTENING += [home for model in HALLUCINATING for home in homes_of(model)]
 
 
 rule hallucination:
@@ -29,8 +37,8 @@ rule hallucination:
         non_speech=[
             manifest_file(corpus) for corpus in config["hallucination"]["non_speech"]
         ],
-        heard=manifest_file(
-            config["saes"][config["hallucination"]["sae"]].get("corpus", SPEECH)
+        heard=lambda wildcards: manifest_file(
+            corpus_of(homes_of(wildcards.model)[0])
         ),
         caches=of_layers(f"{RUN}/activations/{{home}}.h5"),
         model=lambda wildcards: files_of(wildcards.model),

@@ -280,7 +280,7 @@ class Whisper(LayeredEncoder):
                 if not said:
                     logits[:, not_first] = -torch.inf
                 best = logits.max(-1)
-                nats += (logits.double().logsumexp(-1) - best.values).masked_fill(done, 0.0)
+                nats += (logits.logsumexp(-1) - best.values).masked_fill(done, 0.0)
                 said.append(best.indices.masked_fill(done, end))
                 done |= said[-1] == end
                 tokens = said[-1][:, None]

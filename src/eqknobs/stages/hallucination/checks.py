@@ -3,7 +3,7 @@
 from typing import Any
 
 from eqknobs.errors import EqknobsError
-from eqknobs.plan import SPEECH, check_corpus, check_saes, corpus_config, sae_home, trained_saes
+from eqknobs.plan import SPEECH, check_corpus, check_saes, corpus_config, parse_target, sae_home, trained_saes
 
 MOST_POINTS = 24
 FORMS = 2  # in which features steer: the paper's and the follow-up's
@@ -15,16 +15,21 @@ def hallucination_layers(config: dict[str, Any], model: str) -> dict[int, str]:
     return {layer: sae_home(config, f"{model}.layer.{layer}", own["sae"]) for layer in own["layers"]}
 
 
+def hallucinating(config: dict[str, Any]) -> list[str]:
+    """The models of the stage of which the run opens a layer."""
+    own = config.get("hallucination")
+    opened = {parse_target(target)[0] for target in config["run"]["targets"]}
+    return [name for name in own["models"] if name in opened] if own else []
+
+
 def check(config: dict[str, Any]) -> None:
     """Raises EqknobsError, one line, for models, layers, SAEs and corpora that are not there or do not fit, and for
     more points than are to be tried."""
     own = config.get("hallucination")
-    if not own:
+    if not own or not hallucinating(config):
         return
     check_saes(config, "hallucination.sae", [own["sae"]])
-    for name in own["models"]:
-        if name not in config["models"]:
-            raise EqknobsError(f"config: hallucination.models: {name!r} is not under models; define it there")
+    for name in hallucinating(config):
         if config["models"][name]["kind"] != "whisper":
             raise EqknobsError(
                 f"config: hallucination.models: {name!r} does not transcribe; name models of kind whisper"

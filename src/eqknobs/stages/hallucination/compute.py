@@ -1,14 +1,12 @@
 """What a Whisper writes where nobody speaks, and what keeps it from that at which cost in words.
 
 Every arm is tried on val at its points; the point that writes the fewest texts without losing more words than
-`wer_margin` is scored on test. Arms that change the model (`edits`, muted heads of the decoder as in Calm-Whisper, arXiv
-2505.12969) stand beside what needs no look inside: gates on no_speech_prob, on the level, on a voice activity detector,
-and Whisper's own symbols, in brackets of which it says what it hears if it may.
+`wer_margin` is scored on test. Arms that change the model (`edits`; muted heads of the decoder, as in Calm-Whisper,
+arXiv 2505.12969) stand beside what needs no look inside: gates on no_speech_prob, on the level, on a voice activity
+detector, and Whisper's own symbols, in which it describes what it hears if it may.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -192,7 +190,7 @@ class Bench:
         self.last = list(model.sites)[-1]
         self.heads: list[int] = []  # of the decoder, the one whose loss helps most first
         self._half: dict[str, Halfway] = {}
-        self._said: dict[tuple[str, Point], list[Said]] = {}
+        self._said: dict[tuple[Any, ...], list[Said]] = {}
         self._sounds = {split: array_hash(*(clip.wav for clip in of)) for split, of in clips.items()}
 
     def halfway(self, split: str) -> Halfway:
@@ -203,19 +201,18 @@ class Bench:
             self._half[split] = self.model.halfway(wavs, list(dict.fromkeys([*sites, self.last])))
         return self._half[split]
 
-    def said(self, split: str, point: Point, heads: Sequence[int] | None = None) -> list[Said]:
-        """What is made of every clip of a split; heads: that are muted, by default the point's k first."""
-        if point.arm == "muted_heads" and heads is None:
-            heads = self.heads[: point.k]
-        key = (split, point) if heads is None else (split, Point("muted_heads", k=sum(1 << h for h in heads)))
+    def said(self, split: str, point: Point) -> list[Said]:
+        """What is made of every clip of a split."""
+        heads = self.heads[: point.k] if point.arm == "muted_heads" else []
+        return self._kept(split, point, heads, range(len(self.clips[split])))
+
+    def _kept(self, split: str, point: Point, heads: list[int], clips: Sequence[int]) -> list[Said]:
+        """What is made of some clips (places in a split) without these heads."""
+        key = (split, point, tuple(heads), tuple(clips))
         if key not in self._said:
-            made_of = {
-                "clips": self._sounds[split],
-                "point": point.columns(),
-                "heads": heads,
-                "edit": self._digest(point),
-            }
-            kept = self.pieces.json("hallucination", made_of, lambda: self._transcribed(split, point, heads))
+            about = {"sounds": self._sounds[split], "clips": list(clips), "edit": self._digest(point)}
+            made_of = {**about, "point": point.columns(), "heads": heads}
+            kept = self.pieces.json("hallucination", made_of, lambda: self._transcribed(split, point, heads, clips))
             self._said[key] = [Said(*one) for one in kept]
         return self._said[key]
 
@@ -227,24 +224,32 @@ class Bench:
         moved = direction(point, fitted) if point.arm in DIRECTIONS else shift(point, fitted)
         return array_hash(moved, *(value.numpy() for value in sae.state_dict().values()))
 
-    def _transcribed(self, split: str, point: Point, heads: Sequence[int] | None) -> list[list[Any]]:
+    def _transcribed(self, split: str, point: Point, heads: list[int], clips: Sequence[int]) -> list[list[Any]]:
         half, cfg = self.halfway(split), self.cfg
         site = self.last if point.layer is None else f"layer.{point.layer}"
         edit = None
         if point.arm in EDITED and point.layer is not None:
             edit = edit_of(point, self.fitted[point.layer], self.saes[point.layer])
-        pieces: list[Said] = []
-        with torch.inference_mode(), self.model.without_heads(heads) if heads else nullcontext():
-            for first in range(0, len(half.frames), cfg["batch"]):
-                batch = slice(first, first + cfg["batch"])
+        options = {"blanks": cfg["blanks"], "symbols": point.arm == "symbols"}
+        pieces: dict[int, list[Said]] = {clip: [] for clip in clips}
+        with torch.inference_mode(), self.model.without_heads(heads):
+            for batch in self._batches(split, clips):
                 acts = half.acts[site][batch]
                 if edit is not None:
                     acts = edited(acts, half.frames[batch], edit, cfg["edit"] == "window")
-                states = self.model.go_on(acts, site)
-                options = {"blanks": cfg["blanks"], "symbols": point.arm == "symbols"}
-                pieces += self.model.say(states, cfg["max_tokens"], cfg["batch"], **options)
-        count = len(self.clips[split])
-        return [list(joined([pieces[i] for i in np.flatnonzero(half.clips == clip)])) for clip in range(count)]
+                for window, one in zip(
+                    batch, self.model.say(self.model.go_on(acts, site), cfg["max_tokens"], len(batch), **options)
+                ):
+                    pieces[int(half.clips[window])].append(one)
+        return [list(joined(found)) for found in pieces.values()]
+
+    def _batches(self, split: str, clips: Sequence[int]) -> list[np.ndarray]:
+        """Windows of some clips, of speech apart: a batch takes as long as its longest text."""
+        windows, own = np.arange(len(self._half[split].clips)), self._half[split].clips
+        talk = np.array([bool(clip.text) for clip in self.clips[split]])[own]
+        parts = [windows[np.isin(own, list(clips)) & (talk == speech)] for speech in (False, True)]
+        size = self.cfg["batch"]
+        return [part[first : first + size] for part in parts for first in range(0, len(part), size)]
 
     def rows(self, split: str, point: Point) -> list[dict[str, Any]]:
         """Raw rows of a point, one a clip."""
@@ -261,12 +266,15 @@ class Bench:
     def rank_heads(self) -> list[int]:
         """Heads of the decoder: that one first without which the fewest texts are written on val, or, of equals,
         without which no speech is the likeliest."""
+        other = [place for place, clip in enumerate(self.clips["val"]) if not clip.text]
         found = []
         for head in range(self.model.config.decoder_attention_heads):
-            said = self.said("val", Point("muted_heads", k=1), [head])
-            quiet = [one for clip, one in zip(self.clips["val"], said) if not clip.text]
-            rate = np.mean([written(one.text) for one in quiet])
-            found.append((rate, -np.mean([one.no_speech_prob for one in quiet]), head))
+            quiet = self._kept("val", Point("muted_heads"), [head], other)
+            rate, unlikely = (
+                np.mean([written(one.text) for one in quiet]),
+                np.mean([one.no_speech_prob for one in quiet]),
+            )
+            found.append((rate, -unlikely, head))
         return [head for _, _, head in sorted(found)]
 
 

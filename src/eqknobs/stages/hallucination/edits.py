@@ -1,4 +1,4 @@
-"""What is done to a Whisper so that it writes nothing where nobody speaks: directions in a layer, and features of its SAE.
+"""What is done to a Whisper so that it writes nothing where nobody speaks: directions in a layer, its SAE's features.
 
 An SAE's features are ranked by the weights β of a logistic regression on pooled codes (a feature's mean where it is not
 zero); of the k largest |β|, s = −sign(β). AudioSAE's form is decode(f + α s) (arXiv 2602.05027, appendix H, no clamp
