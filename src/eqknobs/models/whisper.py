@@ -81,8 +81,8 @@ class Whisper(LayeredEncoder):
         encoder, config = self.net.encoder, self.config
         self.sample_rate = self._extract.sampling_rate
         hop = self._extract.hop_length * encoder.conv1.stride[0] * encoder.conv2.stride[0]
-        self._window = config.max_source_positions * hop
-        seconds = self._window / self.sample_rate
+        self.window = config.max_source_positions * hop  # samples
+        seconds = self.window / self.sample_rate
         self._set_sites("encoder.layers", config.encoder_layers, config.d_model, hop, seconds)
         self._inside: list[int] = []  # frames of the clip, of each window that the encoder runs just now
 
@@ -121,8 +121,8 @@ class Whisper(LayeredEncoder):
     def _windows(self, wav: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         """Samples and log-mel spectrogram [1, mels, 2 * positions] of each window, the last one padded."""
         wave = self._wave(wav).cpu().numpy()
-        for start in range(0, len(wave), self._window):
-            piece = wave[start : start + self._window]
+        for start in range(0, len(wave), self.window):
+            piece = wave[start : start + self.window]
             features = self._extract(piece, sampling_rate=self.sample_rate, return_tensors="pt").input_features
             yield len(piece), features.to(self.device)
 
@@ -336,7 +336,7 @@ class Whisper(LayeredEncoder):
         if len(texts) != heard.count or len(heard.clips) != heard.count:
             raise EqknobsError(
                 f"model {self.name}: the likelihood of words needs one text a clip, and clips of up to "
-                f"{self._window / self.sample_rate:g} s; got {len(texts)} texts, {heard.count} clips, "
+                f"{self.window / self.sample_rate:g} s; got {len(texts)} texts, {heard.count} clips, "
                 f"{len(heard.clips)} windows"
             )
         prompt, end = self._prompt(), self.generation.eos_token_id
