@@ -109,8 +109,8 @@ class Outputs(NamedTuple):
 
 
 def written(text: str) -> bool:
-    """Whether words are left of a text after Whisper's normaliser, which drops what is in brackets."""
-    return bool(normalise(text))
+    """Whether letters or digits are left of a text after Whisper's normaliser, which drops what is in brackets."""
+    return any(sign.isalnum() for sign in normalise(text))
 
 
 def word_counts(text: str, said: str) -> dict[str, float]:
