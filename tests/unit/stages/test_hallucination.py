@@ -61,7 +61,7 @@ class Model:
         acts, frames = torch.zeros(len(wavs), 31, D), []  # the last position is padding, and tells `say`
         for row, wav in enumerate(wavs):
             frames.append(len(wav) // HOP)
-            talks = np.abs(np.fft.rfft(wav, RATE))[440] > 0.2 * np.abs(np.fft.rfft(wav, RATE)).max()
+            talks = np.abs(np.fft.rfft(wav, RATE))[440] > 0.9 * np.abs(np.fft.rfft(wav, RATE)).max()
             acts[row, : frames[-1], 0 if talks and np.any(wav) else 1] = 1
             acts[row, -1, 0] = float(talks and np.any(wav))
         return Halfway({site: acts for site in sites}, np.array(frames), np.arange(len(wavs)))

@@ -126,7 +126,7 @@ def word_counts(text: str, said: str) -> dict[str, float]:
 def judged(clip: Heard, said: Said, tau: float, speech: bool | None = None) -> dict[str, Any]:
     """The raw row of a clip; speech: a gate's verdict, which then counts as detection, None: the model's own."""
     text = "" if speech is False else said.text
-    row = {"id": clip.id, "speaker": clip.speaker, "split": clip.split, "domain": clip.domain, "transcript": text}
+    row: dict[str, Any] = {"id": clip.id, "speaker": clip.speaker, "split": clip.split, "domain": clip.domain, "transcript": text}
     row |= {"written": int(written(text)), "detected": int(said.no_speech_prob < tau if speech is None else speech)}
     row |= {"no_speech_prob": said.no_speech_prob, "logprob": said.logprob}
     return row | word_counts(clip.text, text)

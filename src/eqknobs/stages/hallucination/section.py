@@ -74,7 +74,7 @@ def frontier(rows: pd.DataFrame, measure: str, title: str, label: str) -> dict[s
             if len(test):
                 x, y = test["wer_text"], test[measure]
                 ends = [[v - test[f"{c}_low"], test[f"{c}_high"] - v] for v, c in ((x, "wer_text"), (y, measure))]
-                bars = {"elinewidth": 0.8, "ecolor": FAINT, "ls": "", "ms": 6}
+                bars: dict[str, Any] = {"elinewidth": 0.8, "ecolor": FAINT, "ls": "", "ms": 6}
                 axes.errorbar(x, y, yerr=ends[1], xerr=ends[0], color=color, marker=marker, label=name, **bars)
         axes.set(xlabel="WER of speech, against its text", ylabel=label, ylim=(-0.04, 1.04))
         legend(axes, 3)
