@@ -126,7 +126,13 @@ def word_counts(text: str, said: str) -> dict[str, float]:
 def judged(clip: Heard, said: Said, tau: float, speech: bool | None = None) -> dict[str, Any]:
     """The raw row of a clip; speech: a gate's verdict, which then counts as detection, None: the model's own."""
     text = "" if speech is False else said.text
-    row: dict[str, Any] = {"id": clip.id, "speaker": clip.speaker, "split": clip.split, "domain": clip.domain, "transcript": text}
+    row: dict[str, Any] = {
+        "id": clip.id,
+        "speaker": clip.speaker,
+        "split": clip.split,
+        "domain": clip.domain,
+        "transcript": text,
+    }
     row |= {"written": int(written(text)), "detected": int(said.no_speech_prob < tau if speech is None else speech)}
     row |= {"no_speech_prob": said.no_speech_prob, "logprob": said.logprob}
     return row | word_counts(clip.text, text)
@@ -420,7 +426,7 @@ def write_sounds(clips: Sequence[Heard], count: int, rate: int, folder: Path) ->
 def own_pieces(model: Any, cfg: HallucinationCfg, pieces: Pieces | None) -> Pieces:
     """The store for transcripts of this model at these settings, by this code."""
     code = [content(file) for file in module_inputs(__name__)]
-    settings = [cfg[key] for key in ("edit", "blanks", "max_tokens", "batch")]  # type: ignore[literal-required]
+    settings = [cfg[key] for key in ("edit", "blanks", "max_tokens", "batch")]
     packages = [version(name) for name in ("torch", "transformers")]
     made_of = [code, settings, model.revision, model.device, torch.get_num_threads(), packages]
     return (pieces or Pieces(None)).within(made_of)

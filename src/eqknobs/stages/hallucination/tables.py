@@ -125,8 +125,8 @@ def compared(raw: pd.DataFrame, form: str, at: Context) -> list[dict[str, Any]]:
         inside = arm in (*MODEL, *FORMS)
         for measure in (WRITTEN, DETECTED, NO_SPEECH, WER_TEXT) if inside else (WRITTEN, WER_TEXT):
             spoken = measure is WER_TEXT
-            sides = [rows[rows["domain"].isin(SPOKEN) == spoken] for rows in (mine, other)]
-            if record := compare(*sides, measure, at.cfg):
+            a, b = (rows[rows["domain"].isin(SPOKEN) == spoken] for rows in (mine, other))
+            if record := compare(a, b, measure, at.cfg):
                 about = {"property": None, "binning": None, "a": form, "b": arm}
                 found.append({**record, **about, "family": f"hallucination, {measure.name}"})
     return found
