@@ -24,6 +24,7 @@ RATIOS = {
     "l0": ("l0_sum", "frames"),
     "nll": ("nats", "tokens"),
     "accuracy": ("correct", "frames"),
+    "deletions": ("deleted", "words_text"),
     "within_one_bin": ("within_one", "frames"),
 }
 MEANS = ("speaker_similarity", "mel_distance", "centroid_hz", "centroid_correlation_frame", "f0_error_cents")
@@ -269,6 +270,38 @@ def check_splicing(run: Path, target: str, table: pd.DataFrame, cfg: dict[str, A
         for key, value in wanted.items():
             same(row[key], value, f"splicing {row['arm']} {row['sae']} {row['seed']} {key}")
             cells += 1
+    return cells
+
+
+def check_hallucinations(run: Path, model: str, table: pd.DataFrame, cfg: dict[str, Any]) -> int:
+    """Recompute measures of `hallucination.csv` and the comparisons of the summary from clips; returns how many
+    cells."""
+    raw = read(run / "scores" / f"{model}.hallucination.csv")
+    speech = raw["domain"].isin(["clean", "quiet", "noisy"])
+    raw = raw.assign(hallucination_rate=raw["written"], detection_rate=raw["detected"], speech=speech)
+    raw["detection_rate_speech"] = raw["detected"]
+    measures = {False: ("hallucination_rate", "detection_rate", "no_speech_prob")}
+    measures[True] = ("wer_text", "deletions", "detection_rate_speech")
+    cells = 0
+    for row in table.to_dict("records"):
+        rows = pick(raw, row, ["arm", "layer", "k", "alpha", "split"])
+        rows = rows if row["domain"] == "all" else rows[rows["domain"] == row["domain"]]
+        for spoken, names in measures.items():
+            for name in names:
+                found = estimate(rows[rows["speech"] == spoken], name, cfg)
+                for end, value in zip(("", "_low", "_high"), found):
+                    same(row[f"{name}{end}"], value, f"hallucination {row['arm']} {row['domain']} {name}{end}")
+                    cells += 1
+        assert row["clips"] == rows["id"].nunique() and row["speakers"] == rows["speaker"].nunique()
+    facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][model]
+    test = raw[raw["split"] == "test"]
+    for record in facts["comparisons"]:
+        if record["family"].startswith("hallucination, "):
+            own = test[test["speech"] == (record["measure"] == "wer_text")]
+            wanted = compared(*(own[own["arm"] == record[side]] for side in "ab"), record["measure"], cfg)
+            for key, value in wanted.items():
+                same(record[key], value, f"{record['family']} {record['b']} {key}")
+                cells += 1
     return cells
 
 
