@@ -195,9 +195,9 @@ class Digests:
     def of_sounds(self, index: str | Path, keep: bool = True) -> str:
         """A mark of a folder of sounds that changes when some that its index names were lost, and then stays.
 
-        index: the table of a stage's renders, the manifest of synthetic speech, or the report's page. keep: not in a dry run, after which the lost sound
-        may come back. Sounds are no outputs of their own, as nobody knows their names beforehand; so that lost ones are
-        made again, the rule that makes them has this mark in its parameter.
+        index: the table of a stage's renders, the manifest of synthetic speech, or the report's page. keep: not in a
+        dry run, after which the lost sound may come back. Sounds are no outputs of their own, as nobody knows their
+        names beforehand; so that lost ones are made again, the rule that makes them has this mark in its parameter.
         """
         index = Path(index)
         mark = self._section("marks").get(str(index), [])
