@@ -51,7 +51,7 @@ COLUMNS = [
 ]
 EQUAL_TIME_COLUMNS = ["library", "variant", "seconds", "steps", "fvu", "l0"]
 ALL_FAMILIES = ["topk", "topk+auxk", "batchtopk", "batchtopk+auxk", "jumprelu", "l1"]
-TARGETS = {"topk": 0.45, "batchtopk": 0.45, "rms_l1": 1.05}  # × floor
+TARGETS = {"topk": 0.45, "batchtopk": 0.45, "jumprelu": 1.05, "rms_l1": 1.05}  # × floor
 AUXK_TARGET = 0.3  # × floor more than without
 FLOOR = ("floor", "floor")
 Key = tuple[str, str]  # library, variant

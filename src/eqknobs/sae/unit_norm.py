@@ -58,6 +58,10 @@ class UnitNormSAE(SAE):
         """Values at those places (flat [n] with their features `cols`, or dense [B, m]) -> code, further loss."""
         return torch.relu(values), 0.0
 
+    def _finish(self, h: Tensor, pattern: Pattern, rebuilt: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What the sparse path adds that looks at more places than the code has: ẑ as it is, and further loss."""
+        return rebuilt, 0.0
+
     # --- shared
 
     def _bias(self) -> Tensor:
@@ -84,6 +88,8 @@ class UnitNormSAE(SAE):
             pattern, values = selected
             code, further = self._activate(encode_at(z, self.W_enc, bias, pattern, values), pattern.cols)
             rebuilt = decode(code, self.W_dec, pattern) + self.b_dec
+            rebuilt, more = self._finish(h, pattern, rebuilt)
+            further = further + more
             counts = torch.bincount(pattern.cols[code.detach() > 0], minlength=self.config.d_sae)
         error = z - rebuilt
         squared = error.square().sum()
