@@ -4,11 +4,11 @@
     .venv/bin/python tools/rehearse.py --work rehearsal moshiko           # 15.4 GB of disk, 12 GB of memory
     .venv/bin/python tools/rehearse.py --work rehearsal --write moshiko   # the checkpoint only
 
-Writes seeded random checkpoints in the hub's formats below --work, one tensor piece after another where they are large,
-then runs the shipped configuration on a few clips of the bundled corpus, one job at a time: paths, counts and the number
-of layers are lowered, everything else is as shipped. Of every stage the table says the peak memory (anonymous, and with
-the pages of files), what it left on the disk, and its seconds; `eqknobs plan` reads that. A case's rows replace those of
-its earlier rehearsal.
+Writes seeded random checkpoints in the hub's formats below --work, piece by piece where they are large, then runs the
+shipped configuration on a few clips of the bundled corpus, one job at a time: paths, counts and the number of layers
+are lowered, everything else is as shipped. Of every stage the table says the peak memory (anonymous, and with the pages
+of files), what it left on the disk, and its seconds; `eqknobs plan` reads that. A case's rows replace those of its
+earlier rehearsal.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from eqknobs.config import merge  # noqa: E402
 from eqknobs.errors import EqknobsError, one_line_errors  # noqa: E402
+from eqknobs.forecast import amount  # noqa: E402
 from eqknobs.io import atomic_path, output_file, output_folder, read_csv, require_free_disk, write_csv  # noqa: E402
 from eqknobs.models.moshi.config import MoshiConfig, raw_config  # noqa: E402
 from eqknobs.models.moshi.memory import SEVEN_B  # noqa: E402
@@ -43,10 +46,10 @@ from eqknobs.strict_yaml import read_yaml  # noqa: E402
 GIB = 1 << 30
 PIECE = 1 << 22  # values drawn at once
 COLUMNS = (
-    "config stage clips jobs audio_seconds peak_memory_gib peak_anonymous_gib disk_gib seconds device machine "
-    "measured_or_computed"
+    "config model kind stage clips jobs audio_seconds work unit peak_memory_gib peak_anonymous_gib disk_gib seconds "
+    "device machine measured_or_computed"
 ).split()
-PARTS = ("Snakefile", "rules", "workflow", "src", "config", "profiles", "envs", "resources")
+PARTS = ("rules", "workflow", "src", "config", "profiles", "envs")
 # What a count becomes, wherever it stands; the shipped value where that is smaller.
 FEW = {
     "clips": 2,
@@ -88,6 +91,7 @@ class Case:
 
     config: str
     model: str
+    kind: str
     write: Callable[[Path, int], None]
     targets: tuple[str, ...]
     clips: int
@@ -217,30 +221,32 @@ AUDIOSAE = {"sae_seeds": [0, 1]}
 CODEC = {"report": {"clips": 1}, "saes": {"topk": {"grid": {"k": [16, 32]}}}}
 CACHES = ("caches",)
 CASES = {
-    "mimi": Case("librispeech-mimi", "mimi", write_mimi, ("mimi.encoder_transformer",), 24, change=CODEC),
-    "encodec": Case("librispeech-mimi", "encodec", write_encodec, ("encodec.encoder",), 24, change=CODEC),
-    "dac": Case("librispeech-mimi", "dac", write_dac, ("dac.encoder",), 24, change=CODEC),
+    "mimi": Case("librispeech-mimi", "mimi", "mimi", write_mimi, ("mimi.encoder_transformer",), 24, change=CODEC),
+    "encodec": Case("librispeech-mimi", "encodec", "encodec", write_encodec, ("encodec.encoder",), 24, change=CODEC),
+    "dac": Case("librispeech-mimi", "dac", "dac", write_dac, ("dac.encoder",), 24, change=CODEC),
     "whisper-small": Case(
         "audiosae-whisper",
         "whisper-small",
+        "whisper",
         write_whisper,
-        ("whisper-small.layer.5", "whisper-small.layer.6"),
+        ("whisper-small.layer.10", "whisper-small.layer.11"),
         24,
         change=AUDIOSAE,
     ),
     "hubert-base": Case(
         "audiosae-hubert",
         "hubert-base",
+        "hubert",
         write_hubert,
-        ("hubert-base.layer.5", "hubert-base.layer.6"),
+        ("hubert-base.layer.10", "hubert-base.layer.11"),
         24,
         change=AUDIOSAE,
     ),
     "moshiko": Case(
-        "moshiko", "moshiko", write_moshi, ("moshiko.residual.15", "moshiko.heads.15"), 12, CACHES, talk=0.4
+        "moshiko", "moshiko", "moshi", write_moshi, ("moshiko.residual.15", "moshiko.heads.15"), 12, CACHES, talk=0.4
     ),
     "personaplex": Case(
-        "personaplex", "personaplex", _persona, ("personaplex.residual.15", "personaplex.heads.15"), 12, CACHES
+        "personaplex", "personaplex", "moshi", _persona, ("personaplex.residual.15", "personaplex.heads.15"), 12, CACHES
     ),
 }
 
@@ -260,11 +266,9 @@ def few(section: Any) -> Any:
 
 def rehearsed(case: Case, shipped: dict[str, Any], models: Path, threads: int) -> dict[str, Any]:
     """The configuration of a rehearsal: the shipped one with paths, counts and targets of its own."""
-    from eqknobs.config import merge
-
     config = few(shipped)
     config["run"] = config["run"] | {"name": case.model, "targets": list(case.targets)}
-    speech = {"source": "folder", "path": str(ROOT / "resources/corpus"), "subset": None}
+    speech: dict[str, Any] = {"source": "folder", "path": str(ROOT / "resources/corpus"), "subset": None}
     speech |= {"labels": str(ROOT / "resources/corpus/labels.csv"), "min_seconds": 1.0}
     config["data"] |= speech | {"max_utterances": case.clips}
     for corpus in config.get("corpora", {}).values():
@@ -273,8 +277,7 @@ def rehearsed(case: Case, shipped: dict[str, Any], models: Path, threads: int) -
         if corpus["source"] != "union":
             corpus["max_utterances"] = case.clips
     own = next(iter(shipped["models"].values()))
-    kinds = {"encodec": "encodec", "dac": "dac"}
-    model = {**own, "kind": kinds.get(case.model, own["kind"]), "path": str(models / case.model), "revision": None}
+    model = {**own, "kind": case.kind, "path": str(models / case.model), "revision": None}
     if model["kind"] == "moshi":
         model |= {"codec": str(models / "mimi"), "codec_revision": None}
     config["models"] = {case.model: model}
@@ -321,7 +324,8 @@ class Sampler:
                 try:
                     lines = dict(line.split(":", 1) for line in (path / "status").read_text().splitlines())
                     parents[int(path.name)] = int(lines["PPid"])
-                    sizes[int(path.name)] = tuple(int(lines[k].split()[0]) << 10 for k in ("RssAnon", "VmRSS"))
+                    anonymous, total = (int(lines[key].split()[0]) << 10 for key in ("RssAnon", "VmRSS"))
+                    sizes[int(path.name)] = anonymous, total
                 except (OSError, KeyError, ValueError):  # gone meanwhile, or a kernel's thread
                     continue
         family, new = set(), {self.root}
@@ -383,29 +387,44 @@ def run_workflow(case: Case, name: str, work: Path, models: Path, threads: int) 
     folder = work / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for part in PARTS:
-        (folder / part).symlink_to(ROOT / part)
+    (folder / "resources").symlink_to(ROOT / "resources")
+    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
+    for part in PARTS:  # copied: the checkout may be edited while hours of a rehearsal go by
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shipped = read_yaml(ROOT / f"config/{case.config}.yaml")
     config = rehearsed(case, shipped, models, threads)
     (folder / "rehearsal.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "snakemake", *case.goals, "--cores", str(threads), "--configfile", "rehearsal.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        *case.goals,
+        "--cores",
+        str(threads),
+        "--configfile",
+        "rehearsal.yaml",
+    ]
     rows: list[dict[str, Any]] = []
     with (folder / "log").open("w") as log:
-        done = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=subprocess.STDOUT)
         with measured(rows, folder, case.model, done.pid):
             done.wait()
     if done.returncode:
         said = "\n".join((folder / "log").read_text().splitlines()[-40:])
         print(said, file=sys.stderr)
         print(f"{name}: ended with {done.returncode}; {folder}/log has it all", file=sys.stderr)
-    manifest = read_csv(folder / "results" / case.model / "manifest/manifest.csv")
-    facts = {"clips": len(manifest), "audio_seconds": float(manifest["seconds"].sum())}
-    return [row | facts for row in rows]
+    speech = folder / "results" / case.model / "manifest/manifest.csv"
+    heard = [read_csv(file)["seconds"].sum() for file in [speech, *speech.parent.glob("*/manifest.csv")]]
+    facts = {"clips": len(read_csv(speech)), "audio_seconds": float(sum(heard))}
+    counts = Counter(row["stage"] for row in rows)
+    whole = merge(read_yaml(ROOT / "config/config.yaml"), config)
+    done_there = {stage: amount(whole, stage, facts["audio_seconds"], count) for stage, count in counts.items()}
+    return [row | facts | dict(zip(("work", "unit"), done_there[row["stage"]], strict=True)) for row in rows]
 
 
-def environment() -> dict[str, str]:
-    """Of what runs: this checkout's package, no network."""
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def environment(checkout: Path = ROOT) -> dict[str, str]:
+    """Of what runs: the package of a checkout, no network."""
+    return {**os.environ, "PYTHONPATH": str(checkout / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run_talk(case: Case, work: Path, models: Path) -> dict[str, Any]:
@@ -425,7 +444,7 @@ def run_talk(case: Case, work: Path, models: Path) -> dict[str, Any]:
         raise EqknobsError(f"eqknobs talk ended with {done.returncode}: it has said why")
     seconds = time.perf_counter() - start
     row = {"stage": "talk", "seconds": seconds, "disk": bytes_below(folder), "clips": 1, "audio_seconds": case.talk}
-    return row | {"anonymous": anonymous, "total": total}
+    return row | {"anonymous": anonymous, "total": total, "work": case.talk, "unit": "s of sound"}
 
 
 def machine() -> str:
@@ -443,11 +462,15 @@ def table(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
         sums = jobs[["seconds", "disk"]].sum()
         found.append(
             {
-                "config": f"{CASES[name].config}:{CASES[name].model}",
+                "config": CASES[name].config,
+                "model": CASES[name].model,
+                "kind": CASES[name].kind,
                 "stage": stage,
                 "clips": int(jobs["clips"].iloc[0]),
                 "jobs": len(jobs),
                 "audio_seconds": round(jobs["audio_seconds"].iloc[0], 1),
+                "work": round(jobs["work"].iloc[0], 1),
+                "unit": jobs["unit"].iloc[0],
                 "peak_memory_gib": round(jobs["total"].max() / GIB, 3),
                 "peak_anonymous_gib": round(jobs["anonymous"].max() / GIB, 3),
                 "disk_gib": round(max(0.0, sums["disk"]) / GIB, 6),
