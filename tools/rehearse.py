@@ -22,9 +22,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from stat import S_ISREG
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -337,12 +338,13 @@ class Sampler:
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of the files below a folder, hard links counted once; Snakemake's own left out."""
+    """Bytes of the files below a folder, hard links counted once."""
     found = {}
     for path in folder.rglob("*"):
-        if ".snakemake" not in path.parts and path.is_file() and not path.is_symlink():
-            state = path.stat()
-            found[state.st_ino] = state.st_size
+        with suppress(OSError):  # gone meanwhile
+            state = path.lstat()
+            if S_ISREG(state.st_mode):
+                found[state.st_ino] = state.st_size
     return sum(found.values())
 
 
@@ -354,11 +356,12 @@ def measured(rows: list[dict[str, Any]], folder: Path, run: str, snakemake: int)
     Jobs run one after another; the one whose time Snakemake has just written down is the one that was sampled.
     """
     times, done = folder / "results" / run / "benchmarks", Event()
+    written = (folder / "results", folder / "work")
     with Sampler(snakemake) as sampler:
 
         def watch() -> None:
             seen: set[Path] = set()
-            disk = bytes_below(folder)
+            disk = sum(map(bytes_below, written))
             last = False
             while not last:
                 last = done.wait(0.2)
@@ -368,7 +371,7 @@ def measured(rows: list[dict[str, Any]], folder: Path, run: str, snakemake: int)
                         continue
                     seen.add(path)
                     anonymous, total = sampler.take()
-                    before, disk = disk, bytes_below(folder)
+                    before, disk = disk, sum(map(bytes_below, written))
                     seconds = float(lines[1].split("\t")[0])
                     row = {"stage": path.name.split(".")[0], "seconds": seconds, "disk": disk - before}
                     rows.append(row | {"anonymous": anonymous, "total": total})
