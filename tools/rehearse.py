@@ -7,7 +7,8 @@
 Writes seeded random checkpoints in the hub's formats below --work, piece by piece where they are large, then runs the
 shipped configuration on a few clips of the bundled corpus, one job at a time: paths, counts and the number of layers
 are lowered, everything else is as shipped. Of every stage the table says the peak memory (anonymous, and with the pages
-of files), what it left on the disk, and its seconds; `eqknobs plan` reads that. A case's rows replace those of its
+of files), what it left on the disk, and its seconds, by the clock and of CPU (with one thread the
+same on a quiet machine); `eqknobs plan` reads that. A case's rows replace those of its
 earlier rehearsal.
 """
 
@@ -48,7 +49,7 @@ GIB = 1 << 30
 PIECE = 1 << 22  # values drawn at once
 COLUMNS = (
     "config model kind stage clips jobs audio_seconds work unit peak_memory_gib peak_anonymous_gib disk_gib seconds "
-    "device machine measured_or_computed"
+    "cpu_seconds device machine measured_or_computed"
 ).split()
 PARTS = ("rules", "workflow", "src", "config", "profiles", "envs")
 # What a count becomes, wherever it stands; the shipped value where that is smaller.
@@ -68,7 +69,7 @@ FEW = {
     "random_plans": 1,
     "heard_random": 1,
     "segment_seconds": 0.5,
-    "permutations": 19,
+    "permutations": 99,
     "resamples": 20,
     "shuffles": 2,
     "shifts": 1,
@@ -267,7 +268,7 @@ def few(section: Any) -> Any:
 
 def rehearsed(case: Case, shipped: dict[str, Any], models: Path, threads: int) -> dict[str, Any]:
     """The configuration of a rehearsal: the shipped one with paths, counts and targets of its own."""
-    config = few(shipped)
+    config = few(merge(read_yaml(ROOT / "config/config.yaml"), shipped))
     config["run"] = config["run"] | {"name": case.model, "targets": list(case.targets)}
     speech: dict[str, Any] = {"source": "folder", "path": str(ROOT / "resources/corpus"), "subset": None}
     speech |= {"labels": str(ROOT / "resources/corpus/labels.csv"), "min_seconds": 1.0}
@@ -289,12 +290,22 @@ def rehearsed(case: Case, shipped: dict[str, Any], models: Path, threads: int) -
 # ---------------------------------------------------------------- measuring
 
 
+@dataclass
+class Used:
+    """What processes have used: bytes at most, anonymous and with pages of files, and seconds of CPU."""
+
+    anonymous: int = 0
+    total: int = 0
+    cpu: float = 0.0
+
+
 class Sampler:
-    """Peak memory of a process's descendants, all together: anonymous bytes, and these with pages of files."""
+    """What a process's descendants use, all together, sampled; `take` says it since the last call."""
 
     def __init__(self, root: int, every: float = 0.2):
         self.root, self.every = root, every
-        self._peak, self._lock, self._done = [0, 0], Lock(), Event()
+        self._used, self._lock, self._done = Used(), Lock(), Event()
+        self._ticks: dict[int, int] = {}
         self._thread = Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Sampler":
@@ -305,36 +316,43 @@ class Sampler:
         self._done.set()
         self._thread.join()
 
-    def take(self) -> tuple[int, int]:
-        """(anonymous, total) bytes at most since the last call."""
+    def take(self) -> Used:
         with self._lock:
-            found, self._peak = self._peak, [0, 0]
-        return found[0], found[1]
+            found, self._used = self._used, Used()
+        return found
 
     def _watch(self) -> None:
         while not self._done.wait(self.every):
-            anonymous, total = self._now()
+            family = self._family()
+            anonymous, total, cpu = 0, 0, 0.0
+            for pid in family:
+                with suppress(OSError, KeyError, ValueError):  # gone meanwhile
+                    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                    anonymous += int(lines["RssAnon"].split()[0]) << 10
+                    total += int(lines["VmRSS"].split()[0]) << 10
+                    ticks = sum(map(int, _fields(pid)[11:13]))  # user and system
+                    cpu += (ticks - self._ticks.get(pid, 0)) / os.sysconf("SC_CLK_TCK")
+                    self._ticks[pid] = ticks
             with self._lock:
-                self._peak = [max(self._peak[0], anonymous), max(self._peak[1], total)]
+                used = self._used
+                self._used = Used(max(used.anonymous, anonymous), max(used.total, total), used.cpu + cpu)
 
-    def _now(self) -> tuple[int, int]:
+    def _family(self) -> set[int]:
         parents: dict[int, int] = {}
-        sizes: dict[int, tuple[int, int]] = {}
         for path in Path("/proc").iterdir():
             if path.name.isdigit():
-                try:
-                    lines = dict(line.split(":", 1) for line in (path / "status").read_text().splitlines())
-                    parents[int(path.name)] = int(lines["PPid"])
-                    anonymous, total = (int(lines[key].split()[0]) << 10 for key in ("RssAnon", "VmRSS"))
-                    sizes[int(path.name)] = anonymous, total
-                except (OSError, KeyError, ValueError):  # gone meanwhile, or a kernel's thread
-                    continue
+                with suppress(OSError, IndexError):
+                    parents[int(path.name)] = int(_fields(int(path.name))[1])
         family, new = set(), {self.root}
         while new:
             family |= new
             new = {pid for pid, parent in parents.items() if parent in new} - family
-        found = [sizes[pid] for pid in family - {self.root} if pid in sizes]
-        return sum(a for a, _ in found), sum(t for _, t in found)
+        return family - {self.root}
+
+
+def _fields(pid: int) -> list[str]:
+    """/proc/<pid>/stat after the name of the command: state, parent, …"""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def bytes_below(folder: Path) -> int:
@@ -370,11 +388,11 @@ def measured(rows: list[dict[str, Any]], folder: Path, run: str, snakemake: int)
                     if len(lines) < 2:
                         continue
                     seen.add(path)
-                    anonymous, total = sampler.take()
+                    used = sampler.take()
                     before, disk = disk, sum(map(bytes_below, written))
                     seconds = float(lines[1].split("\t")[0])
                     row = {"stage": path.name.split(".")[0], "seconds": seconds, "disk": disk - before}
-                    rows.append(row | {"anonymous": anonymous, "total": total})
+                    rows.append(row | vars(used))
 
         thread = Thread(target=watch)
         thread.start()
@@ -420,8 +438,7 @@ def run_workflow(case: Case, name: str, work: Path, models: Path, threads: int) 
     heard = [read_csv(file)["seconds"].sum() for file in [speech, *speech.parent.glob("*/manifest.csv")]]
     facts = {"clips": len(read_csv(speech)), "audio_seconds": float(sum(heard))}
     counts = Counter(row["stage"] for row in rows)
-    whole = merge(read_yaml(ROOT / "config/config.yaml"), config)
-    done_there = {stage: amount(whole, stage, facts["audio_seconds"], count) for stage, count in counts.items()}
+    done_there = {stage: amount(config, stage, facts["audio_seconds"], count) for stage, count in counts.items()}
     return [row | facts | dict(zip(("work", "unit"), done_there[row["stage"]], strict=True)) for row in rows]
 
 
@@ -442,12 +459,12 @@ def run_talk(case: Case, work: Path, models: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with Sampler(os.getpid()) as sampler:
         done = subprocess.run(command, cwd=folder, env=environment())
-        anonymous, total = sampler.take()
+        used = sampler.take()
     if done.returncode:
         raise EqknobsError(f"eqknobs talk ended with {done.returncode}: it has said why")
     seconds = time.perf_counter() - start
     row = {"stage": "talk", "seconds": seconds, "disk": bytes_below(folder), "clips": 1, "audio_seconds": case.talk}
-    return row | {"anonymous": anonymous, "total": total, "work": case.talk, "unit": "s of sound"}
+    return row | vars(used) | {"work": case.talk, "unit": "s of sound"}
 
 
 def machine() -> str:
@@ -462,7 +479,7 @@ def table(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The records of a case's jobs as rows of full_size.csv, one a stage."""
     found = []
     for stage, jobs in pd.DataFrame(rows).groupby("stage", sort=False):
-        sums = jobs[["seconds", "disk"]].sum()
+        sums = jobs[["seconds", "cpu", "disk"]].sum()
         found.append(
             {
                 "config": CASES[name].config,
@@ -478,6 +495,7 @@ def table(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
                 "peak_anonymous_gib": round(jobs["anonymous"].max() / GIB, 3),
                 "disk_gib": round(max(0.0, sums["disk"]) / GIB, 6),
                 "seconds": round(sums["seconds"], 1),
+                "cpu_seconds": round(sums["cpu"], 1),
                 "device": "cpu",
                 "machine": machine(),
                 "measured_or_computed": "measured",
@@ -487,13 +505,14 @@ def table(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def put(path: Path, rows: pd.DataFrame) -> None:
-    """Write rows into the table; they replace those of the same configuration (of `talk` its own row only)."""
+    """Write a case's rows into the table, in place of its earlier ones; an answer, which is a command of its own, and
+    the stages of a run replace only their like."""
     if path.is_file():
         old = read_csv(path)
-        same = old["config"].isin(rows["config"]) & (old["stage"].isin(rows["stage"]) | (old["stage"] != "talk"))
-        only_talk = set(rows["stage"]) == {"talk"}
-        rows = pd.concat([old[~(same & (old["stage"] == "talk") if only_talk else same)], rows], ignore_index=True)
-    write_csv(path, rows.sort_values("config", kind="stable"))
+        spoken, replaced = old["stage"] == "talk", set(rows["stage"] == "talk")
+        gone = old["model"].isin(rows["model"]) & spoken.isin(replaced)
+        rows = pd.concat([old[~gone], rows], ignore_index=True)
+    write_csv(path, rows.sort_values(["config", "model"], kind="stable"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ CLIP_SECONDS = 12.3  # mean length of LibriSpeech's utterances; shorter corpora 
 ASSUMPTIONS = (
     "time and disk grow in proportion to a stage's work (clips, seconds of sound, epochs, features), memory does not",
     f"a clip lasts {CLIP_SECONDS} s (LibriSpeech's mean), all together max_minutes at most",
-    "one job at a time, on the machine that was measured; nothing is known of a GPU's speed",
+    "one job at a time with one thread, on the machine that was measured; nothing is known of a GPU's speed",
 )
 Config = Mapping[str, Any]
 
@@ -42,16 +42,20 @@ class Work:
     disk: str = "work"  # or jobs, sound
 
 
+def _saes(config: Config) -> list[dict[str, Any]]:
+    return [sae for sae in (config["saes"] or {}).values() if sae]
+
+
 def _epochs(config: Config, grid: bool = False) -> float:
     """Features times epochs, a mean over SAEs; grid: of those with one, all their points."""
-    saes = [sae for sae in (config["saes"] or {}).values() if "grid" in sae or not grid]
+    saes = [sae for sae in _saes(config) if "grid" in sae or not grid]
     points = [max(map(len, sae["grid"].values())) if grid else 1 for sae in saes]
     found = [count * sae["d_sae"] * sae["epochs"] for count, sae in zip(points, saes, strict=True)]
     return sum(found) / max(1, len(found))
 
 
 def _features(config: Config) -> float:
-    return sum(sae["d_sae"] for sae in (config["saes"] or {}).values())
+    return sum(sae["d_sae"] for sae in _saes(config))
 
 
 def _of(config: Config, stage: str, key: str, default: float = 0) -> Any:
@@ -205,9 +209,8 @@ def parse_jobs(said: str) -> Jobs:
         stage = name.removeprefix("corpus_")
         if stage != "all":
             found[stage] = found.get(stage, 0) + int(count)
-    others = set(re.findall(r"output: .*?/manifest/([\w-]+)/manifest\.csv", said))
-    speech = re.search(r"output: .*?/manifest/manifest\.csv", said)
-    return Jobs(found, (*([SPEECH] if speech else []), *sorted(others)))
+    drawn = re.findall(r"Draw the manifest(?: of ([\w-]+))?$", said, re.M)  # the messages of rules/data.smk
+    return Jobs(found, tuple(dict.fromkeys(sorted(name or SPEECH for name in drawn))))
 
 
 def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.DataFrame:
@@ -217,7 +220,7 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
     measured: full_size.csv. Of several rehearsals the one of the run's own model is taken, else one of its kind.
     """
     rows = _like(config, measured).set_index("stage")
-    start = float(rows.loc["manifest", "seconds"] / rows.loc["manifest", "jobs"]) if "manifest" in rows.index else 0.0
+    start = rows.loc["manifest", "cpu_seconds"] / rows.loc["manifest", "jobs"] if "manifest" in rows.index else 0.0
     audio = sound_seconds(config, jobs.corpora)
     found = []
     for stage, count in jobs.by_stage.items():
@@ -225,7 +228,7 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
         if stage in rows.index:
             row = rows.loc[stage]
             more = amount(config, stage, audio, count)[0] / row["work"] if row["work"] else 0.0
-            busy = max(0.0, row["seconds"] - start * row["jobs"])
+            busy = max(0.0, row["cpu_seconds"] - start * row["jobs"])
             share = count / row["jobs"]
             by = WORK.get(stage, WORK["report"]).disk
             grown = {"work": more, "jobs": share, "sound": share * audio / row["audio_seconds"]}[by]
@@ -273,8 +276,9 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['stage']:<22} {int(row['jobs']):>5} {' '.join(cells)}"
 
 
-def plan(file: str | Path, config: dict[str, Any], measurements: Path = MEASURED) -> list[str]:
+def plan(file: str | Path, config: dict[str, Any], measurements: Path | None = None) -> list[str]:
     """What the run of a configuration file will take, as text. Raises EqknobsError: see `count_jobs`, no table."""
+    measurements = measurements or MEASURED
     if not measurements.is_file():
         raise EqknobsError(f"{measurements}: no such table; run eqknobs plan in a checkout, or tools/rehearse.py first")
     return lines(config, count_jobs(file), read_csv(measurements))
