@@ -35,13 +35,13 @@ class Pattern:
     @cached_property
     def rows(self) -> Tensor:
         """The frame of each entry, int64 [n]."""
-        return torch.repeat_interleave(torch.arange(self.frames), self.crow.diff())
+        return torch.repeat_interleave(torch.arange(self.frames, device=self.crow.device), self.crow.diff())
 
     @cached_property
     def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """For the transposed matrix: the order of its entries, where its rows start, its columns."""
         order = torch.argsort(self.cols, stable=True)
-        crow = torch.zeros(self.features + 1, dtype=torch.int64)
+        crow = torch.zeros(self.features + 1, dtype=torch.int64, device=self.cols.device)
         torch.cumsum(torch.bincount(self.cols, minlength=self.features), 0, out=crow[1:])
         return order, crow, self.rows[order]
 
@@ -132,14 +132,16 @@ def row_top_k(h: Tensor, k: int) -> tuple[Pattern, Tensor]:
         cols = found // k * groups + chosen.gather(1, found % k)
     else:
         cols = _largest(h, k)
-    cols = torch.from_numpy(np.sort(cols.numpy(), axis=1))
+    cols = cols.sort(dim=1).values if cols.is_cuda else torch.from_numpy(np.sort(cols.numpy(), axis=1))
     values = h.gather(1, cols)
-    crow = torch.arange(0, frames * k + 1, k)
+    crow = torch.arange(0, frames * k + 1, k, device=h.device)
     return Pattern(crow, cols.reshape(-1), features), values.reshape(-1)
 
 
 def _largest(h: Tensor, k: int) -> Tensor:
     """Columns of the k largest entries of each row, in no order, int64 [B, k]."""
+    if h.is_cuda:
+        return h.topk(k, dim=1, sorted=False).indices
     return torch.from_numpy(np.argpartition(h.numpy(), h.shape[1] - k, axis=1)[:, h.shape[1] - k :])
 
 

@@ -11,6 +11,7 @@ from eqknobs.sae.base import SAE, SAEConfig, Step
 from eqknobs.sae.kernels import Pattern, decode, encode_at
 
 AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, appendix A.2
+SPARSE_ON = ("cpu",)  # devices on which the sparse products are the faster ones; `tools/gpu_check.py` tries cuda
 AUX_STRIDE = 4  # AuxK looks at every fourth frame: the same gradient on average, a quarter of its cost
 
 
@@ -74,7 +75,7 @@ class UnitNormSAE(SAE):
     def _step(self, z: Tensor, dead: Tensor | None) -> Step:
         bias = self._bias()
         selected = None
-        if not z.is_cuda:
+        if z.device.type in SPARSE_ON:
             with torch.no_grad():
                 h = torch.addmm(bias, z, self.W_enc.T)
                 selected = self._select(h)
