@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,37 +120,18 @@ def check_tests(check: Check) -> None:
 
 def check_moshi(check: Check) -> None:
     """A 7B model in NF4 under a hard cap: it loads, hears, answers, loses heads; then packed integers of 3 bits."""
-    from eqknobs.models.moshi.adapter import Moshi
     from eqknobs.models.moshi.interventions import remove_heads
     from eqknobs.models.moshi.memory import SEVEN_B
-    from helpers.moshi_world import KYUTAI, write_codec
+    from helpers.moshi_world import KYUTAI
 
-    size, device = (KYUTAI if check.tiny else SEVEN_B), check.device
+    size, device, part = (KYUTAI if check.tiny else SEVEN_B), check.device, "moshi nf4"
     seconds, heads = (2.0, 4) if check.tiny else (SECONDS, HEADS)
-    folder, codec = check.work / "moshi", check.work / "mimi"
-    if not (folder / "config.json").is_file():
-        rehearse.write_moshi(folder, 0, size)
-    if not (codec / "config.json").is_file():
-        write_codec(codec) if check.tiny else rehearse.write_mimi(codec, 0)
+    folder, codec = written(check, size)
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_GIB * GIB / total))
-    peak, part = Peak(device), "moshi nf4"
-    start = settled(device)
-    cfg: Any = {"name": "moshi", "kind": "moshi", "path": str(folder), "codec": str(codec), "device": device}
-    model = Moshi({**cfg, "revision": None, "nf4": True, "dtype": "bfloat16"})
-    check.found(part, "load", settled(device) - start, "s")
-    check.found(part, "peak memory, load", peak.gib(), "GiB", CAP_GIB if device == "cuda" else None)
-    noise = np.random.default_rng(0).standard_normal(round(seconds * model.sample_rate)).astype(np.float32)
-    wav = 0.05 * np.convolve(noise, np.ones(16, np.float32) / 16, "same")
-    last = size.layers - 1
-    peak.reset()
-    start = settled(device)
-    acts = model.encode_sites(wav, [f"residual.{last}", f"heads.{last}"])
-    check.found(part, f"cache {seconds:g} s at two sites of the last layer", settled(device) - start, "s")
-    check.found(part, "peak memory, cache", peak.gib(), "GiB", CAP_GIB if device == "cuda" else None)
-    if not all(np.isfinite(values).all() for values in acts.values()):
-        raise EqknobsError("activations are not finite")
+    model = loaded(check, part, folder, codec)
+    heard(check, part, model, seconds)
     frames = math.ceil(seconds * 12.5)
     answered(check, part, model.net, frames)
     rng = random.Random(0)
@@ -160,10 +142,58 @@ def check_moshi(check: Check) -> None:
     check.found(part, f"remove {heads} heads", settled(device) - start, "s")
     answered(check, f"{part}, {heads} heads less", model.net, min(frames, 50))
     files = model.files
-    del model, acts
-    peak.reset()
+    del model
     net = packed_from(files, device, check)
     answered(check, "moshi 3 bits", net, min(frames, 50))
+
+
+def written(check: Check, size: Any) -> tuple[Path, Path]:
+    """Folders of a random Moshi and of its codec, written unless they are there."""
+    from helpers.moshi_world import write_codec
+
+    folder, codec = check.work / "moshi", check.work / "mimi"
+    start = time.perf_counter()
+    if not (folder / "config.json").is_file():
+        rehearse.write_moshi(folder, 0, size)
+    if not (codec / "config.json").is_file():
+        write_codec(codec) if check.tiny else rehearse.write_mimi(codec, 0)
+    check.found("moshi nf4", "write the random checkpoint", time.perf_counter() - start, "s")
+    return folder, codec
+
+
+def loaded(check: Check, part: str, folder: Path, codec: Path) -> Any:
+    """The model in NF4, as `models.<name>.nf4: true` gives it; its time and peak."""
+    from eqknobs.models.moshi.adapter import Moshi
+
+    start, peak = settled(check.device), Peak(check.device)
+    model = Moshi(
+        {
+            "name": "moshi",
+            "kind": "moshi",
+            "path": str(folder),
+            "revision": None,
+            "codec": str(codec),
+            "device": check.device,
+            "nf4": True,
+            "dtype": "bfloat16",
+        }
+    )
+    check.found(part, "load", settled(check.device) - start, "s")
+    check.found(part, "peak memory, load", peak.gib(), "GiB", CAP_GIB if check.device == "cuda" else None)
+    return model
+
+
+def heard(check: Check, part: str, model: Any, seconds: float) -> None:
+    """Cache so much noise at two sites. Raises EqknobsError where activations are not finite."""
+    noise = np.random.default_rng(0).standard_normal(round(seconds * model.sample_rate)).astype(np.float32)
+    wav = 0.05 * np.convolve(noise, np.ones(16, np.float32) / 16, "same")
+    last = model.config.layers - 1
+    peak, start = Peak(check.device), settled(check.device)
+    acts = model.encode_sites(wav, [f"residual.{last}", f"heads.{last}"])
+    check.found(part, f"cache {seconds:g} s at two sites of the last layer", settled(check.device) - start, "s")
+    check.found(part, "peak memory, cache", peak.gib(), "GiB", CAP_GIB if check.device == "cuda" else None)
+    if not all(np.isfinite(values).all() for values in acts.values()):
+        raise EqknobsError("activations are not finite")
 
 
 def packed_from(files: Any, device: str, check: Check) -> Any:
@@ -232,7 +262,7 @@ def check_sae(check: Check) -> None:
     for key, make in build.items():
         try:
             runner = make(task, data)
-            found = stepped(lambda number, r=runner: turn(r, data, number, task.batch), check.device, rounds)
+            found = stepped(partial(turn, runner, data, task.batch), check.device, rounds)
             check.found("sae", f"{key[0]} {key[1]}", found / base, "x six products")
         except Exception as error:  # a peer that knows no such device is no reason to end
             check.skipped("sae", f"{key[0]} {key[1]}: {error}")
@@ -240,13 +270,13 @@ def check_sae(check: Check) -> None:
     try:
         unit_norm.SPARSE_ON = (check.device,)
         runner = build["eqknobs", "topk"](task, data)
-        found = stepped(lambda number: turn(runner, data, number, task.batch), check.device, rounds)
+        found = stepped(partial(turn, runner, data, task.batch), check.device, rounds)
         check.found("sae", "eqknobs topk, sparse products", found / base, "x six products")
     finally:
         unit_norm.SPARSE_ON = before
 
 
-def turn(runner: Any, data: Any, number: int, size: int) -> None:
+def turn(runner: Any, data: Any, size: int, number: int) -> None:
     """One training step of a contestant."""
     runner.put_to_sleep()
     runner.step(*data.batch(number, size))
