@@ -76,8 +76,12 @@ SECTIONS = (
     {}
 )  # stage -> what of the run it works on: targets, and what else its section needs to know
 
-# One GPU, one job on it, also when the user forgets `--resources gpu=1`.
-if workflow.is_main_process and "gpu" not in workflow.global_resources:
+# One GPU, one job on it, also when the user forgets `--resources gpu=1`. A cluster has as many as it has.
+if (
+    workflow.is_main_process
+    and workflow.local_exec
+    and "gpu" not in workflow.global_resources
+):
     workflow.register_resource("gpu", Resource("gpu", 1))
 
 

@@ -29,7 +29,7 @@ rule originals:
         gpu=gpu,
     params:
         cfg=cfg(
-            "originals", lambda wildcards: {"judges": config["judges"]}, asr=asr_files
+            "originals", lambda wildcards: {"judges": but(config["judges"], "answer_window")}, asr=asr_files
         ),
     message:
         "Transcribe the untouched test clips"
@@ -84,7 +84,7 @@ if JUDGED:
             cfg=cfg(
                 "judgements",
                 lambda wildcards: {
-                    "judges": config["judges"],
+                    "judges": but(config["judges"], "answer_window"),
                     "dnsmos": sorted(RATED & {sound for sound, _ in JUDGED}),
                 },
                 asr=asr_files,

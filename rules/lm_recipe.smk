@@ -1,12 +1,16 @@
 RECOVERED = config["lm_recipe"]["models"]
 SECTIONS["lm_recipe"] = {"targets": RECOVERED}
-TABLES += ["lm_recipe"]
+TABLES += ["lm_recipe", "lm_recovery"]
 TABLE_INPUTS += expand(
     f"{RUN}/{{file}}",
     file=[
         file.format(model=model)
         for model in RECOVERED
-        for file in ("scores/{model}.lm_recipe_answers.csv", "lm/{model}/recipe.json")
+        for file in (
+            "scores/{model}.lm_recipe_answers.csv",
+            "scores/{model}.lm_recipe_paces.csv",
+            "lm/{model}/recipe.json",
+        )
     ],
 )
 REPORT_INPUTS += expand(f"{RUN}/renders/{{model}}/recipe/index.csv", model=RECOVERED)
@@ -20,6 +24,7 @@ rule lm_recipe:
         script=code("lm_recipe.py"),
     output:
         answers=f"{RUN}/scores/{{model}}.lm_recipe_answers.csv",
+        paces=f"{RUN}/scores/{{model}}.lm_recipe_paces.csv",
         recipe=f"{RUN}/lm/{{model}}/recipe.json",
         whole=directory(f"{RUN}/lm/{{model}}/whole"),
         model=directory(f"{RUN}/lm/{{model}}/recipe"),

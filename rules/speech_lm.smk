@@ -27,7 +27,7 @@ rule speech_lm_answers:
             "speech_lm_answers",
             lambda wildcards: {
                 **but(config["speech_lm"], "models"),
-                **config["judges"],
+                **but(config["judges"], "answer_window"),
                 "model": model_config(config, wildcards.model),
             },
             model=lambda wildcards: files_of(wildcards.model),

@@ -31,10 +31,10 @@ def gpu_lock(device: str = "auto") -> Iterator[None]:
 
     Snakemake's `gpu` resource counts within one invocation only; two invocations with different targets
     would share the card. The lock is a file in the temporary directory and ends with the process, however
-    that ends. Nested uses in one process are harmless.
+    that ends. Nested uses in one process are harmless. A job to which Slurm gave its GPUs shares them with nobody.
     """
     global _lock_depth
-    if device != "cuda" and pick_device(device) != "cuda":
+    if "SLURM_JOB_GPUS" in os.environ or (device != "cuda" and pick_device(device) != "cuda"):
         yield
         return
     with open(Path(tempfile.gettempdir()) / f"eqknobs-gpu-{os.getuid()}.lock", "a") as file:

@@ -1,8 +1,13 @@
 """The one exception users are meant to see, and how a process ends with it."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_CONTROLS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+)
 
 
 class EqknobsError(Exception):
@@ -19,9 +24,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except EqknobsError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {printable(' '.join(str(error).split()))}")
     except OSError as error:
-        sys.exit(f"error: {_refused(error)}")
+        sys.exit(f"error: {printable(_refused(error))}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -33,6 +38,12 @@ def _refused(error: OSError) -> str:
     where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     said = f"{where}: {reason}; check that it exists, may be written and is on a sound disk" if where else reason
     return " ".join(said.split())
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal obeys (escape sequences, control characters but tab and ends of line): names of
+    files, transcripts and members of archives may hold any."""
+    return _CONTROLS.sub("", text)
 
 
 def counted(number: int, noun: str) -> str:

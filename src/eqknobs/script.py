@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from eqknobs.errors import one_line_errors
+from eqknobs.errors import one_line_errors, printable
 from eqknobs.plan import SPEECH, corpus_config, corpus_of, parse_target
 
 
@@ -25,14 +25,15 @@ sys.excepthook = _one_line_interrupt
 
 
 class _Tee:
-    """Write to the terminal (progress) and to the job's log."""
+    """Write to the terminal (progress) and to the job's log, what is printable of it."""
 
     def __init__(self, *streams: TextIO) -> None:
         self.streams = streams
 
     def write(self, text: str) -> int:
+        said = printable(text)
         for stream in self.streams:
-            stream.write(text)
+            stream.write(said)
             stream.flush()
         return len(text)
 

@@ -22,7 +22,8 @@ def read_yaml(path: str | Path) -> Any:
         text = Path(path).read_text("utf-8")
         return _load(_as_yaml(text), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise EqknobsError(f"{path}: cannot be read as a configuration ({error})") from error
+        reason = " ".join(str(error).split())  # YAML's own draws the line with a caret under it
+        raise EqknobsError(f"{path}: cannot be read as a configuration ({reason})") from error
 
 
 def parse_yaml(text: str, where: str) -> Any:

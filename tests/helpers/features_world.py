@@ -70,7 +70,11 @@ def make_paged(root: Path) -> Paged:
     write_json(run / "label_search" / f"{TARGET}.json", {"searches": searches})
     twins = {"kind": "seeds", "sae": "topk", "a": f"{TARGET} #0", "b": f"{TARGET} #1", "feature": [NAMED, 6]}
     write_csv(run / "scores" / f"{TARGET}.stability.csv", pd.DataFrame({**twins, "best": [0.75, 0.2], "found": [9, 3]}))
-    config = {"run": {"name": "tiny", "targets": [TARGET]}, "sae_seeds": [0, 1], "saes": {name: {} for name in world.saes}}
+    config = {
+        "run": {"name": "tiny", "targets": [TARGET]},
+        "sae_seeds": [0, 1],
+        "saes": {name: {} for name in world.saes},
+    }
     config["models"] = {"tiny": {key: world.cfg["model"][key] for key in ("kind", "path", "revision")}}
     (run / "report").mkdir()
     (run / "report" / "config.yaml").write_text(yaml.safe_dump(config))

@@ -14,6 +14,7 @@ def main(inputs: Any, outputs: Any, cfg: Any) -> None:
         files = Inputs(orders=inputs.orders, codes=Path(folder) / "codes.npz")
         out = Outputs(
             answers=outputs.answers,
+            paces=outputs.paces,
             recipe=outputs.recipe,
             whole=outputs.whole,
             model=outputs.model,

@@ -14,8 +14,9 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from tqdm import tqdm
 
@@ -34,7 +35,12 @@ LIBRISPEECH_MD5 = {  # published in md5sum.txt beside the archives
 }
 RETRY_SECONDS = 2.0
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError)
+LARGEST, TIMES = 1 << 30, 200  # bytes an archive may unpack to, or 200 times its own: silent PCM shrinks to a hundredth
+MOST = 5_000_000  # members; LibriSpeech has 300,000
 _CHUNK = 1 << 20
+
+
+M = TypeVar("M")
 
 
 class SourceCfg(TypedDict):
@@ -174,7 +180,8 @@ def extract(archive: Path, folder: Path) -> None:
     """Unpack a tar (plain, gz, bz2, xz) or zip into `folder`, which appears only when all is out and checked.
 
     Does nothing where `folder` is there; another process that makes it is waited for. Raises EqknobsError for a
-    damaged or cut archive and for members that are links, devices or lie outside.
+    damaged or cut archive, for members that are links, devices or lie outside, and for a bomb: more than `MOST`
+    members, or bytes out of all proportion to the archive's.
     """
     with writer_lock(folder):
         if not folder.is_dir():
@@ -195,6 +202,17 @@ def _extract(archive: Path, folder: Path) -> None:
         raise EqknobsError(f"{archive}: damaged, cannot be unpacked ({error}); fetch the archive again") from error
 
 
+def _counting(archive: Path, members: Iterable[M], size: Callable[[M], int]) -> Iterator[M]:
+    """The members, until there are too many of them or of their bytes; asked before each is written."""
+    total, limit = 0, max(LARGEST, TIMES * archive.stat().st_size)
+    for count, member in enumerate(members, 1):
+        total += size(member)
+        if count > MOST or total > limit:
+            what = f"more than {MOST} members" if count > MOST else f"more than {limit} bytes"
+            raise EqknobsError(f"{archive}: unpacks to {what}; do not trust this archive, or unpack it by hand")
+        yield member
+
+
 def _target(archive: Path, folder: Path, name: str) -> Path:
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or re.match(r"[A-Za-z]:", name) or "\0" in name:
@@ -212,7 +230,7 @@ def _write_member(archive: Path, target: Path, source: Any, size: int) -> None:
 
 def _extract_tar(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar, tqdm(desc=f"unpack {archive.name}", unit="file") as bar:
-        for member in tar:
+        for member in _counting(archive, tar, lambda member: member.size):
             target = _target(archive, folder, member.name)
             if member.isdir():
                 target.mkdir(parents=True, exist_ok=True)
@@ -232,7 +250,8 @@ def _extract_tar(archive: Path, folder: Path) -> None:
 
 def _extract_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
-        for member in tqdm(file.infolist(), desc=f"unpack {archive.name}", unit="file"):
+        members = _counting(archive, file.infolist(), lambda member: member.file_size)
+        for member in tqdm(members, desc=f"unpack {archive.name}", unit="file", total=len(file.infolist())):
             target = _target(archive, folder, member.filename)
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise EqknobsError(

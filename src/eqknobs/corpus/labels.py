@@ -167,12 +167,15 @@ def pitch_track(
     crepe: str = "tiny",
     fmin: float = 50.0,
     fmax: float = 550.0,
+    wanted: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fundamental frequency (Hz) and periodicity (0…1) by CREPE (Kim et al. 2018), float32 [frames] each.
 
     Decoded as in CREPE's own code: the probability-weighted mean of the 9 bins around the largest.
     torchcrepe's decoders add random dither, and its Viterbi forbids jumps of more than 240 cents a frame: too
     tight at 40 ms a frame.
+
+    wanted: bool [frames], of which frames it is asked; the others are 0. Default: all.
     """
     import torch
 
@@ -180,8 +183,13 @@ def pitch_track(
         wav, hop = soxr.resample(wav, rate, CREPE_RATE), Fraction(hop) * CREPE_RATE / rate
     cents = np.arange(360) * 20 + 1997.3794084376191  # of CREPE's bins, above 10 Hz
     in_range = (cents >= 1200 * np.log2(fmin / 10)) & (cents <= 1200 * np.log2(fmax / 10))
-    pitch, periodicity = np.empty(frames, np.float32), np.empty(frames, np.float32)
+    pitch, periodicity = np.zeros(frames, np.float32), np.zeros(frames, np.float32)
     for rows, block in windows(wav, hop, frames, CREPE_WINDOW):
+        places = np.arange(rows.start, rows.stop)
+        if wanted is not None:
+            places, block = places[wanted[rows]], block[wanted[rows]]
+        if not len(places):
+            continue
         block = block - block.mean(axis=1, keepdims=True)
         block /= np.maximum(block.std(axis=1, keepdims=True), 1e-10)
         with torch.inference_mode():
@@ -190,8 +198,8 @@ def pitch_track(
         best = probability.argmax(axis=1)
         near = np.clip(best[:, None] + np.arange(-4, 5), 0, len(cents) - 1)
         weights = np.take_along_axis(probability, near, axis=1)
-        pitch[rows] = 10 * 2 ** ((weights * cents[near]).sum(axis=1) / weights.sum(axis=1) / 1200)
-        periodicity[rows] = probability.max(axis=1)
+        pitch[places] = 10 * 2 ** ((weights * cents[near]).sum(axis=1) / weights.sum(axis=1) / 1200)
+        periodicity[places] = probability.max(axis=1)
     return pitch, periodicity
 
 

@@ -34,6 +34,35 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, measure: Measure, cfg: IntervalsCf
     return {"measure": measure.name, "verdict": _verdict(numbers, measure), **numbers, **counts(both)}
 
 
+def compare_changes(
+    after: pd.DataFrame,
+    before: pd.DataFrame,
+    control_after: pd.DataFrame,
+    control_before: pd.DataFrame,
+    measure: Measure,
+    cfg: IntervalsCfg,
+) -> dict[str, Any] | None:
+    """As `compare`, of two changes on the clips that all four hold: value_a = after − before, value_b that of the
+    control, difference = value_a − value_b (difference in differences)."""
+    parts = (after, before, control_after, control_before)
+    needed = {measure.numerator, measure.denominator or measure.numerator}
+    if not all(needed <= set(part) for part in parts):
+        return None
+    every = _pool(parts[0], measure).rename(columns={"top": "top0", "bottom": "bottom0"})
+    for i, part in enumerate(parts[1:], start=1):
+        named = _pool(part, measure).rename(columns={"top": f"top{i}", "bottom": f"bottom{i}"})
+        every = every.merge(named, on=["id", "speaker"])
+    if every.empty:
+        return None
+    every = every.sort_values("id")
+    terms = [(sign, every[f"top{i}"], every[f"bottom{i}"]) for i, sign in enumerate((1, -1, -1, 1))]
+    found = stats.combined_difference(terms, every["speaker"].tolist(), cfg["bootstrap"], cfg["seed"])
+    rates = [top.sum() / bottom.sum() for _, top, bottom in terms]
+    numbers = {"value_a": float(rates[0] - rates[1]), "value_b": float(rates[2] - rates[3])}
+    numbers |= {name: float(value) for name, value in found._asdict().items()}
+    return {"measure": measure.name, "verdict": _verdict(numbers, measure), **numbers, **counts(every)}
+
+
 def _verdict(numbers: dict[str, float], measure: Measure) -> str:
     """ "better", "worse" or "undecided" (the interval holds 0) for a against b."""
     if not (numbers["low"] > 0 or numbers["high"] < 0):  # NaN shows nothing either

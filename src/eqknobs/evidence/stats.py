@@ -73,10 +73,18 @@ def paired_difference(
 
     p is twice the smaller share of draws on either side of zero, (count + 1) / (n + 1), at most 1.
     """
+    terms = [(1, numerator_a, denominator_a), (-1, numerator_b, denominator_b)]
+    return combined_difference(terms, speakers, n, seed)
+
+
+def combined_difference(
+    terms: Sequence[tuple[int, ArrayLike, ArrayLike]], speakers: Sequence[str], n: int = 1000, seed: int = 0
+) -> Difference:
+    """As `paired_difference`, of any signed sum of ratios of sums: terms (sign, numerator, denominator)."""
     weights = bootstrap_weights(speakers, n, seed)
-    draws = _ratios(weights, numerator_a, denominator_a) - _ratios(weights, numerator_b, denominator_b)
     ones = np.ones((1, weights.shape[1]))
-    difference = (_ratios(ones, numerator_a, denominator_a) - _ratios(ones, numerator_b, denominator_b)).item()
+    draws = np.sum([sign * _ratios(weights, top, bottom) for sign, top, bottom in terms], axis=0)
+    difference = np.sum([sign * _ratios(ones, top, bottom) for sign, top, bottom in terms], axis=0).item()
     draws = draws[np.isfinite(draws)]
     if len(draws) == 0 or not np.isfinite(difference):
         return Difference(difference, float("nan"), float("nan"), float("nan"))

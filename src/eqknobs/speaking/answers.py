@@ -79,6 +79,15 @@ def costs(model: Moshi, said: Sequence[Said], batch: int = 8) -> list[tuple[floa
     return found
 
 
+def text_costs(model: Moshi, said: Sequence[Said], batch: int = 8) -> list[float]:
+    """Of those the text's alone, without the depformer's work."""
+    found: list[float] = []
+    for first in range(0, len(said), batch):
+        with inference():
+            found += nats(model.net, said[first : first + batch], depformer=False).text.nanmean(1).tolist()
+    return found
+
+
 def divergence(one: Answer, other: Answer) -> int:
     """The first frame in which two answers differ, in text or codes; their length where they do not."""
     length = min(len(one.text), len(other.text))

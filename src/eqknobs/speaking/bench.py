@@ -25,7 +25,7 @@ from eqknobs.pieces import Pieces
 from eqknobs.provenance import content, module_inputs
 from eqknobs.sound.judges import similarity
 from eqknobs.sound.renders import pick_clips
-from eqknobs.speaking.answers import Answer, as_said, costs, divergence, speak
+from eqknobs.speaking.answers import Answer, as_said, costs, divergence, speak, text_costs
 from eqknobs.speaking.clips import encode_speech, read_clips
 from eqknobs.speaking.prompts import Asked, Sentences, Talk, conversations
 from eqknobs.speaking.scores import Judge, JudgeCfg
@@ -171,6 +171,7 @@ class Bench(ABC, Generic[C]):
         self.model, self.judge, self.speech, self.pieces, self.whole = model, judge, speech, pieces, whole
         self.cfg = cfg
         self.intact: dict[int, list[Answer]] = {}
+        self._voices: dict[int, list[np.ndarray]] = {}
 
     @abstractmethod
     def applied(self, condition: C) -> AbstractContextManager[None]:
@@ -239,22 +240,28 @@ class Bench(ABC, Generic[C]):
             self.cfg["temperature"],
             judges,
         ]
-        found = self.pieces.json("lm-scores", made_of, lambda: self._score(condition, draw, self.intact[other], rated))
+        found = self.pieces.json("lm-scores", made_of, lambda: self._score(condition, draw, other, rated))
         print(f"{condition.name}, draw {draw}: {counted(len(found), 'answer')}", flush=True)
         rows = zip(self.speech["asked"], found, strict=True)
         return [
             {**condition.row(), "draw": draw, "id": asked.id, "speaker": asked.speaker, **row} for asked, row in rows
         ]
 
-    def _score(self, condition: C, draw: int, against: Sequence[Answer], rated: bool) -> list[dict[str, Any]]:
-        answers, records = self.answers(condition, draw), []
-        found = costs(self.model, as_said(self.speech["asked"], answers), self.cfg["batch"])  # under the intact model
-        for asked, answer, twin, (text, _) in zip(self.speech["asked"], answers, against, found, strict=True):
-            record = self.judge.record(asked, answer, rated=rated)
-            alike = similarity(self.judge.embed(answer), self.judge.embed(twin))
-            records.append(
-                record | {"nll_intact": text, "divergence": divergence(answer, twin), "similarity_intact": alike}
-            )
+    def _intact_voices(self, draw: int) -> list[np.ndarray]:
+        """The voices of the intact answers."""
+        if draw not in self._voices:
+            self._voices[draw] = [self.judge.embed(answer) for answer in self.intact[draw]]
+        return self._voices[draw]
+
+    def _score(self, condition: C, draw: int, other: int, rated: bool) -> list[dict[str, Any]]:
+        asked, answers, records = self.speech["asked"], self.answers(condition, draw), []
+        found = text_costs(self.model, as_said(asked, answers), self.cfg["batch"])  # under the intact model
+        twins = zip(self.intact[other], self._intact_voices(other), strict=True)
+        for row, answer, (twin, voice), text in zip(asked, answers, twins, found, strict=True):
+            wav = self.judge.sound(answer)
+            record, now = self.judge.record(row, answer, wav, rated), self.judge.voice(wav)
+            record |= {"nll_intact": text, "divergence": divergence(answer, twin)}
+            records.append(record | {"similarity_intact": similarity(now, voice)})
         return records
 
 
@@ -266,7 +273,7 @@ def opened(
     Raises EqknobsError as these do.
     """
     model = Moshi(cfg["model"])
-    judge = Judge(model, {"asr": cfg["judges"]["asr"], "beam": cfg["judges"]["beam"], "dnsmos": cfg["dnsmos"]}, pieces)
+    judge = Judge(model, {**cfg["judges"], "dnsmos": cfg["dnsmos"]}, pieces)
     made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]
     own = pieces.within([*made_of, [content(file) for file in module_inputs(module)]])
     return model, judge, speech_of(model, judge, cfg, manifest, codes, own), own

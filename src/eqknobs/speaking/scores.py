@@ -9,7 +9,7 @@ import torch
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
 from eqknobs.pieces import Pieces
-from eqknobs.sound.judges import RATE, SpeakerEncoder, Transcriber, normalise, similarity, word_errors
+from eqknobs.sound.judges import RATE, JudgesCfg, SpeakerEncoder, Transcriber, normalise, similarity, word_errors
 from eqknobs.sound.metrics import active_seconds, clip_f0
 from eqknobs.sound.quality import Quality
 from eqknobs.speaking.answers import Answer
@@ -19,10 +19,12 @@ from eqknobs.speaking.prompts import Asked
 
 
 class JudgeCfg(TypedDict, total=False):
-    """The recogniser and its beam; whether quality is rated (DNSMOS), by default not."""
+    """The recogniser, its beam and the seconds to which it pads an answer; whether quality is rated (DNSMOS), by
+    default not."""
 
     asr: str
     beam: int
+    answer_window: float
     dnsmos: bool
 
 
@@ -31,7 +33,10 @@ class Judge:
 
     def __init__(self, model: Moshi, cfg: JudgeCfg, pieces: Pieces | None = None) -> None:
         self.model = model
-        self.transcriber = Transcriber({"asr": cfg["asr"], "beam": cfg["beam"], "device": "cpu"}, pieces)
+        asr = JudgesCfg(asr=cfg["asr"], beam=cfg["beam"], device="cpu")
+        if "answer_window" in cfg:
+            asr["window"] = cfg["answer_window"]
+        self.transcriber = Transcriber(asr, pieces)
         self.encoder = SpeakerEncoder(pieces)
         self.quality = Quality(pieces) if cfg.get("dnsmos") else None
 
@@ -46,7 +51,7 @@ class Judge:
         for voice, clips in sorted(sequences.by_voice.items()):
             codes = [torch.from_numpy(clip.codes[0]).long() for clip in clips[:8]]
             sounds = [self.model.speech(one, one.shape[1] * self.model.hop) for one in codes]
-            mean = np.mean([self.encoder.embed(self.at_judges_rate(wav)) for wav in sounds], axis=0)
+            mean = np.mean([self.voice(wav) for wav in sounds], axis=0)
             found[voice] = mean / np.linalg.norm(mean)
         return found
 
@@ -57,7 +62,11 @@ class Judge:
 
     def embed(self, answer: Answer) -> np.ndarray:
         """The voice of an answer [256]."""
-        return self.encoder.embed(self.at_judges_rate(self.sound(answer)))
+        return self.voice(self.sound(answer))
+
+    def voice(self, wav: np.ndarray) -> np.ndarray:
+        """The voice of the model's sound [256]."""
+        return self.encoder.embed(self.at_judges_rate(wav))
 
     def record(self, asked: Asked, answer: Answer, wav: np.ndarray | None = None, rated: bool = True) -> dict[str, Any]:
         """Everything about an answer that needs no other answer; what cannot be told of it is NaN.

@@ -148,6 +148,16 @@ def wav_hertz(cents: float) -> float:
     return 200 * 2 ** (cents / 1200)
 
 
+def test_pitch_is_asked_of_wanted_frames_only():
+    wav = np.sin(2 * np.pi * 200 * np.arange(16000) / 16000).astype(np.float32)
+    wanted = np.arange(25) % 3 == 0
+    whole, some = (labels.pitch_track(wav, 16000, 640, 25, wanted=mask) for mask in (None, wanted))
+    for one, other in zip(whole, some, strict=True):
+        assert one[wanted] == pytest.approx(other[wanted], rel=1e-5)
+        assert not other[~wanted].any() and one[~wanted].all()
+    assert not np.any(labels.pitch_track(wav, 16000, 640, 25, wanted=np.zeros(25, bool)))
+
+
 def test_masks_follow_level_and_periodicity():
     """Loud tone, the same 30 dB lower, noise, the tone 50 dB lower, silence."""
     part = 10 * 640

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from faster_whisper import WhisperModel
 
 from eqknobs.audio import read_audio
 from eqknobs.errors import EqknobsError
@@ -72,6 +73,24 @@ def test_transcriber_reads_the_corpus(clips, transcriber):
 def test_noise_cannot_fill_the_transcript(transcriber):
     noise = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) / 10
     assert len(transcriber.transcribe(noise).split()) <= 30
+
+
+def test_a_short_window_is_what_is_encoded_and_longer_sound_is_heard_whole(monkeypatch):
+    judge, seen = Transcriber(CFG | {"window": 15.0}), []
+    monkeypatch.setattr(WhisperModel, "encode", lambda self, features: seen.append(features.shape[-1]))
+    for seconds in (5, 14, 16):
+        features = np.zeros((80, 3000), np.float32)
+        features[:, : seconds * 100] = 1
+        judge.model.encode(features)
+    assert seen == [1500, 1500, 3000]
+    assert judge.identity != Transcriber(CFG).identity == Transcriber(CFG | {"window": 30.0}).identity
+
+
+def test_a_short_window_reads_the_corpus_as_well(clips):
+    judge = Transcriber(CFG | {"window": 15.0})
+    heard = [judge.transcribe(read_audio(path, RATE)) for path in clips["path"][:4]]
+    counts = np.array([word_errors(text, words) for text, words in zip(clips["text"], heard)])
+    assert counts[:, 0].sum() / counts[:, 1].sum() < 0.25
 
 
 def test_unknown_recogniser_is_one_line(tmp_path):
@@ -160,5 +179,5 @@ def test_the_normaliser_is_that_of_transformers():
 
 def test_the_typed_configuration_has_the_keys_of_the_schema():
     section = schema()["properties"]["judges"]
-    assert set(JudgesCfg.__annotations__) - {"device"} == set(section["properties"])
+    assert set(JudgesCfg.__annotations__) - {"device", "window"} == set(section["properties"]) - {"answer_window"}
     assert JudgesCfg.__required_keys__ - {"device"} == set(section["required"])

@@ -31,11 +31,11 @@ from eqknobs.speaking.clips import sounds, write_tokeniser
 from eqknobs.speaking.grammar import part_of
 from eqknobs.stages.lm_recipe import compute
 from eqknobs.stages.lm_recipe.checks import check
-from eqknobs.stages.lm_recipe.compute import RecipeCfg, bounds, chosen, recover_and_score
-from eqknobs.stages.lm_recipe.nets import Nets
+from eqknobs.stages.lm_recipe.compute import RecipeCfg, best_pace, bounds, chosen, recover_and_score
+from eqknobs.stages.lm_recipe.nets import Nets, Pace
 from eqknobs.stages.lm_recipe.plan import INTACT, Condition, conditions
 from eqknobs.stages.lm_recipe.section import show
-from eqknobs.stages.lm_recipe.tables import findings, tabulate
+from eqknobs.stages.lm_recipe.tables import findings, recovery_table, tabulate
 from eqknobs.stages.speech_lm_training.training import TOKENISER, new_net
 from eqknobs.talk import talk
 from helpers import ROOT
@@ -83,7 +83,7 @@ def config(world: Path) -> RecipeCfg:
         "group": 16,
         "symmetric": True,
         "rounding": "nearest",
-        "training": {"data": CHAIN["data"], "prompts": 4, "steps": 4, "batch": 2, "learning_rate": 0.01},
+        "training": {"data": CHAIN["data"], "prompts": 4, "steps": [4], "batch": 2, "learning_rate": [0.01]},
         "margin": 0.05,
         "draws": 1,
         "batch": 4,
@@ -101,6 +101,7 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     out = {
         "answers": str(folder / "run/scores/tones.lm_recipe_answers.csv"),
+        "paces": str(folder / "run/scores/tones.lm_recipe_paces.csv"),
         "recipe": str(folder / "run/lm/tones/recipe.json"),
         "whole": str(folder / "run/lm/tones/whole"),
         "model": str(folder / "run/lm/tones/recipe"),
@@ -138,7 +139,7 @@ def test_what_is_tried_goes_from_the_intact_model_to_the_whole_stack() -> None:
 
 
 def test_training_on_its_own_answers_makes_a_pruned_model_find_them_likelier(world: Path) -> None:
-    made = nets(world, steps=12, batch=4)
+    made = nets(world, steps=[12], batch=4)
     net = made.of(Condition("norm", 0, 0.25, heads=((0, 0), (0, 1))))
     assert [len(kept) for kept in net.heads] == [2, 4]
     losses = made.tune(copy.deepcopy(net), "distilled", 0)
@@ -148,7 +149,7 @@ def test_training_on_its_own_answers_makes_a_pruned_model_find_them_likelier(wor
 
 
 def test_a_model_that_will_say_three_codebooks_is_trained_without_the_others(world: Path, monkeypatch) -> None:
-    made, seen = nets(world, steps=1), []
+    made, seen = nets(world, steps=[1]), []
     monkeypatch.setattr("eqknobs.stages.lm_recipe.nets.descend", lambda *args: seen.append(args[4:]) or 0.0)
     made.tune(copy.deepcopy(made.of(INTACT)), "distilled", 3)
     (codes, dialogue), agent = seen[0], made.model.config.agent
@@ -263,3 +264,42 @@ def test_bad_configurations_end_in_one_line(edit: dict[str, Any], line: str) -> 
         check(merge(whole, {"lm_recipe": {"orders": ["norm", "random"]} | edit}))
     with pytest.raises(EqknobsError, match=r"list tiny-moshi under lm_pruning\.models"):
         check(whole | {"lm_pruning": None})
+
+
+def test_the_pace_is_the_one_of_fewest_wrong_words() -> None:
+    def row(steps: int, rate: float, errors: int) -> dict[str, Any]:
+        counts = {"errors_monologue": errors, "errors_prompt": 1, "words_monologue": 10, "words_prompt": 10}
+        return {"steps": steps, "learning_rate": rate, **counts}
+
+    rows = pd.DataFrame([row(60, 0.1, 3), row(60, 0.3, 2), row(240, 0.1, 2), row(240, 0.3, 5)])
+    assert best_pace(rows) == Pace(60, 0.3)  # of equals the shortest
+
+
+def test_recovery_is_net_of_what_training_does_to_the_intact_model(finished: Path) -> None:
+    def answers(state: tuple[str, str], errors: list[int]) -> list[dict[str, Any]]:
+        order, trained = state
+        about = {"split": "test", "order": order, "seed": 0, "share": 0.25 * (order != "none"), "trained": trained}
+        about |= {"kept": 0, "bits": 0, "draw": 0, "speaker": "x"}
+        words = {"words_monologue": 10, "errors_prompt": 0, "words_prompt": 10}
+        return [{**about, **words, "id": f"p{i}", "errors_monologue": e} for i, e in enumerate(errors)]
+
+    rows = answers(("none", "none"), [1, 2, 1, 0, 1]) + answers(("none", "distilled"), [0, 1, 0, 0, 0])
+    rows += answers(("norm", "none"), [5, 6, 5, 4, 5]) + answers(("norm", "distilled"), [1, 2, 2, 1, 0])
+    pace = {"steps": 4, "learning_rate": 0.01}
+    found = recovery_table(context(finished), pd.DataFrame(rows), pd.DataFrame(), pace)
+    row = found[(found["split"] == "test") & (found["measure"] == "wer_monologue")].iloc[0]
+    assert (row["before"], row["after"]) == (0.5, pytest.approx(0.12))
+    assert row["change"] == pytest.approx(-0.38) and row["control"] == pytest.approx(-0.08)
+    assert row["net"] == pytest.approx(-0.3) and row["net_low"] <= row["net"] <= row["net_high"] < 0
+    assert row["verdict"] == "better"
+
+
+def test_every_pace_that_was_tried_stands_in_the_table(world: Path, finished: Path) -> None:
+    found = tabulate(context(finished)).tables["lm_recovery"]
+    assert set(found["split"]) == {"val", "test"} and (found["chosen"] == 1).all()
+    assert found.loc[(found["split"] == "test") & (found["measure"] == "wer_prompt"), "net"].notna().all()
+    made = nets(world, steps=[2, 1], learning_rate=[0.1, 0.01])
+    assert made.paces == [Pace(1, 0.01), Pace(1, 0.1), Pace(2, 0.01), Pace(2, 0.1)] and made.pace == made.paces[0]
+    slow = made.of(Condition(trained="distilled")).text_linear.weight
+    made.pace = made.paces[1]
+    assert not torch.equal(slow, made.of(Condition(trained="distilled")).text_linear.weight)

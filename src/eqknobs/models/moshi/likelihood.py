@@ -25,11 +25,11 @@ class Nats(NamedTuple):
     """−log p of every token; NaN beyond a row's end and where a code was not said (-1)."""
 
     text: Tensor  # [B, T]
-    audio: Tensor  # [B, 8, T]
+    audio: Tensor  # [B, 8, T]; [B, 0, T] without the depformer
     columns: Tensor  # [B, S]: which columns that the network read belong to a row's dialogue
 
 
-def nats(net: MoshiNet, said: Sequence[Said]) -> Nats:
+def nats(net: MoshiNet, said: Sequence[Said], depformer: bool = True) -> Nats:
     """What each row costs the network; rows are padded in front of their prompts and behind their ends.
 
     The last frame of a delayed stream is never predicted. Gradients flow, where they are on.
@@ -54,15 +54,17 @@ def nats(net: MoshiNet, said: Sequence[Said]) -> Nats:
     cache = KVCache(net, len(said), x.shape[1], first) if first.any() else None
     hidden = net.temporal(x, cache)[:, place - 1 :]
     ends = torch.tensor(frames, device=device)[:, None]
-    audio = []
-    costs = _costs(net.audio_logits(hidden, targets), targets[:, config.agent][:, : net.steps])
+    audio: list[Tensor] = []
+    costs = hidden.new_empty(len(said), 0, longest)
+    if depformer:
+        costs = _costs(net.audio_logits(hidden, targets), targets[:, config.agent][:, : net.steps])
     for cost, delay in zip(costs.unbind(1), config.delays[config.agent]):  # back to the frames that they are of
         shifted = torch.cat([cost[:, delay:], cost.new_full((len(said), delay), torch.nan)], 1)
         audio.append(shifted.masked_fill(torch.arange(longest, device=device) >= ends - delay, torch.nan))
     within = torch.arange(longest, device=device) < ends
     text = _costs(net.text_linear(hidden)[:, None], targets[:, :1])[:, 0].masked_fill(~within, torch.nan)
     ahead = within.new_zeros(len(said), place - 1)
-    return Nats(text, torch.stack(audio, 1), torch.cat([ahead, within], 1))
+    return Nats(text, torch.stack(audio, 1) if audio else costs, torch.cat([ahead, within], 1))
 
 
 def _costs(logits: Tensor, wanted: Tensor) -> Tensor:

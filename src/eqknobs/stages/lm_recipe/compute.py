@@ -30,7 +30,7 @@ from eqknobs.speaking.clips import encode_speech, read_clips
 from eqknobs.speaking.prompts import Asked, Sentences
 from eqknobs.speaking.scores import Judge, JudgeCfg
 from eqknobs.stages.lm_recipe import plan
-from eqknobs.stages.lm_recipe.nets import Nets, PackingCfg, TrainingCfg, told
+from eqknobs.stages.lm_recipe.nets import Nets, Pace, PackingCfg, TrainingCfg, told
 from eqknobs.stages.lm_recipe.plan import INTACT, Condition
 
 BOUNDED = (
@@ -82,9 +82,11 @@ class Inputs(TypedDict):
 
 
 class Outputs(TypedDict):
-    """What it writes: answers, the choice, the folders of the chosen model before and after packing, sounds."""
+    """What it writes: answers, those to val prompts after training at every pace, the choice, the folders of the
+    chosen model before and after packing, sounds."""
 
     answers: str
+    paces: str
     recipe: str
     whole: str
     model: str
@@ -117,7 +119,7 @@ def opened(cfg: RecipeCfg, codes: Path, pieces: Pieces) -> tuple[Nets, dict[str,
     Raises EqknobsError where the folder of sentences has no clips of part train or test.
     """
     model = Moshi(cfg["model"])
-    judge = Judge(model, {"asr": cfg["judges"]["asr"], "beam": cfg["judges"]["beam"]}, pieces)
+    judge = Judge(model, cfg["judges"], pieces)
     made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]
     own = pieces.within([*made_of, [content(file) for file in module_inputs(__name__)]])
     asks = cfg["prompts"]
@@ -169,6 +171,31 @@ def chosen(found: Mapping[str, Mapping[str, float]], sizes: Mapping[str, float],
     """The condition of the smallest file of which no bound is beyond the margin; the intact model always qualifies."""
     within = [name for name, one in found.items() if all(value <= margin for value in one.values())]
     return min(within, key=lambda name: (sizes[name], name))
+
+
+def tried(bench: RecipeBench, every: Sequence[Condition], data: str) -> list[dict[str, Any]]:
+    """Records of answers after training at every pace, of the first order's model with the most heads out; sets the
+    pace after which fewest words are wrong. bench: of val, whose intact answers are known."""
+    pruned = [c for c in every if c.heads and c.trained == data and not c.codebooks and not c.bits]
+    first = [c for c in pruned if c.order == pruned[0].order]
+    condition = max(first, key=lambda c: len(c.heads)) if first else Condition(trained=data)
+    rows: list[dict[str, Any]] = []
+    nets = bench.nets
+    for pace in nets.paces:
+        nets.pace = pace
+        rows += [{**pace._asdict(), **row} for row in bench.score(condition, 0)]
+    nets.pace = best_pace(pd.DataFrame(rows))
+    return rows
+
+
+def best_pace(rows: pd.DataFrame) -> Pace:
+    """The pace of fewest word errors, of both word error rates together; of equals the shortest and slowest."""
+    sums = rows.groupby(["steps", "learning_rate"])[
+        ["errors_monologue", "errors_prompt", "words_monologue", "words_prompt"]
+    ].sum()
+    rates = (sums["errors_monologue"] + sums["errors_prompt"]) / (sums["words_monologue"] + sums["words_prompt"])
+    steps, learning_rate = rates.idxmin()
+    return Pace(int(steps), float(learning_rate))
 
 
 def write_recipe(nets: Nets, condition: Condition, facts: dict[str, Any], cfg: ModelCfg, out: Outputs) -> None:
@@ -228,11 +255,15 @@ def recover_and_score(cfg: RecipeCfg, inputs: Inputs, out: Outputs, pieces: Piec
         raise EqknobsError(f"config: lm_recipe.codebooks: the model has {codebooks}; name fewer, or none")
     every = plan.conditions(_chain(cfg), read_csv(inputs["orders"]))
     rows: list[dict[str, Any]] = []
+    intact = {part: bench.hear_intact(cfg["draws"]) for part, bench in benches.items()}
+    trained = pd.DataFrame(tried(benches["val"], every, cfg["training"]["data"][0]))
+    trained.insert(0, "model", nets.model.name)
+    write_csv(out["paces"], trained)
     sizes = {c.name: nets.sizes(c) for c in every}
     ratios = {c.name: nets.step_ratio(c, benches["test"].speech["asked"][0]) for c in every}
     for part, bench in benches.items():
         about = {"model": nets.model.name, "split": part}
-        found = [(INTACT, bench.hear_intact(cfg["draws"]))]
+        found = [(INTACT, intact[part])]
         for condition in every[1:]:
             found.append((condition, [row for draw in range(cfg["draws"]) for row in bench.score(condition, draw)]))
         for condition, records in found:
@@ -244,7 +275,13 @@ def recover_and_score(cfg: RecipeCfg, inputs: Inputs, out: Outputs, pieces: Piec
     known = bounds(val, {"bootstrap": cfg["bootstrap"], "seed": cfg["seed"]})
     name = chosen(known, {key: one["bytes"] for key, one in sizes.items()}, cfg["margin"])
     recipe = next(c for c in every if c.name == name)
-    facts = {"margin": cfg["margin"], "prompts": int(val["id"].nunique()), "bounds": known, **sizes[name]}
+    facts = {
+        "margin": cfg["margin"],
+        "training": nets.pace._asdict(),
+        "prompts": int(val["id"].nunique()),
+        "bounds": known,
+        **sizes[name],
+    }
     facts = {key: None if value != value else value for key, value in facts.items()}  # NaN is no JSON
     write_recipe(nets, recipe, facts, cfg["model"], out)
     write_sounds(benches["test"], every, name, cfg["listen"], Path(out["sounds"]))

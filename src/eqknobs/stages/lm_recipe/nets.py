@@ -10,7 +10,8 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypedDict, cast
+from itertools import product
+from typing import Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 import torch
@@ -42,12 +43,19 @@ WEIGHT_DECAY = 0.01
 
 
 class TrainingCfg(TypedDict):
-    """`lm_recipe.training`."""
+    """`lm_recipe.training`. steps, learning_rate: of all their pairs one is chosen on val."""
 
     data: list[str]
     prompts: int
-    steps: int
+    steps: list[int]
     batch: int
+    learning_rate: list[float]
+
+
+class Pace(NamedTuple):
+    """How long and how fast a network is trained: steps, peak learning rate."""
+
+    steps: int
     learning_rate: float
 
 
@@ -81,7 +89,8 @@ def by_layer(heads: Sequence[Head]) -> dict[int, list[int]]:
 class Nets:
     """A model's networks by condition, each made once.
 
-    clips: of part train; frames: how long answers are at most. Weights that were trained are kept as pieces.
+    `pace`: how they are trained from now on, at first the first of `paces`. clips: of part train; frames: how long
+    answers are at most. Weights that were trained are kept as pieces.
     """
 
     def __init__(
@@ -98,6 +107,8 @@ class Nets:
         self.model, self.cfg, self.training, self.packing, self.seed = model, cfg, training, packing, seed
         self.clips, self.frames, self.pieces = clips, frames, pieces
         self.whole = model.net
+        self.paces = [Pace(*pair) for pair in product(sorted(training["steps"]), sorted(training["learning_rate"]))]
+        self.pace = self.paces[0]
         self._made: dict[tuple[Any, ...], MoshiNet] = {}
         self._seconds: dict[str, float] = {}
         self._rows: list[tuple[Tensor, int]] | None = None
@@ -146,10 +157,10 @@ class Nets:
         found: dict[str, Any] = {
             "seed": self.seed,
             "batch": own["batch"],
-            "steps": own["steps"],
-            "learning_rate": own["learning_rate"],
+            "steps": self.pace.steps,
+            "learning_rate": self.pace.learning_rate,
         }
-        found |= {"warmup": max(1, own["steps"] // 10), "decay": 0.5, "copy_steps": 0, "copy_rows": COPY_ROWS}
+        found |= {"warmup": max(1, self.pace.steps // 10), "decay": 0.5, "copy_steps": 0, "copy_rows": COPY_ROWS}
         found |= {"voice_prompts": VOICE_PROMPTS, "drop": DROP, "codebook_weights": weights}
         return cast(SpeechLMTrainingCfg, found)
 
@@ -191,7 +202,7 @@ class Nets:
         """The network of a condition, not packed."""
         if not condition.heads and condition.trained == NONE and not condition.codebooks:
             return self.whole
-        key = (condition.heads, condition.trained, condition.codebooks)
+        key = (condition.heads, condition.trained, condition.codebooks, self.pace)
         if key not in self._made:
             net = load_net(self.model.files)
             remove_heads(net, by_layer(condition.heads))

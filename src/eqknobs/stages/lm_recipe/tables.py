@@ -1,14 +1,15 @@
-"""What a smaller speech LM says, before and after a short training: the table `lm_recipe.csv`.
+"""What a smaller speech LM says, before and after a short training: the tables `lm_recipe.csv` and `lm_recovery.csv`.
 
 In place of a target stands the model. Intervals and comparisons resample prompts, then draws; differences are paired:
 the same prompts and draws. Split `val` is what the recipe was chosen by, `test` what it is judged by.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
-from eqknobs.evidence.comparisons import compare
+from eqknobs.evidence.comparisons import compare, compare_changes
 from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
 from eqknobs.evidence.spoken import (
     SIMILARITY_INTACT,
@@ -36,7 +37,9 @@ BOUNDS = [f"{m.name}{end}" for m in MEASURES for end in ("_low", "_high")]
 COLUMNS = {
     "lm_recipe": " ".join(
         [f"model split {MADE} chosen answers prompts speakers", *(m.name for m in MEASURES), *DELTAS, *BOUNDS]
-    )
+    ),
+    "lm_recovery": "model split measure order seed share trained steps learning_rate chosen answers prompts speakers "
+    "before after change change_low change_high control control_low control_high net net_low net_high p verdict",
 }
 NOTHING: dict[str, Any] = {}
 ORDERS = {
@@ -78,17 +81,81 @@ def recipe_table(at: Context, answers: pd.DataFrame, recipe: str) -> pd.DataFram
     return table(found, COLUMNS["lm_recipe"])
 
 
+def trainings(whole: pd.DataFrame) -> Iterator[tuple[dict[str, Any], list[pd.DataFrame]]]:
+    """Of every training of a pruned model (order, seed, share, trained) the answers after and before, and those of the
+    control, the intact model trained alike, after and before. whole: answers of models not shortened, not packed."""
+    control = whole[whole["order"] == "none"]
+    unchanged = control[control["trained"] == "none"]
+    pruned = whole[whole["order"] != "none"]
+    for key, mine in groups(pruned, ["order", "seed", "share"]):
+        before = mine[mine["trained"] == "none"]
+        for data, after in mine[mine["trained"] != "none"].groupby("trained", sort=False):
+            yield {**key, "trained": data}, [after, before, control[control["trained"] == data], unchanged]
+
+
+def recovery_table(at: Context, answers: pd.DataFrame, paces: pd.DataFrame, pace: dict[str, Any]) -> pd.DataFrame:
+    """One row a training and measure: on val of every pace that was tried, on test of the one that was taken, net of
+    what the same training does to the intact model. pace: that one, steps and learning_rate."""
+    rows = []
+    for split in ("val", "test"):
+        mine = answers[(answers["split"] == split) & (answers["kept"] == 0) & (answers["bits"] == 0)]
+        rows += _tried(at, mine, paces, pace) if split == "val" else _netted(at, mine, pace)
+    return table(rows, COLUMNS["lm_recovery"])
+
+
+def _tried(at: Context, val: pd.DataFrame, paces: pd.DataFrame, pace: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for key, after in groups(paces, ["order", "seed", "share", "trained", *pace]):
+        same = (val["order"] == key["order"]) & (val["seed"] == key["seed"]) & (val["share"] == key["share"])
+        before = val[same & (val["trained"] == "none") & val["draw"].isin(after["draw"])]
+        chosen = int(all(key[name] == value for name, value in pace.items()))
+        rows += [{**row, "chosen": chosen} for row in _changed(at, "val", key, [after, before])]
+    return rows
+
+
+def _netted(at: Context, test: pd.DataFrame, pace: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**row, **pace, "chosen": 1} for key, parts in trainings(test) for row in _changed(at, "test", key, parts)]
+
+
+def _changed(at: Context, split: str, key: dict[str, Any], parts: list[pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """Rows of one training: answers after, before and, where there is one, of the control after and before."""
+    after, parts = parts[0], [by_prompt(part) for part in parts]
+    for measure in WORDS:
+        own = compare(*parts[:2], measure, at.cfg)
+        if own is None:
+            continue
+        row = {"model": at.target, "split": split, "measure": measure.name, **key, "answers": len(after)}
+        row |= {"prompts": after["id"].nunique(), "speakers": after["speaker"].nunique()}
+        row |= {"before": own["value_b"], "after": own["value_a"], **_ends("change", own)}
+        if len(parts) == 4:
+            control, net = compare(*parts[2:], measure, at.cfg), compare_changes(*parts, measure, at.cfg)
+            if control is not None and net is not None:
+                row |= {**_ends("control", control), **_ends("net", net), "p": net["p"], "verdict": net["verdict"]}
+        yield row
+
+
+def _ends(name: str, record: dict[str, Any]) -> dict[str, float]:
+    return {name: record["difference"], f"{name}_low": record["low"], f"{name}_high": record["high"]}
+
+
 def compared(at: Context, answers: pd.DataFrame) -> list[dict[str, Any]]:
-    """On test: every pruned model trained against untrained (the intact model cancels, so that this is the difference
-    of their differences to it), the intact one too, which is the control; the first order against the others."""
+    """On test: what training changes in every pruned model against what it changes in the intact one, the control; that
+    too, which claims nothing; the first order against the others, trained."""
     test, found = answers[answers["split"] == "test"], []
     whole = test[(test["kept"] == 0) & (test["bits"] == 0)]
+    for key, parts in trainings(whole):
+        about = {"a": "trained", "b": "untrained", "order": key["order"], "data": key["trained"]}
+        about |= {"share": float(key["share"]), "order_seed": int(key["seed"])}
+        for measure in WORDS:
+            if record := compare_changes(*map(by_prompt, parts), measure, at.cfg):
+                found.append(_record(record, about, measure, parts[0]))
     first = next((order for order in whole["order"] if order != "none"), None)
     for (order, seed, share), mine in whole.groupby(["order", "seed", "share"], sort=False):
         before = mine[mine["trained"] == "none"]
         for data, after in mine[mine["trained"] != "none"].groupby("trained", sort=False):
-            about = {"a": "trained", "b": "untrained", "order": order, "data": data, "share": float(share)}
-            found += _records(at, after, before, about | {"order_seed": int(seed)})
+            if order == "none":
+                about = {"a": "trained", "b": "untrained", "order": order, "data": data, "share": float(share)}
+                found += _records(at, after, before, about | {"order_seed": int(seed)})
             if order == first:
                 same = (whole["share"] == share) & (whole["trained"] == data) & ~whole["order"].isin(["none", first])
                 for rival, rows in whole[same].groupby("order", sort=False):
@@ -102,19 +169,24 @@ def _records(at: Context, a: pd.DataFrame, b: pd.DataFrame, about: dict[str, Any
     found = []
     for measure in WORDS:
         if record := compare(by_prompt(a), by_prompt(b), measure, at.cfg):
-            family = {"family": f"lm_recipe, {measure.name}", "speakers": a["speaker"].nunique()}
-            found.append({**record, "property": None, "binning": None, **about, **family})
+            found.append(_record(record, about, measure, a))
     return found
 
 
+def _record(record: dict[str, Any], about: dict[str, Any], measure: Measure, rows: pd.DataFrame) -> dict[str, Any]:
+    family = {"family": f"lm_recipe, {measure.name}", "speakers": rows["speaker"].nunique()}
+    return {**record, "property": None, "binning": None, **about, **family}
+
+
 def tabulate(at: Context) -> Tabulated:
-    """The stage's table, and what its findings rest on."""
+    """The stage's tables, and what its findings rest on."""
     answers = at.inputs.csv(f"scores/{at.target}.lm_recipe_answers.csv")
     made = at.inputs.json(f"lm/{at.target}/recipe.json")
-    rows = recipe_table(at, answers, made["condition"])
+    paces = at.inputs.csv(f"scores/{at.target}.lm_recipe_paces.csv")
+    rows, recovery = recipe_table(at, answers, made["condition"]), recovery_table(at, answers, paces, made["training"])
     facts = {"margin": made["margin"], "val": made["prompts"]}
     facts |= {"rows": records(rows[(rows["split"] == "test") & ((rows["chosen"] == 1) | (rows["state"] == "intact"))])}
-    return Tabulated({"lm_recipe": rows}, {"lm_recipe": facts}, compared(at, answers))
+    return Tabulated({"lm_recipe": rows, "lm_recovery": recovery}, {"lm_recipe": facts}, compared(at, answers))
 
 
 def megabytes(size: float) -> str:
@@ -162,7 +234,12 @@ def _compared(record: dict[str, Any], measure: Measure) -> dict[str, Any]:
     else:
         drawn = f" #{record['order_seed']}" if record["order"].startswith("random") else ""
         cell = f"{ORDERS[record['order']]}{drawn}: trained on {data}"
-        text = f"With {share} ({ORDERS[record['order']]}{drawn}), training on {data} {words} none, in "
+        text = f"With {share} ({ORDERS[record['order']]}{drawn}), training on {data} gives back "
+        text += {"positive": "more than", "negative": "less than"}.get(verdict, "not demonstrably more than")
+        text += " it changes in the intact model, in "
+        where = (cell, f"{measure.said}, {share}")
+        detail = "change of " + counted_prompts(record, measure)
+        return headline(STAGE, verdict, f"{text}{measure.said}.", detail, where, difference(record))
     where = (cell, f"{measure.said}, {share}")
     return headline(
         STAGE, verdict, f"{text}{measure.said}.", counted_prompts(record, measure), where, difference(record)

@@ -534,7 +534,7 @@ def steer_and_score(cfg: SteeringCfg, inputs: Inputs, out: Outputs, pieces: Piec
     """
     pieces = pieces or Pieces(None)
     model = Moshi(cfg["model"])
-    judge = Judge(model, {"asr": cfg["judges"]["asr"], "beam": cfg["judges"]["beam"], "dnsmos": False}, pieces)
+    judge = Judge(model, cfg["judges"], pieces)
     made_of = [model.revision, {k: v for k, v in cfg["model"].items() if k != "device"}]
     own = pieces.within([*made_of, [content(file) for file in module_inputs(__name__)]])
     voices = voices_of(model, judge, inputs["turns"])
