@@ -3,6 +3,7 @@
     .venv/bin/python tools/rehearse.py --work rehearsal mimi whisper-small hubert-base encodec dac
     .venv/bin/python tools/rehearse.py --work rehearsal moshiko           # 15.4 GB of disk, 12 GB of memory
     .venv/bin/python tools/rehearse.py --work rehearsal --write moshiko   # the checkpoint only
+    .venv/bin/python tools/rehearse.py --work rehearsal --compute         # full counts, from what was measured
 
 Writes seeded random checkpoints in the hub's formats below --work, piece by piece where they are large, then runs the
 shipped configuration on a few clips of the bundled corpus, one job at a time: paths, counts and the number of layers
@@ -37,9 +38,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from eqknobs.config import merge  # noqa: E402
+from eqknobs.config import merge, read_config  # noqa: E402
 from eqknobs.errors import EqknobsError, one_line_errors  # noqa: E402
-from eqknobs.forecast import amount  # noqa: E402
+from eqknobs.forecast import amount, count_jobs, forecast, sound_seconds  # noqa: E402
 from eqknobs.io import atomic_path, output_file, output_folder, read_csv, require_free_disk, write_csv  # noqa: E402
 from eqknobs.models.moshi.config import MoshiConfig, raw_config  # noqa: E402
 from eqknobs.models.moshi.memory import SEVEN_B  # noqa: E402
@@ -302,7 +303,7 @@ class Used:
 class Sampler:
     """What a process's descendants use, all together, sampled; `take` says it since the last call."""
 
-    def __init__(self, root: int, every: float = 0.2):
+    def __init__(self, root: int, every: float = 0.5):
         self.root, self.every = root, every
         self._used, self._lock, self._done = Used(), Lock(), Event()
         self._ticks: dict[int, int] = {}
@@ -382,7 +383,7 @@ def measured(rows: list[dict[str, Any]], folder: Path, run: str, snakemake: int)
             disk = sum(map(bytes_below, written))
             last = False
             while not last:
-                last = done.wait(0.2)
+                last = done.wait(0.5)
                 for path in sorted(set(times.glob("*.tsv")) - seen):
                     lines = path.read_text().splitlines()
                     if len(lines) < 2:
@@ -511,24 +512,57 @@ def put(path: Path, rows: pd.DataFrame) -> None:
         old = read_csv(path)
         spoken, replaced = old["stage"] == "talk", set(rows["stage"] == "talk")
         gone = old["model"].isin(rows["model"]) & spoken.isin(replaced)
+        gone &= old["measured_or_computed"] == "measured"
         rows = pd.concat([old[~gone], rows], ignore_index=True)
     write_csv(path, rows.sort_values(["config", "model"], kind="stable"))
 
 
+def computed(measured: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the shipped configurations at their full counts, computed from measured ones as `eqknobs plan` does."""
+    found = []
+    for case in CASES.values():
+        file = ROOT / f"config/{case.config}.yaml"
+        rows = measured[(measured["model"] == case.model) & (measured["measured_or_computed"] == "measured")]
+        config = read_config(file)
+        if not len(rows) or case.model not in config["run"]["targets"][0]:
+            continue
+        jobs = count_jobs(file)
+        audio = sound_seconds(config, jobs.corpora)
+        facts = {"config": case.config, "model": case.model, "kind": case.kind, "audio_seconds": round(audio, 1)}
+        facts |= {"clips": config["data"]["max_utterances"], "measured_or_computed": "computed"}
+        facts |= dict(rows.iloc[0][["device", "machine"]])
+        for row in forecast(config, jobs, rows).dropna().to_dict("records"):
+            work, unit = amount(config, row["stage"], audio, row["jobs"])
+            seconds = round(3600 * row["hours"], 1)
+            anonymous = rows.set_index("stage").loc[row["stage"], "peak_anonymous_gib"]
+            sizes = {"peak_anonymous_gib": anonymous, "disk_gib": round(row["disk_gib"], 6)}
+            sizes |= {"seconds": seconds, "cpu_seconds": seconds, "work": round(work, 1), "unit": unit}
+            found.append(facts | row | sizes)
+    return pd.DataFrame(found, columns=COLUMNS)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--work", type=output_folder, required=True, help="checkpoints and runs, outside the checkout")
     parser.add_argument("--out", type=output_file, default=str(ROOT / "benchmarks/results/full_size.csv"))
     parser.add_argument("--clips", type=int, help="clips of speech, instead of the case's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write the checkpoints, run nothing")
+    parser.add_argument("--compute", action="store_true", help="run nothing; compute all rows at full counts anew")
     parser.add_argument("--only", choices=["run", "talk"], help="of the cases that also talk")
     args = parser.parse_args(arguments)
     work = args.work.resolve()
     models = work / "models"
     with one_line_errors():
+        if unknown := sorted(set(args.cases) - set(CASES)):
+            raise EqknobsError(f"{unknown[0]}: no such case; there are {', '.join(CASES)}")
+        if args.compute:
+            measured = read_csv(args.out)
+            measured = measured[measured["measured_or_computed"] == "measured"]
+            write_csv(args.out, pd.concat([measured, computed(measured)], ignore_index=True))
+            return
         for name in args.cases:
             case = CASES[name] if args.clips is None else replace(CASES[name], clips=args.clips)
             for model in (name, *(["mimi"] if case.talk or case.goals else [])):

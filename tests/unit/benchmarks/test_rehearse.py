@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 import rehearse
 from eqknobs.config import settle
+from eqknobs.forecast import Jobs
 from eqknobs.io import read_csv
 from eqknobs.models.moshi.checkpoint import find_files, load_net
 from eqknobs.strict_yaml import read_yaml
@@ -134,6 +136,19 @@ def test_the_table_has_a_row_a_stage_and_a_case_replaces_its_own(tmp_path):
         ["moshiko", "talk", 7.0],
         ["moshiko", "labels", 6.0],
     ]
+
+
+def test_full_counts_are_computed_from_what_was_measured(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    jobs = Jobs({"manifest": 1, "sae": 8, "probes": 3}, ("speech",))
+    monkeypatch.setattr(rehearse, "count_jobs", lambda file: jobs)
+    parts = [records("manifest", 2.0), records("sae", 6.0, work=1000.0)]
+    rows = rehearse.computed(pd.concat([rehearse.table("mimi", parts), rehearse.table("dac", parts)]))
+    assert list(rows.columns) == rehearse.COLUMNS and set(rows["measured_or_computed"]) == {"computed"}
+    assert rows[["model", "stage"]].values.tolist() == [["mimi", "manifest"], ["mimi", "sae"]]  # no DAC is shipped
+    sae = rows.iloc[1]
+    assert (sae["clips"], sae["jobs"], sae["audio_seconds"]) == (500, 8, 6150.0)
+    assert sae["cpu_seconds"] > 3 and sae["peak_memory_gib"] == 2 and sae["unit"].startswith("s of sound")
 
 
 def test_the_committed_table_is_measured_at_full_size():
