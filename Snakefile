@@ -22,6 +22,7 @@ STAGES = [
     "label_search",
     "erasing",
     "features",
+    "hallucination",
     "codec",
     "steering",
     "importance",

@@ -289,7 +289,8 @@ def files_of(name):
         for folder in (folders[1:] if made else folders)
         for file in sorted(folder.glob("*"))
         if file.suffix in (".safetensors", ".model")
-        or file.name in ("config.json", "preprocessor_config.json")
+        or file.name
+        in ("config.json", "preprocessor_config.json", "SpeechTokenizer.pt")
         or file.name.endswith(".index.json")
     ]
     found = ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])

@@ -22,6 +22,7 @@ import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
 import eqknobs.stages.erasing.checks
 import eqknobs.stages.features.checks
+import eqknobs.stages.hallucination.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
@@ -61,6 +62,7 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
     eqknobs.stages.features.checks.check,
+    eqknobs.stages.hallucination.checks.check,
     eqknobs.stages.quantisation.checks.check,
     eqknobs.stages.speech_lm.checks.check,
     eqknobs.stages.lm_layers.checks.check,

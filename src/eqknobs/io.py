@@ -31,7 +31,7 @@ TEXT_COLUMNS = frozenset(
     "edit file format gate granularity group half heard id input_scale judged kind label labels level map matched "
     "measure method mode model name noise order part path penalty phase phone plan property reading reason recipe "
     "repair rounding sae said sex sha256 site source space speaker split state stream tag target task tensor text "
-    "top_clips trained transcript variant voice voices weights why".split()
+    "top_clips trained transcript variant verdict voice voices weights why".split()
 )
 EITHER = frozenset({"features"})  # text in accent.csv (which of a code's), elsewhere how many
 NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.evidence.words)

@@ -9,7 +9,7 @@ from typing import Any
 
 from eqknobs.errors import EqknobsError
 
-DECODING = ("mimi", "encodec", "dac")  # kinds that turn activations back into sound
+DECODING = ("mimi", "encodec", "dac", "speechtokenizer")  # kinds that turn activations back into sound
 SPEECH = "speech"  # the corpus that `data` describes; a target's name says nothing about it
 
 

@@ -34,6 +34,7 @@ PARTS = (
     "stages/label_search",
     "stages/erasing",
     "stages/features",
+    "stages/hallucination",
     "stages/codec",
     "stages/steering",
     "stages/importance",

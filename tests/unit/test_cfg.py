@@ -19,6 +19,7 @@ from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTraining
 from eqknobs.stages.domains.compute import DomainsCfg
 from eqknobs.stages.erasing.compute import ErasingCfg, RandomCfg
 from eqknobs.stages.features.compute import FeaturesCfg
+from eqknobs.stages.hallucination.compute import HallucinationCfg, RivalsCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
 from eqknobs.stages.label_search.compute import LabelSearchCfg
@@ -73,6 +74,8 @@ TYPED = [
     (SynthesisCfg, ["accent.synthesis"], set(), {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
+    (HallucinationCfg, ["hallucination"], {"models", "sae"}, {"model", "seed", "content"}),
+    (RivalsCfg, ["hallucination.rivals"], set(), set()),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),

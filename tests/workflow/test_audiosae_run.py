@@ -68,6 +68,10 @@ def shrink(kind: str, model: str) -> dict:
     if kind == "whisper":
         config["splicing"] |= {"clips": 2, "non_speech": ["music"]}
         config["domains"] |= {"corpus": "heard", "permutations": 4, "resamples": 10}
+        config["hallucination"] |= {"layers": [LAYER], "counts": [4], "alphas": [1], "label": "speech", "listen": 1}
+        config["hallucination"] |= {"clips": {"train": 1, "val": 1, "test": 1}, "speech": {"val": 1, "test": 1}}
+        config["hallucination"] |= {"held_out": ["minetest-data", "singularity-music"], "max_tokens": 5}
+        config["hallucination"]["rivals"] |= {"alphas": [1], "heads": [1], "seeds": 1}
     else:
         config["stability"] |= {"resamples": 20, "min_firings": 5, "shifts": 1}
     return config | dict.fromkeys(OFF[kind])
@@ -102,6 +106,10 @@ def test_both_run_to_their_tables(run: tuple[str, dict[str, pd.DataFrame]]) -> N
         spliced = tables["splicing"]
         assert set(spliced["arm"]) == {"unspliced", "mean", "sae", "untrained"}
         assert set(spliced["clips"]) == {2} and set(spliced["non_speech"]) == {2}
+        found = tables["hallucination"]
+        assert set(found["target"]) == {"whisper-small"} and set(found["split"]) == {"val", "test"}
+        assert found["arm"].nunique() == 14 and set(found["layer"].dropna()) == {LAYER}
+        assert found.loc[found["domain"] == "all", ["hallucination_rate", "wer_text"]].notna().all(axis=None)
         domains = tables["domains"]
         assert set(domains["domain"]) == {"music", "sounds", "talk"} and set(domains["level"]) == {"frame", "clip"}
         assert (

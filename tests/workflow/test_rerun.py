@@ -240,6 +240,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_config(lambda c: c["accent"]["synthesis"].update(level_db=-20)),
         ACCENT_SPEECH | TABLES,
     ),
+    "an accented clip lost": (remove("results/small/accent/corpus/*.flac"), ACCENT_SPEECH | TABLES),
     "no accent": (edit_config(lambda c: c.update(accent=None)), TABLES),
     "lags of a speech LM's layers": (
         edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),

@@ -20,6 +20,7 @@ from helpers.recompute import (
     check_equal_quality,
     check_erasing,
     check_features,
+    check_hallucinations,
     check_layers,
     check_maps,
     check_overlap,
@@ -63,7 +64,7 @@ SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in f
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 RECOVERED = [name for name, facts in SUMMARY["targets"].items() if "lm_recipe" in facts]
 STEERED = [name for name, facts in SUMMARY["targets"].items() if "lm_steering" in facts]
-QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
+QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "lm_quantisation" in facts]
 
 
 def model_of(target: str) -> dict:
@@ -177,6 +178,18 @@ def test_how_many_features_are_found_again_is_recomputed_from_features_and_one_p
 def test_what_is_lost_downstream_is_recomputed_from_clips(target):
     table = read(RUN / "tables" / "splicing.csv")
     assert check_splicing(RUN, target, table[table["target"] == target], CFG) >= 4 * 15
+
+
+@pytest.mark.parametrize("model", [path.stem for path in sorted((RUN / "hallucination").glob("*.json"))])
+def test_what_is_written_where_nobody_speaks_is_recomputed_from_clips(model):
+    table = read(RUN / "tables" / "hallucination.csv")
+    table = table[table["target"] == model]
+    assert check_hallucinations(RUN, model, table, CFG) > 400
+    chosen = table[table["chosen"] & (table["domain"] == "all")]
+    assert (chosen.groupby("split")["arm"].nunique() == 14).all()
+    index = read(RUN / "renders" / model / "hallucination" / "index.csv")
+    page = (RUN / "report" / "hallucination.html").read_text()
+    assert page.count("<audio") >= len(index) and "before: nothing done" in page
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "domains" / f"{t}.json").is_file()])

@@ -26,6 +26,7 @@ from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
 from eqknobs.stages.erasing import section as erasing
 from eqknobs.stages.features import section as features
+from eqknobs.stages.hallucination import section as hallucination
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.lm_layers import section as lm_layers
@@ -51,6 +52,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     label_search,
     erasing,
     features,
+    hallucination,
     steering,
     importance,
     quantisation,

@@ -18,6 +18,7 @@ from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.domains import tables as domains
 from eqknobs.stages.erasing import tables as erasing
 from eqknobs.stages.features import tables as features
+from eqknobs.stages.hallucination import tables as hallucination
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.lm_layers import tables as lm_layers
@@ -43,6 +44,7 @@ STAGES: tuple[TablesModule, ...] = (
     label_search,
     erasing,
     features,
+    hallucination,
     steering,
     importance,
     quantisation,
