@@ -140,9 +140,7 @@ def show(at: Context) -> dict[str, Any]:
     ended = {
         **first,
         "task": "task",
-        "removed from, in": lambda r: (
-            _name(r["space"], r["order"]) + (", no penalty" if r["penalty"] == "none" else "")
-        ),
+        "removed from": lambda r: _label(r["space"], r["order"]) + (", no penalty" if r["penalty"] == "none" else ""),
         "intact": ("intact", 2),
         "majority": ("majority", 2),
         "gone at": _share,

@@ -346,7 +346,8 @@ def _gone(row: dict[str, Any] | None) -> str:
         return "is not told to begin with"
     if row["gone"] == 1:
         return "is not gone before all are removed"
-    return f"is gone at {100 * row['gone']:.3g} % {ends(row['gone_low'], row['gone_high'])}"
+    share, low, high = (100 * row[name] for name in _names("gone"))
+    return f"is gone at {share:.3g} % [{low:.3g}, {high:.3g}]"
 
 
 def _erased(own: list[dict[str, Any]], sae: str, task: str) -> Any:
