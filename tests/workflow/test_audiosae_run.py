@@ -4,8 +4,10 @@ A job costs more than what it computes here, so each runs what the other does no
 features told apart by domain, HuBERT has two seeds compared. Searches, phones and pages: the small workflow.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, Wh
 from eqknobs.models.ctranslate2 import convert_whisper
 from eqknobs.models.packaged import PACKAGED, package_files
 from helpers import ROOT
+from helpers.slices import misfits, recorded, taken
 from helpers.workflow import copy_workflow, snakemake
 
 WIDTH, FEATURES, LAYER = 16, 48, 2
@@ -77,11 +80,16 @@ def shrink(kind: str, model: str) -> dict:
     return config | dict.fromkeys(OFF[kind])
 
 
+class Ran(NamedTuple):
+    """The kind of a model, the tables of its shrunken configuration, and the folder in which it ran."""
+
+    kind: str
+    tables: dict[str, pd.DataFrame]
+    folder: Path
+
+
 @pytest.fixture(scope="module", params=sorted(WRITE))
-def run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, pd.DataFrame]]:
-    """The kind of a model, and the tables of its shrunken configuration."""
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     kind = request.param
     folder = copy_workflow(tmp_path_factory.mktemp(kind) / "work")
     write, model = WRITE[kind]
@@ -91,11 +99,11 @@ def run(
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     tables = folder / "results" / config["run"]["name"] / "tables"
     snakemake(folder, f"{tables.relative_to(folder)}/sae.csv", "--cores", "1", "--configfile", "run.yaml")
-    return kind, {path.stem: pd.read_csv(path) for path in tables.glob("*.csv")}
+    return Ran(kind, {path.stem: pd.read_csv(path) for path in tables.glob("*.csv")}, folder)
 
 
-def test_both_run_to_their_tables(run: tuple[str, dict[str, pd.DataFrame]]) -> None:
-    kind, tables = run
+def test_both_run_to_their_tables(run: Ran) -> None:
+    kind, tables, _ = run
     sae = tables["sae"]
     assert set(sae["target"]) == {f"{WRITE[kind][1]}.layer.{LAYER}@heard"}
     assert set(sae["layer"]) == {LAYER} and set(sae["d_in"]) == {WIDTH} and set(sae["d_sae"]) == {FEATURES}
@@ -121,3 +129,48 @@ def test_both_run_to_their_tables(run: tuple[str, dict[str, pd.DataFrame]]) -> N
         assert {(a[-1], b[-1]) for a, b in zip(pairs["a"], pairs["b"])} == {("0", "1"), ("1", "0")}
         trained = pairs[pairs["kind"] == "seeds"]
         assert (trained["coverage"] >= trained["null_shift"]).all() and trained["coverage"].max() > 0
+
+
+RERUNS: dict[str, tuple[Callable[[Path, dict], object], set[str]]] = {
+    "nothing": (lambda folder, config: None, set()),
+    "another α": (lambda folder, config: config["hallucination"].update(alphas=[2]), {"hallucination", "tables"}),
+    "lists the other way round": (lambda folder, config: config["hallucination"]["held_out"].reverse(), set()),
+    "no hallucinations": (lambda folder, config: config.update(hallucination=None), {"tables"}),
+    "library: edits": (
+        lambda folder, config: append(folder, "edits.py", "EDITED = True\n"),
+        {"hallucination", "tables"},
+    ),
+    "a comment there": (lambda folder, config: append(folder, "edits.py", "# x\n"), set()),
+    "library: its tables": (lambda folder, config: append(folder, "tables.py", "EDITED = True\n"), {"tables"}),
+    "library: its section": (lambda folder, config: append(folder, "section.py", "EDITED = True\n"), set()),
+}
+
+
+def append(folder: Path, name: str, text: str) -> None:
+    path = folder / "src/eqknobs/stages/hallucination" / name
+    path.write_text(path.read_text() + text)
+
+
+@pytest.mark.parametrize("edit", RERUNS)
+def test_edits_rerun_what_hangs_on_them(run: Ran, edit: str) -> None:
+    """Of the stage hallucination, which no other workflow test runs, on the way to its tables."""
+    if run.kind != "whisper":
+        pytest.skip("HuBERT does not transcribe")
+    change, wanted = RERUNS[edit]
+    config = yaml.safe_load((run.folder / "run.yaml").read_text())
+    table = f"results/{config['run']['name']}/tables/sae.csv"
+    before = {path: path.read_text() for path in (run.folder / "src/eqknobs/stages/hallucination").glob("*.py")}
+    try:
+        change(run.folder, config)
+        (run.folder / "edited.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        said = snakemake(run.folder, table, "-n", "--nolock", "--configfile", "edited.yaml").stdout
+    finally:
+        for path, text in before.items():
+            path.write_text(text)
+    planned = set(re.findall(r"^(\w+) +\d+$", said, re.M)) - {"total"}
+    assert planned == wanted
+
+
+def test_the_slice_of_hallucination_is_what_its_script_takes(run: Ran) -> None:
+    if run.kind == "whisper":
+        assert misfits(recorded(run.folder)["hallucination"], taken("hallucination"), "hallucination") == []
