@@ -41,12 +41,22 @@ sys.path.insert(0, str(ROOT / "tests"))
 from eqknobs.config import merge, read_config  # noqa: E402
 from eqknobs.errors import EqknobsError, one_line_errors  # noqa: E402
 from eqknobs.forecast import amount, count_jobs, forecast, sound_seconds  # noqa: E402
-from eqknobs.io import atomic_path, output_file, output_folder, read_csv, require_free_disk, write_csv  # noqa: E402
+from eqknobs.io import (  # noqa: E402
+    atomic_path,
+    output_file,
+    output_folder,
+    read_csv,
+    read_json,
+    require_free_disk,
+    write_csv,
+    write_json,
+)
 from eqknobs.models.moshi.config import MoshiConfig, raw_config  # noqa: E402
 from eqknobs.models.moshi.memory import SEVEN_B  # noqa: E402
 from eqknobs.strict_yaml import read_yaml  # noqa: E402
 
 GIB = 1 << 30
+RECORDS = "jobs.json"  # of a rehearsal's folder
 PIECE = 1 << 22  # values drawn at once
 COLUMNS = (
     "config model kind stage clips jobs audio_seconds work unit peak_memory_gib peak_anonymous_gib disk_gib seconds "
@@ -379,7 +389,7 @@ def measured(rows: list[dict[str, Any]], folder: Path, run: str, snakemake: int)
     with Sampler(snakemake) as sampler:
 
         def watch() -> None:
-            seen: set[Path] = set()
+            seen = set(times.glob("*.tsv"))
             disk = sum(map(bytes_below, written))
             last = False
             while not last:
@@ -392,8 +402,9 @@ def measured(rows: list[dict[str, Any]], folder: Path, run: str, snakemake: int)
                     used = sampler.take()
                     before, disk = disk, sum(map(bytes_below, written))
                     seconds = float(lines[1].split("\t")[0])
-                    row = {"stage": path.name.split(".")[0], "seconds": seconds, "disk": disk - before}
-                    rows.append(row | vars(used))
+                    row = {"job": path.name, "stage": path.name.split(".")[0], "seconds": seconds}
+                    rows.append(row | {"disk": disk - before} | vars(used))
+                    write_json(folder / RECORDS, rows)
 
         thread = Thread(target=watch)
         thread.start()
@@ -404,15 +415,23 @@ def measured(rows: list[dict[str, Any]], folder: Path, run: str, snakemake: int)
             thread.join()
 
 
-def run_workflow(case: Case, name: str, work: Path, models: Path, threads: int) -> list[dict[str, Any]]:
-    """Run a case in a folder of its own below `work`; records of its jobs. Raises EqknobsError where it fails."""
+def run_workflow(
+    case: Case, name: str, work: Path, models: Path, threads: int, resume: bool = False
+) -> list[dict[str, Any]]:
+    """Run a case in a folder of its own below `work`; records of its jobs, also of those before one that fails.
+
+    resume: go on in the folder of an earlier, unfinished rehearsal, with the code that it began with.
+    """
     folder = work / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "resources").symlink_to(ROOT / "resources")
-    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
-    for part in PARTS:  # copied: the checkout may be edited while hours of a rehearsal go by
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    rows: list[dict[str, Any]] = read_json(folder / RECORDS) if resume and (folder / RECORDS).is_file() else []
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "Snakefile").is_file():
+        (folder / "resources").symlink_to(ROOT / "resources")
+        for part in PARTS:  # copied: the checkout may be edited while hours of a rehearsal go by
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
     shipped = read_yaml(ROOT / f"config/{case.config}.yaml")
     config = rehearsed(case, shipped, models, threads)
     (folder / "rehearsal.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -423,11 +442,11 @@ def run_workflow(case: Case, name: str, work: Path, models: Path, threads: int) 
         *case.goals,
         "--cores",
         str(threads),
+        "--nolock",  # nobody else works there, and a rehearsal that was killed leaves one
         "--configfile",
         "rehearsal.yaml",
     ]
-    rows: list[dict[str, Any]] = []
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("a") as log:
         done = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=subprocess.STDOUT)
         with measured(rows, folder, case.model, done.pid):
             done.wait()
@@ -551,6 +570,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write the checkpoints, run nothing")
     parser.add_argument("--compute", action="store_true", help="run nothing; compute all rows at full counts anew")
+    parser.add_argument("--resume", action="store_true", help="go on in the folder of an unfinished rehearsal")
+    parser.add_argument("--goals", nargs="+", metavar="TARGET", help="of Snakemake, instead of the case's own")
     parser.add_argument("--only", choices=["run", "talk"], help="of the cases that also talk")
     args = parser.parse_args(arguments)
     work = args.work.resolve()
@@ -573,7 +594,8 @@ def main(arguments: list[str] | None = None) -> None:
                     print(f"{model}: {size:.2f} GiB written in {time.perf_counter() - start:.0f} s", flush=True)
             if args.write:
                 continue
-            rows = [] if args.only == "talk" else run_workflow(case, name, work, models, args.threads)
+            case = replace(case, goals=tuple(args.goals)) if args.goals else case
+            rows = [] if args.only == "talk" else run_workflow(case, name, work, models, args.threads, args.resume)
             if case.talk and args.only != "run":
                 rows.append(run_talk(case, work, models))
             if rows:

@@ -39,7 +39,8 @@ WAYS = {
     "bash tools/gpu_check.sh --pack": "python tools/gpu_wheels.py --help",
     ".venv/bin/python tools/rehearse.py --work rehearsal mimi": "test -f tools/rehearse.py",  # test_rehearse.py
     ".venv/bin/python tools/rehearse.py --work rehearsal moshiko": "test -f tools/rehearse.py",
-    "eqknobs plan --config config/librispeech-mimi.yaml": REAL,
+    "eqknobs plan": HELP,
+    "eqknobs plan --config …": REAL,
     "make test-kernels": DRY,
     "make test-slow": DRY,
     "python tools/config_table.py": "{} --check",
