@@ -20,6 +20,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, Wh
 from eqknobs.models.ctranslate2 import convert_whisper
 from eqknobs.models.packaged import PACKAGED, package_files
 from helpers import ROOT
+from helpers.slices import misfits, recorded, taken
 from helpers.workflow import copy_workflow, snakemake
 
 WIDTH, FEATURES, LAYER = 16, 48, 2
@@ -72,6 +73,10 @@ def shrink(kind: str, model: str) -> dict:
     if kind == "whisper":
         config["splicing"] |= {"clips": 2, "non_speech": ["music"]}
         config["domains"] |= {"corpus": "heard", "permutations": 4, "resamples": 10}
+        config["hallucination"] |= {"layers": [LAYER], "counts": [4], "alphas": [1], "label": "speech", "listen": 1}
+        config["hallucination"] |= {"clips": {"train": 1, "val": 1, "test": 1}, "speech": {"val": 1, "test": 1}}
+        config["hallucination"] |= {"held_out": ["minetest-data", "singularity-music"], "max_tokens": 5}
+        config["hallucination"]["rivals"] |= {"alphas": [1], "heads": [1], "seeds": 1}
         config["corpora"]["talk"]["phones"] = "resources/sounds/phones.csv"
         config["phones"] = default["phones"] | {"targets": ["*@heard"], "min_firings": 3, "shifts": 1, "epochs": 1}
     else:
@@ -145,6 +150,7 @@ def test_both_run_to_their_tables(name: str, request: pytest.FixtureRequest) -> 
 
 CODE = "\nEDITED = True\n"
 TABLES = {"tables"}
+OF_SAES = {"sae", "sae_scores", "splicing", "domains", "phones", "hallucination"}
 
 
 def of(*keys: str, **values: object) -> Callable[[Path], None]:
@@ -189,14 +195,17 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "clips that are spliced": (of("splicing", clips=1), {"splicing"} | TABLES),
     "library: splicing": (code("saes/splicing.py"), {"splicing"} | TABLES),
     "no splicing": (of(splicing=None), TABLES),
-    "an SAE trained otherwise": (
-        of("saes", "audiosae", epochs=2),
-        {"sae", "sae_scores", "splicing", "domains", "phones"} | TABLES,
+    "another α of steering against hallucination": (of("hallucination", alphas=[2]), {"hallucination"} | TABLES),
+    "sources held out, the other way round": (
+        of("hallucination", held_out=["singularity-music", "minetest-data"]),
+        set(),
     ),
-    "another seed": (
-        of(sae_seeds=[0, 1]),
-        {"sae", "sae_scores", "splicing", "domains", "phones"} | TABLES,
-    ),
+    "no hallucinations": (of(hallucination=None), TABLES),
+    "library: edits against hallucination": (code("hallucination/edits.py"), {"hallucination"} | TABLES),
+    "library: the table of hallucinations": (code("hallucination/tables.py"), TABLES),
+    "library: figures of hallucinations": (code("hallucination/section.py"), set()),
+    "an SAE trained otherwise": (of("saes", "audiosae", epochs=2), OF_SAES | TABLES),
+    "another seed": (of(sae_seeds=[0, 1]), OF_SAES | TABLES),
 }
 
 
@@ -210,7 +219,9 @@ def planned(run: Run) -> set[str]:
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_reruns_just_its_stages(name: str, whisper: Run) -> None:
     edit, expected = EDITS[name]
-    folders = [whisper.folder / "src/eqknobs/stages" / stage for stage in ("phones", "domains", "saes")]
+    folders = [
+        whisper.folder / "src/eqknobs/stages" / stage for stage in ("phones", "domains", "saes", "hallucination")
+    ]
     files = [whisper.folder / "run.yaml", *(path for folder in folders for path in folder.iterdir() if path.is_file())]
     kept = {path: (path.read_bytes(), path.stat()) for path in files}
     try:
@@ -220,6 +231,10 @@ def test_an_edit_reruns_just_its_stages(name: str, whisper: Run) -> None:
         for path, (data, stat) in kept.items():
             path.write_bytes(data)
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_the_slice_of_hallucination_is_what_its_script_takes(whisper: Run) -> None:
+    assert misfits(recorded(whisper.folder)["hallucination"], taken("hallucination"), "hallucination") == []
 
 
 def test_a_seed_that_goes_trains_nothing(hubert: Run) -> None:

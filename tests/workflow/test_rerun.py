@@ -36,7 +36,8 @@ TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
 PAGES = {("features", "")}
 FOUND_AGAIN = {("stability", "")} | PAGES  # a page says what a feature's twin is
 SOUGHT = {("label_search", "")} | PAGES  # and which label it tells best
-SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN | SOUGHT
+ERASED = {("erasing", "")}
+SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN | SOUGHT | ERASED
 SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 ACCENT = {("accent", "")}
@@ -243,6 +244,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_config(lambda c: c["accent"]["synthesis"].update(level_db=-20)),
         ACCENT_SPEECH | TABLES,
     ),
+    "an accented clip lost": (remove("results/small/accent/corpus/*.flac"), ACCENT_SPEECH | TABLES),
     "no accent": (edit_config(lambda c: c.update(accent=None)), TABLES),
     "lags of a speech LM's layers": (
         edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
@@ -354,6 +356,18 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_file("src/eqknobs/stages/stability/compute.py", CODE),
         FOUND_AGAIN | TABLES,
     ),
+    "from how few features labels are told": (
+        edit_config(lambda c: c["erasing"].update(kept=[2])),
+        ERASED | TABLES,
+    ),
+    "a task less": (edit_config(lambda c: c["erasing"]["tasks"].update(speech=["sex"])), ERASED | TABLES),
+    "when a label is gone": (edit_config(lambda c: c["erasing"].update(tolerance=0.1)), TABLES),
+    "library: what erases": (edit_file("src/eqknobs/stages/erasing/probes.py", CODE), ERASED | TABLES),
+    "library: figures of what is erased": (
+        edit_file("src/eqknobs/stages/erasing/section.py", CODE),
+        {("report", "")},
+    ),
+    "no erasing": (edit_config(lambda c: c.update(erasing=None)), TABLES),
     "fewer pages of features": (edit_config(lambda c: c["features"].update(count=1)), PAGES | TABLES),
     "library: what features hear": (edit_file("src/eqknobs/stages/features/compute.py", CODE), PAGES | TABLES),
     "library: pages of features": (edit_file("src/eqknobs/stages/features/pages.py", CODE), {("report", "")}),
@@ -459,7 +473,7 @@ def third_sae(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.copytree(finished_run, folder, symlinks=True)
     write_config(folder, lambda config: config["saes"].update(extra=EXTRA))
     snakemake(folder, "--cores", "2", "dictionaries", "probings")
-    assert planned(folder) == CODEC | FOUND_AGAIN | SOUGHT | TABLES
+    assert planned(folder) == CODEC | FOUND_AGAIN | SOUGHT | ERASED | TABLES
     return folder
 
 
