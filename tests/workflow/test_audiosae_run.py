@@ -64,7 +64,7 @@ def shrink(kind: str, model: str) -> dict:
     config["models"][model]["path"] = "model"
     config["data"] = default["data"] | {"max_utterances": 16, "max_minutes": 1}
     for corpus in config["corpora"].values():
-        corpus |= {} if corpus["source"] == "union" else {"max_utterances": 12}
+        corpus |= {"max_utterances": 12} if corpus["source"] == "folder" else {}
     config["saes"]["audiosae"] |= {"d_sae": FEATURES, "k": 4, "epochs": 1, "batch_size": 256}
     config["sae_seeds"] = [0, 1] if kind == "hubert" else [0]
     config["hardware"] = {"threads": 1}
@@ -80,6 +80,7 @@ def shrink(kind: str, model: str) -> dict:
         config["corpora"]["talk"]["phones"] = "resources/sounds/phones.csv"
         config["phones"] = default["phones"] | {"targets": ["*@heard"], "min_firings": 3, "shifts": 1, "epochs": 1}
     else:
+        config["saes"]["one_scalar"] = config["saes"]["audiosae"] | {"input_scale": "scalar"}
         config["stability"] |= {"resamples": 20, "min_firings": 5, "shifts": 1}
     return config | dict.fromkeys(OFF[kind])
 
@@ -122,7 +123,7 @@ def test_both_run_to_their_tables(name: str, request: pytest.FixtureRequest) -> 
     sae = tables["sae"]
     assert set(sae["target"]) == {f"{WRITE[kind][1]}.layer.{LAYER}@heard"}
     assert set(sae["layer"]) == {LAYER} and set(sae["d_in"]) == {WIDTH} and set(sae["d_sae"]) == {FEATURES}
-    assert sae["fvu"].between(0, 1).all() and sae["l0"].between(2, 8).all()
+    assert sae.loc[sae["sae"] == "audiosae", "fvu"].between(0, 1).all() and sae["l0"].between(2, 8).all()
     heard = sae[sae["split"] == "test"][["wer_text_spliced", "nll_spliced", "no_speech_auc"]]
     assert (heard.notna() if kind == "whisper" else heard.isna()).all(axis=None)
     if kind == "whisper":
@@ -141,6 +142,8 @@ def test_both_run_to_their_tables(name: str, request: pytest.FixtureRequest) -> 
             "probe",
         }
     else:
+        scales = dict(zip(sae["sae"], sae["input_scale"]))
+        assert scales == {"audiosae": "zscore", "one_scalar": "scalar"} and sae["fvu"].between(0, 2).all()
         pairs = tables["stability"]
         assert set(pairs["kind"]) == {"seeds", "untrained"} and set(pairs["theta"]) == {0.3, 0.5}
         assert {(a[-1], b[-1]) for a, b in zip(pairs["a"], pairs["b"])} == {("0", "1"), ("1", "0")}
@@ -240,3 +243,13 @@ def test_the_slice_of_hallucination_is_what_its_script_takes(whisper: Run) -> No
 def test_a_seed_that_goes_trains_nothing(hubert: Run) -> None:
     of(sae_seeds=[0])(hubert.folder)
     assert planned(hubert) == {"sae_scores", "stability"} | TABLES
+
+
+def test_tiny_en_compares_scales_variants_and_sizes_at_one_layer() -> None:
+    saes = yaml.safe_load((ROOT / "config/audiosae-tiny.en.yaml").read_text())["saes"]
+    compared = {name: sae for name, sae in saes.items() if sae and name != "audiosae"}
+    assert all(sae["targets"] == ["*.2"] and sae["corpus"] == "heard" for sae in compared.values())
+    assert {sae["input_scale"] for sae in compared.values() if "input_scale" in sae} == {"raw", "unit_norm", "scalar"}
+    assert {sae["variant"] for sae in compared.values()} == {"batchtopk", "topk", "jumprelu"}
+    width = 384  # of tiny.en
+    assert compared["front"]["grid"] == {"k": [25, 50, 100], "d_sae": [8 * width, 32 * width]}
