@@ -28,7 +28,7 @@ LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
 TEXT_COLUMNS = frozenset(
     "a accent arm b beside binning calibrated cell clip codec codec_training condition derived_from direction domain "
-    "edit file format gate granularity group half heard id input_scale judged kind label labels level map matched "
+    "edit file format gate granularity group half heard id input_scale kind label labels level map matched "
     "measure method mode model name noise order part path penalty phase phone plan property reading reason recipe "
     "repair rounding sae said sex sha256 site source space speaker split state stream tag target task tensor text "
     "top_clips trained transcript variant verdict voice voices weights why".split()
