@@ -158,6 +158,14 @@ def first_saes(names):
     ]
 
 
+def every_seed(file):
+    """A file of each seed of an SAE. Which seeds there are is no part of the slice: one that goes reruns no training."""
+    return expand(
+        f"{RUN}/saes/{{{{target}}}}/{{{{sae}}}}/seed{{seed}}/{file}",
+        seed=sorted(config["sae_seeds"]),
+    )
+
+
 def probe_files(properties, saes):
     """The probes of a target on the base spaces and on the codes of these SAEs."""
     return [

@@ -37,9 +37,7 @@ rule hallucination:
         non_speech=[
             manifest_file(corpus) for corpus in config["hallucination"]["non_speech"]
         ],
-        heard=lambda wildcards: manifest_file(
-            corpus_of(homes_of(wildcards.model)[0])
-        ),
+        heard=lambda wildcards: manifest_file(corpus_of(homes_of(wildcards.model)[0])),
         caches=of_layers(f"{RUN}/activations/{{home}}.h5"),
         model=lambda wildcards: files_of(wildcards.model),
         saes=of_layers(f"{RUN}/saes/{{home}}/{{sae}}/seed{{seed}}/config.json"),
