@@ -20,6 +20,7 @@ STAGES = [
     "probes",
     "phones",
     "label_search",
+    "erasing",
     "features",
     "hallucination",
     "codec",

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from eqknobs.audio import read_audio
-from eqknobs.io import write_csv
+from eqknobs.io import output_file, write_csv
 from eqknobs.sound import judges
 
 # glibc's M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their defaults
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sounds", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judging.csv"))
+    parser.add_argument("--out", type=output_file, default="benchmarks/results/judging.csv")
     args = parser.parse_args()
     from faster_whisper.transcribe import pad_or_trim
 

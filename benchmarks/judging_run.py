@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from eqknobs.io import write_csv
+from eqknobs.io import output_file, write_csv
 
 JOB = """
 import json, runpy, sys
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("checkouts", nargs="+", metavar="NAME=CHECKOUT")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judging_run.csv"))
+    parser.add_argument("--out", type=output_file, default="benchmarks/results/judging_run.csv")
     args = parser.parse_args()
     checkouts = dict(item.split("=", 1) for item in args.checkouts)
     found: dict[str, list[tuple[float, float, dict[str, bytes]]]] = {name: [] for name in checkouts}

@@ -19,7 +19,7 @@ import scipy.stats
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from eqknobs.io import write_csv
+from eqknobs.io import output_file, write_csv
 from eqknobs.stages.lm_layers.batched import scored, told_right
 from eqknobs.stages.lm_layers.compute import Turns
 from eqknobs.stages.probes.compute import LabelledFrames
@@ -99,7 +99,7 @@ def large(sizes: dict[str, int]) -> tuple[torch.Tensor, np.ndarray, int, Labelle
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lm_heads.csv"))
+    parser.add_argument("--out", type=output_file, default="benchmarks/results/lm_heads.csv")
     parser.add_argument("--quick", action="store_true", help="three heads and a small synthetic case")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

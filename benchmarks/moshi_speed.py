@@ -23,7 +23,7 @@ import torch
 from moshi.models import LMGen, LMModel, loaders
 from safetensors.torch import save_file
 
-from eqknobs.io import write_csv
+from eqknobs.io import output_file, write_csv
 from eqknobs.models.moshi.checkpoint import MoshiFiles, load_net
 from eqknobs.models.moshi.config import MoshiConfig, raw_config
 from eqknobs.models.moshi.generate import Dialogue
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few turns: seconds")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE / "results/moshi_speed.csv")
+    parser.add_argument("--out", type=output_file, default=str(HERE / "results/moshi_speed.csv"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size, frames, turns = ("tiny", 50, 8) if options.quick else ("small", 250, 40)

@@ -49,6 +49,7 @@ class Task:
     batch: int
     k: int
     lr: float | None = None  # instead of LEARNING_RATE
+    device: str = "cpu"
 
 
 class Contestant(ABC):
@@ -110,8 +111,10 @@ class Eqknobs(Contestant):
         }
         values = own[self.kind] | {"variant": self.kind, "d_in": task.d, "d_sae": task.features, "lr": self.lr}
         values |= {"batch_size": task.batch} | ({"aux_k": task.d // 2} if self.aux else {})
-        self.trainer = Trainer(make_config(values), data.mean, data.std, len(data.raw), FOREVER)
-        self.trainer.start(data.raw[:4096].numpy())
+        self.trainer = Trainer(
+            make_config(values), data.mean.cpu(), data.std.cpu(), len(data.raw), FOREVER, task.device
+        )
+        self.trainer.start(data.raw[:4096].cpu().numpy())
         self.weights, self.idle = self.trainer.sae.W_enc, self.trainer.idle
         self.dead_after = 2 * len(data.raw)
 
@@ -137,7 +140,7 @@ class DictionaryLearning(Contestant):
 
         task = self.task
         shared = {"steps": FOREVER, "activation_dim": task.d, "dict_size": task.features, "layer": 0, "lm_name": "none"}
-        shared |= {"lr": self.lr, "warmup_steps": 0, "seed": 0, "device": "cpu"}
+        shared |= {"lr": self.lr, "warmup_steps": 0, "seed": 0, "device": task.device}
         top = {"k": task.k, "auxk_alpha": 1 / 32 if self.aux else 0}
         l1 = {"l1_penalty": L1[self.library], "sparsity_warmup_steps": None}
         self.trainer = {
@@ -195,7 +198,7 @@ class SaeLens(Contestant):
             "standard": lambda: StandardTrainingSAE(
                 StandardTrainingSAEConfig(**shared, l1_coefficient=L1[self.library])
             ),
-        }[self.kind]()
+        }[self.kind]().to(task.device)
         config = SAETrainerConfig(FOREVER * task.batch, task.batch, lr=self.lr, lr_end=self.lr)
         self.trainer = SAETrainer(config, sae, iter(()))
         self.weights, self.idle = sae.W_enc.T, self.trainer.n_forward_passes_since_fired
@@ -224,7 +227,7 @@ class Sparsify(Contestant):
         task = self.task
         torch.manual_seed(0)
         config = SparseCoderConfig(num_latents=task.features, k=task.k)
-        self.coder = SparseCoder(task.d, config, dtype=torch.float32)
+        self.coder = SparseCoder(task.d, config, device=task.device, dtype=torch.float32)
         self.optimiser = torch.optim.Adam(self.coder.parameters(), lr=self.lr)
         self.schedule = get_linear_schedule_with_warmup(self.optimiser, 0, FOREVER)
         self.fired = torch.zeros(task.features, dtype=torch.bool)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from eqknobs.corpus.cache import ActivationCache
+from eqknobs.io import output_file
 from sae_contestants import MODULES, Contestant, Task, family, installed_version, makers
 
 HERE = Path(__file__).resolve().parent
@@ -50,7 +51,7 @@ COLUMNS = [
 ]
 EQUAL_TIME_COLUMNS = ["library", "variant", "seconds", "steps", "fvu", "l0"]
 ALL_FAMILIES = ["topk", "topk+auxk", "batchtopk", "batchtopk+auxk", "jumprelu", "l1"]
-TARGETS = {"topk": 0.45, "batchtopk": 0.45, "rms_l1": 1.05}  # × floor
+TARGETS = {"topk": 0.45, "batchtopk": 0.45, "jumprelu": 1.05, "rms_l1": 1.05}  # × floor
 AUXK_TARGET = 0.3  # × floor more than without
 FLOOR = ("floor", "floor")
 Key = tuple[str, str]  # library, variant
@@ -370,7 +371,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120, help="training steps after which FVU is compared")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of everybody, after two that are not")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--out", type=Path, default=HERE / "results/sae_training.csv")
+    parser.add_argument("--out", type=output_file, default=str(HERE / "results/sae_training.csv"))
     parser.add_argument("--d", type=int, default=512, help="width of the latents (--cache: the cache's)")
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=4096)

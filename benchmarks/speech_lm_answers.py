@@ -16,7 +16,7 @@ from statistics import median
 import pandas as pd
 import torch
 
-from eqknobs.io import write_csv
+from eqknobs.io import output_file, write_csv
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.config import FRAME_RATE
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=HERE.parent / "resources/models/tiny-moshi")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--out", type=Path, default=HERE / "results/speech_lm_answers.csv")
+    parser.add_argument("--out", type=output_file, default=str(HERE / "results/speech_lm_answers.csv"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = Moshi({"name": "model", "kind": "moshi", "path": str(options.model), "device": "cpu"})

@@ -34,7 +34,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, output_folder
 
 RATE = 16_000
 SECONDS = 3  # of a crop
@@ -322,7 +322,7 @@ def table(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=output_folder)
     parser.add_argument("--work", type=Path, default=Path("work/sounds"), help="where packages are unpacked")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phones", action="store_true", help="write no more than the phones of the crops of speech")

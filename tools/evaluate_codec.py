@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from eqknobs.audio import read_audio
 from eqknobs.evidence import stats
-from eqknobs.io import read_text_csv, write_csv
+from eqknobs.io import output_file, read_text_csv, write_csv
 from eqknobs.models import load_model
 from eqknobs.sound import metrics
 from eqknobs.sound.judges import SpeakerEncoder, Transcriber, similarity, word_errors
@@ -96,7 +96,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=output_file)
     parser.add_argument("--corpus", type=Path, default=Path("resources/corpus"))
     parser.add_argument("--other", type=Path)
     parser.add_argument("--clips", type=int, default=6, help="of each corpus voice")

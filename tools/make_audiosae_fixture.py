@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from eqknobs.io import output_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 D, F, N, K = 8, 24, 16, 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "tests/fixtures/audiosae", metavar="FOLDER")
+    parser.add_argument("--out", type=output_folder, default=str(ROOT / "tests/fixtures/audiosae"), metavar="FOLDER")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eqknobs.io import output_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 D, M, N, K = 16, 48, 32, 6
 MARGIN = 1e-4  # how far every activation is from the limit that decides on it: rounding cannot change the choice
@@ -132,7 +134,7 @@ ARCHITECTURES = {
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "tests/fixtures/sae_peers")
+    parser.add_argument("--out", type=output_folder, default=str(ROOT / "tests/fixtures/sae_peers"))
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for library, run in LIBRARIES.items():

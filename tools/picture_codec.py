@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from eqknobs.audio import read_audio
-from eqknobs.io import read_csv
+from eqknobs.io import output_file, read_csv
 from eqknobs.models import load_model
 
 SITE, RATE = "encoder_transformer", 16000
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("resources/models/tiny-mimi"))
     parser.add_argument("--corpus", type=Path, default=Path("resources/corpus"))
-    parser.add_argument("--out", type=Path, default=Path("docs/tiny-mimi.png"))
+    parser.add_argument("--out", type=output_file, default="docs/tiny-mimi.png")
     args = parser.parse_args()
     model = load_model({"name": "codec", "kind": "mimi", "path": str(args.model), "device": "cpu"})
     figure = plt.figure(figsize=(11, 8.5), layout="constrained")

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from eqknobs.audio import read_audio
-from eqknobs.io import read_csv
+from eqknobs.io import output_file, read_csv
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import generate
 from eqknobs.speaking.clips import CUT, read_clips
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("codes", type=Path)
     parser.add_argument("--model", type=Path, default=Path("resources/models/tiny-moshi"))
     parser.add_argument("--table", type=Path, default=Path("docs/results/tables/speech_lm.csv"))
-    parser.add_argument("--out", type=Path, default=Path("docs/tiny-moshi.png"))
+    parser.add_argument("--out", type=output_file, default="docs/tiny-moshi.png")
     args = parser.parse_args()
     model = Moshi({"name": "tiny-moshi", "kind": "moshi", "path": str(args.model), "device": "cpu"})
     figure = plt.figure(figsize=(11, 8), layout="constrained")

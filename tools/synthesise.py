@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, output_folder
 
 RATE = 16_000
 CLIPS_PER_VOICE = 14
@@ -394,7 +394,7 @@ def training(out: Path, minutes: float, seed: int, sentences: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("product", choices=["corpus", "training"])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=output_folder)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sentences", type=Path, default=Path("resources/corpus/sentences.csv"))

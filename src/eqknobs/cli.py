@@ -77,6 +77,21 @@ def _vram(args: argparse.Namespace) -> None:
         print(f"  fits hardware.vram_gb = {config['hardware']['vram_gb']:g}")
 
 
+def _add_plan(commands: Any) -> None:
+    text = "Print what a run will take, stage by stage: jobs, disk, memory and hours, computed from measurements."
+    note = "Nothing is started or downloaded. What a Moshi needs on a card: eqknobs vram."
+    parser = commands.add_parser("plan", help=text, description=f"{text} {note}")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, as for --configfile")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from eqknobs.config import read_config
+    from eqknobs.forecast import plan
+
+    print("\n".join(plan(args.config, read_config(args.config))))
+
+
 def _add_talk(commands: Any) -> None:
     text = "Let a Moshi model hear a recording: print its monologue as it forms and write its answer."
     note = (
@@ -268,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     saes = (_add_export_sae, _add_import_sae, _add_explore)
-    models = (_add_vram, _add_talk, _add_transcribe, _add_compress, _add_unpack, _add_convert_whisper)
+    models = (_add_vram, _add_plan, _add_talk, _add_transcribe, _add_compress, _add_unpack, _add_convert_whisper)
     for add in (*saes, *models, _add_clean):
         add(commands)
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
 from eqknobs.errors import EqknobsError, counted
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, require_output
 from eqknobs.models import KINDS, load_model
 from eqknobs.models.base import Pretrained, one_line
 from eqknobs.models.moshi.checkpoint import find_files, load_net, save_net
@@ -58,6 +58,8 @@ def compress(
     kind = kind or _kind(path, revision)
     if kind not in KINDS:
         raise EqknobsError(f"--model {path}: is of kind {kind!r}, which is not known; name one of {', '.join(KINDS)}")
+    if kind == "speechtokenizer":
+        raise EqknobsError(f"--model {path}: a SpeechTokenizer is not in transformers' format and cannot be packed")
     if kind == "moshi":
         files = find_files("model", path, revision)
         lm = load_net(files, _stored_type(files.weights))
@@ -84,10 +86,9 @@ def unpack(folder: str | Path, out: str | Path) -> str:
 
     Raises EqknobsError: no packed folder, a bad or cut one, an `out` that holds something.
     """
-    folder = Path(folder)
+    folder, target = Path(folder), _new_folder(out)
     if not is_packed_folder(folder):
         raise EqknobsError(f"{folder}: has no {NAME}; give a folder that eqknobs compress wrote")
-    target = _new_folder(out)
     kind = _kind(str(folder), None)
     if kind == "moshi":
         files = find_files("model", str(folder))
@@ -141,14 +142,7 @@ def _new_folder(out: str | Path) -> Path:
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise EqknobsError(f"--out {folder}: is there already and not empty; name a new folder")
-    parent = folder.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EqknobsError(f"--out {folder}: its folder cannot be made ({error.strerror}); name another") from error
-    if not os.access(parent, os.W_OK):
-        raise EqknobsError(f"--out {folder}: its folder cannot be written to; name another")
-    return folder
+    return require_output(folder, folder=True)
 
 
 def _uniform(plan: str) -> int | None:

@@ -11,7 +11,7 @@ from eqknobs.audio import read_audio, read_clip
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, read_csv, read_json
+from eqknobs.io import atomic_path, read_csv, read_json, require_output
 from eqknobs.models import ModelCfg, load_model
 from eqknobs.plan import SPEECH, corpus_of, model_config, parse_target, sae_home, trained_saes
 from eqknobs.report.page import CONFIG, environment, frame_of
@@ -50,6 +50,7 @@ def explore(
     strongest, if the run has the stage `features`. Returns the page. Raises EqknobsError: no such run, target or SAE,
     no model or another one, sound that cannot be read or is longer than five minutes.
     """
+    require_output(out, folder=True)
     opened = _opened(Path(run), target, sae)
     with opened.cache:
         wav, acts = _heard(opened, audio, device)
@@ -173,8 +174,5 @@ def _write(out: Path, run: _Run, shown: dict[str, Any], audio: str | Path) -> No
     page: jinja2.Template = environment().get_template("features/explore.html.j2")
     shown |= {"file": Path(audio).name, "title": f"What {shown['sae']} hears in {Path(audio).name}"}
     text = page.render(**frame_of(run.config["run"]["name"]), playing={"made": {}}, **shown)
-    try:
-        with atomic_path(out / "index.html") as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EqknobsError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+    with atomic_path(out / "index.html") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """Atomic, byte-stable files."""
 
+import argparse
 import csv
 import errno
 import fcntl
@@ -11,6 +12,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -27,11 +29,12 @@ from eqknobs.errors import EqknobsError, counted
 LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
 TEXT_COLUMNS = frozenset(
-    "a accent arm b beside binning calibrated cell clip codec codec_training condition derived_from direction domain "
-    "file format gate granularity group half heard id input_scale kind label labels level map matched "
-    "measure method mode model name order part path phase phone plan property reading reason recipe repair rounding "
-    "sae said sex sha256 site source space speaker split state stream tag target task tensor text top_clips trained "
-    "transcript variant voice voices weights why".split()
+    "a accent arm b beside binning calibrated cell clip codec codec_training condition config derived_from device "
+    "direction domain edit file format gate granularity group half heard id input_scale judged kind label labels "
+    "level machine map matched measure measured_or_computed method mode model name noise order part path penalty "
+    "phase phone plan property reading reason recipe repair rounding sae said sex sha256 site source space "
+    "speaker split stage state stream tag target task tensor text top_clips trained transcript unit variant "
+    "verdict voice voices weights why".split()
 )
 EITHER = frozenset({"features"})  # text in accent.csv (which of a code's), elsewhere how many
 NO_NUMBERS = (True, False, "unmeasurable")  # what other columns may hold beside numbers (eqknobs.evidence.words)
@@ -67,6 +70,49 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+def require_output(path: str | Path, folder: bool | None = False, name: str = "--out") -> Path:
+    """Make sure that `path` can be written, before the work that it is for; returns it and makes nothing yet.
+
+    path: a file or, with `folder`, a folder to be (None: either). name: how the message calls it. Raises EqknobsError:
+    a folder where a file belongs or the reverse, a place that cannot be made or written to.
+    """
+    path = Path(path)
+    place = path.absolute().parent
+    try:  # permissions alone do not say so: root passes them, and a file system may be read-only
+        if folder is not None and path.exists() and path.is_dir() != folder:
+            found, wanted = ("file", "folder") if folder else ("folder", "file")
+            raise EqknobsError(f"{name} {path}: is a {found}; name another {wanted}")
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise EqknobsError(f"{name} {path}: its folder cannot be made, {place} is a file; name another")
+        place = path if path.is_dir() else place
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise EqknobsError(f"{name} {path}: cannot be written in {place} ({error.strerror}); name another") from error
+    return path
+
+
+def output_file(text: str) -> Path:
+    """An argparse `type`: a file that can be written, found out before the work that it is for; makes its folder."""
+    return _output(text, folder=False)
+
+
+def output_folder(text: str) -> Path:
+    """An argparse `type`: a folder that can be made or written into."""
+    return _output(text, folder=True)
+
+
+def _output(text: str, folder: bool) -> Path:
+    try:
+        path = require_output(text, folder, name="cannot write")
+    except EqknobsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def remove_leftovers(path: str | Path) -> None:

@@ -32,6 +32,7 @@ PARTS = (
     "stages/probes",
     "stages/phones",
     "stages/label_search",
+    "stages/erasing",
     "stages/features",
     "stages/hallucination",
     "stages/codec",

@@ -61,11 +61,12 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = Path(snakemake.log[0])
     with one_line_errors():
-        from eqknobs.io import remove_leftovers, writer_lock
+        from eqknobs.io import remove_leftovers, require_output, writer_lock
 
         # An orphan of a killed Snakemake may still be at work on these very outputs: the second job waits for it.
         with writer_lock(log), log.open("w") as file:
             for output in map(Path, snakemake.output):
+                require_output(output, folder=None, name="output")
                 remove_leftovers(output)
                 remove_leftovers(output.parent)
             _run_logged(main, snakemake, file)

@@ -1,6 +1,5 @@
 """Talk to a Moshi model: a sound file is the user, the answer is another sound file of the same length."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from eqknobs.audio import read_audio, write_flac
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
+from eqknobs.io import require_output
 from eqknobs.models import ModelCfg, load_model
 from eqknobs.models.base import inference
 from eqknobs.models.moshi.adapter import Moshi
@@ -39,16 +39,9 @@ def talk(
     audio, out = Path(audio), Path(out)
     if out.suffix.lower() not in KINDS:
         raise EqknobsError(f"--out {out}: write to a name that ends in {' or '.join(KINDS)}")
-    if out.is_dir() or (out.exists() and audio.exists() and out.samefile(audio)):
-        raise EqknobsError(
-            f"--out {out}: is {'a folder' if out.is_dir() else 'the recording itself'}; name another file"
-        )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EqknobsError(f"--out {out}: its folder cannot be made ({error.strerror}); name another") from error
-    if not os.access(out.parent, os.W_OK):
-        raise EqknobsError(f"--out {out}: its folder cannot be written to; name another")
+    if out.exists() and audio.exists() and out.samefile(audio):
+        raise EqknobsError(f"--out {out}: is the recording itself; name another file")
+    require_output(out)
     if seconds is not None and not 0 < seconds < float("inf"):
         raise EqknobsError(f"--seconds: must be above 0, got {seconds:g}")
     recording = voice if voice is not None and Path(voice).suffix != ".pt" else None

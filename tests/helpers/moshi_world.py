@@ -5,7 +5,7 @@ Weights come from numpy's legacy generator, whose stream never changes, so that 
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,55 +41,51 @@ SENTENCES = (
 )
 
 
+def hub_layout(config: MoshiConfig, dep_q: int) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """Name, shape, mean and deviation of every tensor under kyutai's names; values large enough for all to matter."""
+
+    def gating(name: str, dim: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+        yield f"{name}.linear_in.weight", (2 * hidden, dim), 0, dim**-0.5
+        yield f"{name}.linear_out.weight", (dim, hidden), 0, hidden**-0.5
+
+    for i in range(16):
+        yield f"emb.{i}.weight", (config.card + 1, config.dim), 0, 0.25
+    yield "text_emb.weight", (config.text_card + 1, config.dim), 0, 0.25
+    yield "text_linear.weight", (config.text_card, config.dim), 0, config.dim**-0.5
+    for layer in range(config.layers):
+        stem = f"transformer.layers.{layer}"
+        yield f"{stem}.self_attn.in_proj_weight", (3 * config.dim, config.dim), 0, 1.5 * config.dim**-0.5
+        yield f"{stem}.self_attn.out_proj.weight", (config.dim, config.dim), 0, config.dim**-0.5
+        yield f"{stem}.norm1.alpha", (1, 1, config.dim), 1, 0.2
+        yield f"{stem}.norm2.alpha", (1, 1, config.dim), 1, 0.2
+        yield from gating(f"{stem}.gating", config.dim, config.hidden)
+    yield "out_norm.alpha", (1, 1, config.dim), 1, 0.2
+    dim = config.dep_dim
+    for i in range(dep_q):
+        yield f"depformer_in.{i}.weight", (dim, config.dim), 0, config.dim**-0.5
+        yield f"linears.{i}.weight", (config.card, dim), 0, 0.4 * dim**-0.5
+    for i in range(dep_q - 1):
+        yield f"depformer_emb.{i}.weight", (config.card + 1, dim), 0, 1.0
+    yield "depformer_text_emb.weight", (config.text_card + 1, dim), 0, 1.0
+    for layer in range(config.dep_layers):
+        stem = f"depformer.layers.{layer}"
+        yield f"{stem}.self_attn.in_proj_weight", (dep_q * 3 * dim, dim), 0, 1.5 * dim**-0.5
+        yield f"{stem}.self_attn.out_proj.weight", (dep_q * dim, dim), 0, dim**-0.5
+        yield f"{stem}.norm1.alpha", (1, 1, dim), 1, 0.2
+        yield f"{stem}.norm2.alpha", (1, 1, dim), 1, 0.2
+        for i in range(dep_q):
+            yield from gating(f"{stem}.gating.{i}", dim, config.dep_hidden)
+
+
 def hub_tensors(
     config: MoshiConfig, dep_q: int, seed: int, normal: Callable[[tuple[int, ...]], np.ndarray] | None = None
 ) -> dict[str, Tensor]:
-    """All tensors under kyutai's names, bfloat16 as on the hub; values large enough for everything to matter.
-
-    normal: where standard normal values come from, by shape.
-    """
+    """All tensors of `hub_layout`, bfloat16 as on the hub. normal: where standard normal values come from, by shape."""
     normal = normal or np.random.RandomState(seed).standard_normal
     out: dict[str, Tensor] = {}
-
-    def add(name: str, *shape: int, scale: float) -> None:
+    for name, shape, mean, scale in hub_layout(config, dep_q):
         values = normal(shape).astype(np.float32) * scale
-        out[name] = torch.from_numpy(values).to(torch.bfloat16)
-
-    def norm(name: str, dim: int) -> None:
-        values = 1 + 0.2 * normal((1, 1, dim)).astype(np.float32)
-        out[name] = torch.from_numpy(values).to(torch.bfloat16)
-
-    def gating(name: str, dim: int, hidden: int) -> None:
-        add(f"{name}.linear_in.weight", 2 * hidden, dim, scale=dim**-0.5)
-        add(f"{name}.linear_out.weight", dim, hidden, scale=hidden**-0.5)
-
-    for i in range(16):
-        add(f"emb.{i}.weight", config.card + 1, config.dim, scale=0.25)
-    add("text_emb.weight", config.text_card + 1, config.dim, scale=0.25)
-    add("text_linear.weight", config.text_card, config.dim, scale=config.dim**-0.5)
-    for layer in range(config.layers):
-        stem = f"transformer.layers.{layer}"
-        add(f"{stem}.self_attn.in_proj_weight", 3 * config.dim, config.dim, scale=1.5 * config.dim**-0.5)
-        add(f"{stem}.self_attn.out_proj.weight", config.dim, config.dim, scale=config.dim**-0.5)
-        norm(f"{stem}.norm1.alpha", config.dim)
-        norm(f"{stem}.norm2.alpha", config.dim)
-        gating(f"{stem}.gating", config.dim, config.hidden)
-    norm("out_norm.alpha", config.dim)
-    dim = config.dep_dim
-    for i in range(dep_q):
-        add(f"depformer_in.{i}.weight", dim, config.dim, scale=config.dim**-0.5)
-        add(f"linears.{i}.weight", config.card, dim, scale=0.4 * dim**-0.5)
-    for i in range(dep_q - 1):
-        add(f"depformer_emb.{i}.weight", config.card + 1, dim, scale=1.0)
-    add("depformer_text_emb.weight", config.text_card + 1, dim, scale=1.0)
-    for layer in range(config.dep_layers):
-        stem = f"depformer.layers.{layer}"
-        add(f"{stem}.self_attn.in_proj_weight", dep_q * 3 * dim, dim, scale=1.5 * dim**-0.5)
-        add(f"{stem}.self_attn.out_proj.weight", dep_q * dim, dim, scale=dim**-0.5)
-        norm(f"{stem}.norm1.alpha", dim)
-        norm(f"{stem}.norm2.alpha", dim)
-        for i in range(dep_q):
-            gating(f"{stem}.gating.{i}", dim, config.dep_hidden)
+        out[name] = torch.from_numpy(mean + values if mean else values).to(torch.bfloat16)
     return out
 
 

@@ -17,6 +17,7 @@ from eqknobs.stages.accent.speech import SynthesisCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
 from eqknobs.stages.domains.compute import DomainsCfg
+from eqknobs.stages.erasing.compute import ErasingCfg, RandomCfg
 from eqknobs.stages.features.compute import FeaturesCfg
 from eqknobs.stages.hallucination.compute import HallucinationCfg, RivalsCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
@@ -64,6 +65,8 @@ TYPED = [
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
     (PhonesCfg, ["phones"], PLANNED | {"saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
+    (ErasingCfg, ["erasing"], {"targets", "saes", "tolerance"}, {"seed", "content"}),
+    (RandomCfg, ["erasing.random"], set(), set()),
     (AccentCfg, ["accent"], {"corpus", "synthesis", "codecs"}, JOB | {"model", "codec"}),
     (AccentCodecCfg, ["accent.codecs.*"], set(), set()),
     (SaeCfg, ["accent.sae"], set(), set()),

@@ -1,9 +1,11 @@
 """config/audiosae-whisper.yaml and config/audiosae-hubert.yaml, shrunk, on tiny random models of the hub's format.
 
 A job costs more than what it computes here, so each runs what the other does not: Whisper is spliced and has its
-features told apart by domain, HuBERT has two seeds compared. Searches, phones and pages: the small workflow.
+features told apart by domain and named after phones, HuBERT has two seeds compared. Searches, pages: the small
+workflow. What edits of these stages invalidate is here too, as the small workflow (test_rerun.py) has no Whisper.
 """
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -75,35 +77,48 @@ def shrink(kind: str, model: str) -> dict:
         config["hallucination"] |= {"clips": {"train": 1, "val": 1, "test": 1}, "speech": {"val": 1, "test": 1}}
         config["hallucination"] |= {"held_out": ["minetest-data", "singularity-music"], "max_tokens": 5}
         config["hallucination"]["rivals"] |= {"alphas": [1], "heads": [1], "seeds": 1}
+        config["corpora"]["talk"]["phones"] = "resources/sounds/phones.csv"
+        config["phones"] = default["phones"] | {"targets": ["*@heard"], "min_firings": 3, "shifts": 1, "epochs": 1}
     else:
         config["stability"] |= {"resamples": 20, "min_firings": 5, "shifts": 1}
     return config | dict.fromkeys(OFF[kind])
 
 
-class Ran(NamedTuple):
-    """The kind of a model, the tables of its shrunken configuration, and the folder in which it ran."""
+class Run(NamedTuple):
+    """A finished shrunken configuration: of which kind of model, the folder, its main output, its tables."""
 
     kind: str
-    tables: dict[str, pd.DataFrame]
     folder: Path
+    table: str
+    tables: dict[str, pd.DataFrame]
 
 
-@pytest.fixture(scope="module", params=sorted(WRITE))
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    kind = request.param
-    folder = copy_workflow(tmp_path_factory.mktemp(kind) / "work")
+def finished(kind: str, folder: Path) -> Run:
+    copy_workflow(folder)
     write, model = WRITE[kind]
     torch.manual_seed(0)
     write(folder / "model")
     config = shrink(kind, model)
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     tables = folder / "results" / config["run"]["name"] / "tables"
-    snakemake(folder, f"{tables.relative_to(folder)}/sae.csv", "--cores", "1", "--configfile", "run.yaml")
-    return Ran(kind, {path.stem: pd.read_csv(path) for path in tables.glob("*.csv")}, folder)
+    table = f"{tables.relative_to(folder)}/sae.csv"
+    snakemake(folder, table, "--cores", "1", "--configfile", "run.yaml")
+    return Run(kind, folder, table, {path.stem: pd.read_csv(path) for path in tables.glob("*.csv")})
 
 
-def test_both_run_to_their_tables(run: Ran) -> None:
-    kind, tables, _ = run
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished("whisper", tmp_path_factory.mktemp("whisper") / "work")
+
+
+@pytest.fixture(scope="module")
+def hubert(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished("hubert", tmp_path_factory.mktemp("hubert") / "work")
+
+
+@pytest.mark.parametrize("name", sorted(WRITE))
+def test_both_run_to_their_tables(name: str, request: pytest.FixtureRequest) -> None:
+    kind, _, _, tables = request.getfixturevalue(name)
     sae = tables["sae"]
     assert set(sae["target"]) == {f"{WRITE[kind][1]}.layer.{LAYER}@heard"}
     assert set(sae["layer"]) == {LAYER} and set(sae["d_in"]) == {WIDTH} and set(sae["d_sae"]) == {FEATURES}
@@ -114,15 +129,17 @@ def test_both_run_to_their_tables(run: Ran) -> None:
         spliced = tables["splicing"]
         assert set(spliced["arm"]) == {"unspliced", "mean", "sae", "untrained"}
         assert set(spliced["clips"]) == {2} and set(spliced["non_speech"]) == {2}
-        found = tables["hallucination"]
-        assert set(found["target"]) == {"whisper-small"} and set(found["split"]) == {"val", "test"}
-        assert found["arm"].nunique() == 14 and set(found["layer"].dropna()) == {LAYER}
-        assert found.loc[found["domain"] == "all", ["hallucination_rate", "wer_text"]].notna().all(axis=None)
         domains = tables["domains"]
         assert set(domains["domain"]) == {"music", "sounds", "talk"} and set(domains["level"]) == {"frame", "clip"}
         assert (
             domains[["share", "permuted", "left_out"]].apply(lambda values: values.dropna().between(0, 1).all()).all()
         )
+        phones = tables["phones"]
+        assert set(phones["target"]) == set(sae["target"]) and set(phones["method"]) >= {
+            "any_match",
+            "top_feature",
+            "probe",
+        }
     else:
         pairs = tables["stability"]
         assert set(pairs["kind"]) == {"seeds", "untrained"} and set(pairs["theta"]) == {0.3, 0.5}
@@ -131,46 +148,95 @@ def test_both_run_to_their_tables(run: Ran) -> None:
         assert (trained["coverage"] >= trained["null_shift"]).all() and trained["coverage"].max() > 0
 
 
-RERUNS: dict[str, tuple[Callable[[Path, dict], object], set[str]]] = {
-    "nothing": (lambda folder, config: None, set()),
-    "another α": (lambda folder, config: config["hallucination"].update(alphas=[2]), {"hallucination", "tables"}),
-    "lists the other way round": (lambda folder, config: config["hallucination"]["held_out"].reverse(), set()),
-    "no hallucinations": (lambda folder, config: config.update(hallucination=None), {"tables"}),
-    "library: edits": (
-        lambda folder, config: append(folder, "edits.py", "EDITED = True\n"),
-        {"hallucination", "tables"},
+CODE = "\nEDITED = True\n"
+TABLES = {"tables"}
+OF_SAES = {"sae", "sae_scores", "splicing", "domains", "phones", "hallucination"}
+
+
+def of(*keys: str, **values: object) -> Callable[[Path], None]:
+    """Other values in a section of the configuration."""
+
+    def edit(folder: Path) -> None:
+        config = yaml.safe_load((folder / "run.yaml").read_text())
+        section = config
+        for key in keys:
+            section = section[key]
+        section.update(values)
+        (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    return edit
+
+
+def code(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "src/eqknobs/stages" / name
+        path.write_text(path.read_text() + (CODE if path.suffix == ".py" else "<p>x</p>"))
+
+    return edit
+
+
+# A stage's edits, and the rules that run again up to the tables; what is drawn reruns the report alone.
+EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "nothing": (lambda folder: None, set()),
+    "purity of phones": (of("phones", purity=0.4), {"phones"} | TABLES),
+    "library: phones": (code("phones/compute.py"), {"phones"} | TABLES),
+    "library: the table of phones": (code("phones/tables.py"), TABLES),
+    "library: figures of phones": (code("phones/section.py"), set()),
+    "the text on phones": (code("phones/section.html.j2"), set()),
+    "no phones": (of(phones=None), TABLES),
+    "where phones are from": (
+        of("corpora", "talk", phones="./resources/sounds//phones.csv"),
+        set(),
     ),
-    "a comment there": (lambda folder, config: append(folder, "edits.py", "# x\n"), set()),
-    "library: its tables": (lambda folder, config: append(folder, "tables.py", "EDITED = True\n"), {"tables"}),
-    "library: its section": (lambda folder, config: append(folder, "section.py", "EDITED = True\n"), set()),
+    "thresholds of domains": (of("domains", frame_taus=[0.3]), {"domains"} | TABLES),
+    "library: domains": (code("domains/compute.py"), {"domains"} | TABLES),
+    "library: figures of domains": (code("domains/section.py"), set()),
+    "no domains": (of(domains=None), TABLES),
+    "clips that are spliced": (of("splicing", clips=1), {"splicing"} | TABLES),
+    "library: splicing": (code("saes/splicing.py"), {"splicing"} | TABLES),
+    "no splicing": (of(splicing=None), TABLES),
+    "another α of steering against hallucination": (of("hallucination", alphas=[2]), {"hallucination"} | TABLES),
+    "sources held out, the other way round": (
+        of("hallucination", held_out=["singularity-music", "minetest-data"]),
+        set(),
+    ),
+    "no hallucinations": (of(hallucination=None), TABLES),
+    "library: edits against hallucination": (code("hallucination/edits.py"), {"hallucination"} | TABLES),
+    "library: the table of hallucinations": (code("hallucination/tables.py"), TABLES),
+    "library: figures of hallucinations": (code("hallucination/section.py"), set()),
+    "an SAE trained otherwise": (of("saes", "audiosae", epochs=2), OF_SAES | TABLES),
+    "another seed": (of(sae_seeds=[0, 1]), OF_SAES | TABLES),
 }
 
 
-def append(folder: Path, name: str, text: str) -> None:
-    path = folder / "src/eqknobs/stages/hallucination" / name
-    path.write_text(path.read_text() + text)
+def planned(run: Run) -> set[str]:
+    """The rules of the jobs that Snakemake would run now."""
+    lines = snakemake(run.folder, run.table, "-n", "--nolock", "--configfile", "run.yaml").stdout.splitlines()
+    jobs = (re.match(r"([a-z_]+) +\d+$", line) for line in lines)
+    return {job[1] for job in jobs if job and job[1] != "total"}
 
 
-@pytest.mark.parametrize("edit", RERUNS)
-def test_edits_rerun_what_hangs_on_them(run: Ran, edit: str) -> None:
-    """Of the stage hallucination, which no other workflow test runs, on the way to its tables."""
-    if run.kind != "whisper":
-        pytest.skip("HuBERT does not transcribe")
-    change, wanted = RERUNS[edit]
-    config = yaml.safe_load((run.folder / "run.yaml").read_text())
-    table = f"results/{config['run']['name']}/tables/sae.csv"
-    before = {path: path.read_text() for path in (run.folder / "src/eqknobs/stages/hallucination").glob("*.py")}
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_reruns_just_its_stages(name: str, whisper: Run) -> None:
+    edit, expected = EDITS[name]
+    folders = [
+        whisper.folder / "src/eqknobs/stages" / stage for stage in ("phones", "domains", "saes", "hallucination")
+    ]
+    files = [whisper.folder / "run.yaml", *(path for folder in folders for path in folder.iterdir() if path.is_file())]
+    kept = {path: (path.read_bytes(), path.stat()) for path in files}
     try:
-        change(run.folder, config)
-        (run.folder / "edited.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        said = snakemake(run.folder, table, "-n", "--nolock", "--configfile", "edited.yaml").stdout
+        edit(whisper.folder)
+        assert planned(whisper) == expected
     finally:
-        for path, text in before.items():
-            path.write_text(text)
-    planned = set(re.findall(r"^(\w+) +\d+$", said, re.M)) - {"total"}
-    assert planned == wanted
+        for path, (data, stat) in kept.items():
+            path.write_bytes(data)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_the_slice_of_hallucination_is_what_its_script_takes(run: Ran) -> None:
-    if run.kind == "whisper":
-        assert misfits(recorded(run.folder)["hallucination"], taken("hallucination"), "hallucination") == []
+def test_the_slice_of_hallucination_is_what_its_script_takes(whisper: Run) -> None:
+    assert misfits(recorded(whisper.folder)["hallucination"], taken("hallucination"), "hallucination") == []
+
+
+def test_a_seed_that_goes_trains_nothing(hubert: Run) -> None:
+    of(sae_seeds=[0])(hubert.folder)
+    assert planned(hubert) == {"sae_scores", "stability"} | TABLES

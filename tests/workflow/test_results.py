@@ -18,6 +18,7 @@ from helpers.recompute import (
     check_counted,
     check_domains,
     check_equal_quality,
+    check_erasing,
     check_features,
     check_hallucinations,
     check_layers,
@@ -63,7 +64,7 @@ SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in f
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 RECOVERED = [name for name, facts in SUMMARY["targets"].items() if "lm_recipe" in facts]
 STEERED = [name for name, facts in SUMMARY["targets"].items() if "lm_steering" in facts]
-QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
+QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "lm_quantisation" in facts]
 
 
 def model_of(target: str) -> dict:
@@ -243,3 +244,8 @@ def test_macro_f1_of_accents_is_recomputed_from_what_was_told(path):
         told.setdefault(key, []).append(value)
     for key, own in table.groupby(["weights", "site", "codebooks", "task", "features"]):
         assert sorted(own["macro_f1"]) == pytest.approx(sorted(told[tuple(map(str, key))]))
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "erasing" / f"{t}.json").is_file()])
+def test_what_is_told_and_erased_is_recomputed_from_what_every_probe_told(target):
+    assert check_erasing(RUN, target, merged("erasing")) > 100

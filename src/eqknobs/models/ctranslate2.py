@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path
+from eqknobs.io import atomic_path, require_output
 
 VERSION = 6
 TYPES = (np.dtype("<f4"), np.dtype("i1"), np.dtype("<i2"), np.dtype("<i4"), np.dtype("<f2"), "bfloat16")
@@ -216,6 +216,7 @@ def convert_whisper(
     from safetensors.numpy import save_file
     from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor
 
+    require_output(out, folder=True, name="OUT")
     config, tokeniser = (_json(Path(beside) / name) for name in ("config.json", "tokenizer.json"))
     spec, variables = read_variables(parts, sha256)
     if spec != "WhisperSpec":

@@ -24,6 +24,7 @@ from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.accent import section as accent
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
+from eqknobs.stages.erasing import section as erasing
 from eqknobs.stages.features import section as features
 from eqknobs.stages.hallucination import section as hallucination
 from eqknobs.stages.importance import section as importance
@@ -49,6 +50,7 @@ SECTIONS: tuple[SectionModule, ...] = (
     probes,
     phones,
     label_search,
+    erasing,
     features,
     hallucination,
     steering,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
-from eqknobs.io import read_json
+from eqknobs.io import read_json, require_output
 from eqknobs.sae.base import SAE, make_config, new_sae, normaliser
 from eqknobs.sae.firing import clip_codes
 from eqknobs.sae.training import BLOCK, SAMPLE_FRAMES
@@ -107,9 +107,11 @@ def import_audiosae(ae: str | Path, cache_h5: str | Path, out: str | Path) -> Im
     k·n largest activations of each clip. Raises EqknobsError: see `read_ae`; another width than the cache's, no train
     frames, no scale that fits (FVU above .5), other files in `out`.
     """
-    weights, out = read_ae(ae), Path(out)
+    out = Path(out)
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"config.json", "sae.safetensors"}):
         raise EqknobsError(f"{out} exists and is no SAE's folder; name a new one")
+    require_output(out, folder=True)
+    weights = read_ae(ae)
     with ActivationCache(cache_h5) as cache:
         if weights["W_enc"].shape[1] != cache.acts.shape[1]:
             widths = f"{weights['W_enc'].shape[1]} wide, the cache {cache_h5} {cache.acts.shape[1]}"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, read_json, write_json
+from eqknobs.io import atomic_path, read_json, require_output, write_json
 from eqknobs.sae.base import SAE, make_config, new_sae
 from eqknobs.sae.rms_l1 import EPS
 from eqknobs.sae.topk import TopKConfig
@@ -38,7 +38,11 @@ def export_saelens(folder: str | Path, out: str | Path, metadata: dict[str, Any]
     Raises EqknobsError: not an SAE of ours, weights SAELens would take differently, `out` holds other files or cannot
     be written.
     """
-    sae, out = SAE.load(folder), Path(out).resolve()
+    out = Path(out).resolve()
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {CONFIG, WEIGHTS}):
+        raise EqknobsError(f"{out} exists and is not a SAELens folder; name a new one")
+    require_output(out, folder=True, name="OUT")
+    sae = SAE.load(folder)
     if sae.config.variant not in ARCHITECTURES:
         raise EqknobsError(f"{folder}: no SAELens format for {sae.config.variant}, only {', '.join(ARCHITECTURES)}")
     if sae.config.input_scale == "unit_norm":
@@ -49,8 +53,6 @@ def export_saelens(folder: str | Path, out: str | Path, metadata: dict[str, Any]
     if "threshold" in tensors and (tensors["threshold"] < 0).any():  # SAELens applies a ReLU besides
         raise EqknobsError(f"{folder}: thresholds below 0; train it again")
     try:
-        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {CONFIG, WEIGHTS}):
-            raise EqknobsError(f"{out} exists and is not a SAELens folder; name a new one")
         with atomic_path(out) as temporary:
             temporary.mkdir()
             save_file(tensors, temporary / WEIGHTS)

@@ -7,6 +7,7 @@ what they are. Gradients are written out by hand and checked by `torch.autograd.
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,18 @@ class Pattern:
     def frames(self) -> int:
         return len(self.crow) - 1
 
-    @property
+    @cached_property
     def rows(self) -> Tensor:
         """The frame of each entry, int64 [n]."""
-        return torch.repeat_interleave(torch.arange(self.frames), self.crow.diff())
+        return torch.repeat_interleave(torch.arange(self.frames, device=self.crow.device), self.crow.diff())
+
+    @cached_property
+    def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For the transposed matrix: the order of its entries, where its rows start, its columns."""
+        order = torch.argsort(self.cols, stable=True)
+        crow = torch.zeros(self.features + 1, dtype=torch.int64, device=self.cols.device)
+        torch.cumsum(torch.bincount(self.cols, minlength=self.features), 0, out=crow[1:])
+        return order, crow, self.rows[order]
 
     def matrix(self, values: Tensor) -> Tensor:
         """The CSR matrix [frames, features] with these values [n]."""
@@ -43,11 +52,9 @@ class Pattern:
 
     def transposed(self, values: Tensor) -> Tensor:
         """The CSR matrix [features, frames] with these values [n]."""
-        order = torch.argsort(self.cols, stable=True)
-        crow = torch.zeros(self.features + 1, dtype=torch.int64)
-        torch.cumsum(torch.bincount(self.cols, minlength=self.features), 0, out=crow[1:])
+        order, crow, frames = self._by_feature  # both weights' gradients want it: sorted once
         size = (self.features, self.frames)
-        return torch.sparse_csr_tensor(crow, self.rows[order], values[order], size, check_invariants=False)
+        return torch.sparse_csr_tensor(crow, frames, values[order], size, check_invariants=False)
 
     def per_feature(self, values: Tensor) -> Tensor:
         """Sum of the values [n] of each feature, [features]."""
@@ -110,22 +117,32 @@ def decode(values: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def row_top_k(h: Tensor, k: int) -> tuple[Pattern, Tensor]:
-    """The k largest entries of each row of h [B, m]: their places and values [B k].
+    """The k largest entries of each row of h [B, m]: their places, by column, and values [B k].
 
-    They lie in the k groups of columns with the largest maxima, so only those groups are sorted: a quarter faster.
+    They lie in the k groups of columns with the largest maxima, so only those groups are looked through. NumPy's
+    partition takes half the time of PyTorch's topk.
     """
     frames, features = h.shape
     groups = features // GROUP
     if features % GROUP == 0 and groups >= 2 * k:
         grouped = h.view(frames, GROUP, groups)  # column c is in group c % groups
-        chosen = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+        chosen = _largest(grouped.amax(1), k)
         candidates = grouped.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
-        values, places = candidates.topk(k, dim=1, sorted=False)
-        cols = places // k * groups + chosen.gather(1, places % k)
+        found = _largest(candidates, k)
+        cols = found // k * groups + chosen.gather(1, found % k)
     else:
-        values, cols = h.topk(k, dim=1, sorted=False)
-    crow = torch.arange(0, frames * k + 1, k)
+        cols = _largest(h, k)
+    cols = cols.sort(dim=1).values if cols.is_cuda else torch.from_numpy(np.sort(cols.numpy(), axis=1))
+    values = h.gather(1, cols)
+    crow = torch.arange(0, frames * k + 1, k, device=h.device)
     return Pattern(crow, cols.reshape(-1), features), values.reshape(-1)
+
+
+def _largest(h: Tensor, k: int) -> Tensor:
+    """Columns of the k largest entries of each row, in no order, int64 [B, k]."""
+    if h.is_cuda:
+        return h.topk(k, dim=1, sorted=False).indices
+    return torch.from_numpy(np.argpartition(h.numpy(), h.shape[1] - k, axis=1)[:, h.shape[1] - k :])
 
 
 def above(h: Tensor, threshold: float | Tensor) -> tuple[Pattern, Tensor]:
@@ -134,6 +151,11 @@ def above(h: Tensor, threshold: float | Tensor) -> tuple[Pattern, Tensor]:
     limit = threshold.numpy() if isinstance(threshold, Tensor) else threshold
     flat = np.flatnonzero(h.numpy() > limit)
     return _pattern(flat, frames, features), torch.from_numpy(h.numpy().reshape(-1)[flat])
+
+
+def places(mask: Tensor) -> Pattern:
+    """Where a mask [B, m] is set."""
+    return _pattern(np.flatnonzero(mask.numpy()), *mask.shape)
 
 
 def _pattern(flat: np.ndarray, frames: int, features: int) -> Pattern:

@@ -11,6 +11,7 @@ from eqknobs.sae.base import SAE, SAEConfig, Step
 from eqknobs.sae.kernels import Pattern, decode, encode_at
 
 AUX_COEFFICIENT = 1 / 32  # Gao et al. 2024, appendix A.2
+SPARSE_ON = ("cpu",)  # devices on which the sparse products are the faster ones; `tools/gpu_check.py` tries cuda
 AUX_STRIDE = 4  # AuxK looks at every fourth frame: the same gradient on average, a quarter of its cost
 
 
@@ -58,6 +59,10 @@ class UnitNormSAE(SAE):
         """Values at those places (flat [n] with their features `cols`, or dense [B, m]) -> code, further loss."""
         return torch.relu(values), 0.0
 
+    def _finish(self, h: Tensor, pattern: Pattern, rebuilt: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What the sparse path adds that looks at more places than the code has: ẑ as it is, and further loss."""
+        return rebuilt, 0.0
+
     # --- shared
 
     def _bias(self) -> Tensor:
@@ -70,7 +75,7 @@ class UnitNormSAE(SAE):
     def _step(self, z: Tensor, dead: Tensor | None) -> Step:
         bias = self._bias()
         selected = None
-        if not z.is_cuda:
+        if z.device.type in SPARSE_ON:
             with torch.no_grad():
                 h = torch.addmm(bias, z, self.W_enc.T)
                 selected = self._select(h)
@@ -84,6 +89,8 @@ class UnitNormSAE(SAE):
             pattern, values = selected
             code, further = self._activate(encode_at(z, self.W_enc, bias, pattern, values), pattern.cols)
             rebuilt = decode(code, self.W_dec, pattern) + self.b_dec
+            rebuilt, more = self._finish(h, pattern, rebuilt)
+            further = further + more
             counts = torch.bincount(pattern.cols[code.detach() > 0], minlength=self.config.d_sae)
         error = z - rebuilt
         squared = error.square().sum()

@@ -133,10 +133,14 @@ def test_start_is_gao(trained):
     assert max(seen) < 1e-5
 
 
-@pytest.mark.parametrize("cfg", [TOPK, BATCHTOPK, JUMPRELU], ids=["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize(
+    "cfg",
+    [TOPK, BATCHTOPK, JUMPRELU, JUMPRELU | {"bandwidth": 0.1}],
+    ids=["topk", "batchtopk", "jumprelu", "jumprelu, thin"],
+)
 def test_the_sparse_step_equals_the_dense_one(trained, cfg, monkeypatch):
     """The same loss and gradients, AuxK included, whichever products compute them."""
-    found, acts = trainer(trained, cfg | ({} if cfg is JUMPRELU else {"aux_k": 8}))
+    found, acts = trainer(trained, cfg | {"aux_k": 8})
     found.sae.b_enc.data += 0.01 * torch.arange(64)
     z = found.sae._normalised(torch.from_numpy(acts[:300]))
     dead = torch.tensor([3, 5, 9, 60])

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from eqknobs.sae import kernels
-from eqknobs.sae.jumprelu import _Jump
+from eqknobs.sae.jumprelu import BAND_BELOW, _Jump, _Threshold, band
 from eqknobs.sae.rms_l1 import _Autoencode, rms_normalise
 
 B, D, M = 6, 5, 16
@@ -77,7 +77,7 @@ def test_the_jump_has_the_papers_pseudo_derivatives():
     """Rajamanoharan et al. 2024, eq. 11 and 12: −θ/ε K((h − θ)/ε) for the value, −1/ε K for the count."""
     theta = torch.tensor([0.5, 1.0], requires_grad=True)
     h = torch.tensor([[0.4, 3.0], [0.9, 1.1], [-2.0, 0.95]], requires_grad=True)
-    code, count = _Jump.apply(h, theta, None, 0.3)
+    code, count = _Jump.apply(h, theta, 0.3)
     assert torch.equal(code, torch.tensor([[0.0, 3.0], [0.9, 1.1], [0.0, 0.0]])) and count.item() == 3
     g = torch.tensor([[1.0, 10.0], [100.0, 3.0], [7.0, 5.0]])
     to_h, to_theta = torch.autograd.grad([code, count], [h, theta], [g, torch.tensor(2.0)])
@@ -85,9 +85,38 @@ def test_the_jump_has_the_papers_pseudo_derivatives():
     # Inside the rectangle of width 0.3: h[0, 0] for the first feature; h[1, 1] and h[2, 1] for the second.
     expected = [-(0.5 * 1 + 2) / 0.3, -(1.0 * (3 + 5) + 2 * 2) / 0.3]
     torch.testing.assert_close(to_theta, torch.tensor(expected))
-    flat = kernels.above(h.detach(), -10.0)[0]
-    code_flat, _ = _Jump.apply(h.detach().flatten(), theta, flat.cols, 0.3)
-    assert torch.equal(code_flat.view(3, 2), code)
+
+
+@pytest.mark.parametrize("width", [0.001, 0.05, 0.4, 3.0], ids=["empty", "thin: sparse", "wide: dense", "nearly all"])
+def test_the_thresholds_gradient_needs_no_code_in_the_band(width, monkeypatch):
+    """The sparse path of jumprelu (code at active features, `_Threshold`) against dense autograd through `_Jump`."""
+    frames, d, m = 300, D, 40
+    z, w_enc, b_enc, w_dec, theta = parameters((frames, d), (m, d), (m,), (m, d), (m,))
+    z, theta = z.detach(), theta.detach().abs().requires_grad_()
+    weights = (w_enc, b_enc, w_dec, theta)
+
+    def loss(rebuilt: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        return (z - rebuilt).square().sum() + (count / frames / 3 - 1).square()
+
+    code, count = _Jump.apply(z @ w_enc.T + b_enc, theta, width)
+    wanted = torch.autograd.grad(loss(code @ w_dec, count), weights)
+    h = (z @ w_enc.T + b_enc).detach()
+    inside = band(h, theta.detach(), width)
+    assert torch.equal(inside, (h - theta).abs() < width / 2)
+    thin = inside.double().mean() < BAND_BELOW
+    assert thin == (width < 0.1)
+    if not thin:
+        monkeypatch.setattr("eqknobs.sae.jumprelu.places", None)  # the dense way it must be
+    pattern, _ = kernels.above(h, theta.detach())
+    values = kernels.encode_at(z, w_enc, b_enc, pattern)
+    rebuilt = kernels.decode(values, w_dec, pattern)
+    given = (rebuilt, theta, w_dec.detach(), inside, len(values), width)
+    rebuilt, found_count = _Threshold.apply(*given)
+    assert found_count.item() == count.item() > 0
+    found = torch.autograd.grad(loss(rebuilt, found_count), weights)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert bool(wanted[3].any()) == bool(inside.any())
 
 
 # ---------------------------------------------------------------- selection
@@ -101,6 +130,7 @@ def test_row_top_k_is_topk(features, k):
     wanted = torch.zeros_like(h).scatter(1, kept.indices, kept.values)
     assert torch.equal(pattern.dense(values), wanted)
     assert torch.equal(pattern.crow, torch.arange(0, 50 * k + 1, k))
+    assert (pattern.cols.view(50, k).diff(dim=1) > 0).all()  # by column, whatever chose them
 
 
 @pytest.mark.parametrize("hint", [0.0, 0.5, 1.0, 50.0], ids=["none", "low", "close", "too high"])
