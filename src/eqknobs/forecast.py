@@ -2,7 +2,7 @@
 
 `benchmarks/results/full_size.csv` (`tools/rehearse.py`) has what each stage took on a few clips at full size, and how
 much `work` that was. Work is counted here, from a configuration alone; time and disk are taken to grow with it in
-proportion, on top of a fixed cost a job (what the manifest's takes: Python and its imports), memory not to grow.
+proportion, on top of a fixed cost a job (Python and its imports: what the quickest one takes), memory not to grow.
 """
 
 import re
@@ -22,10 +22,12 @@ from eqknobs.plan import SPEECH, corpus_config, models_used
 MEASURED = Path("benchmarks/results/full_size.csv")
 CLIP_SECONDS = 12.3  # mean length of LibriSpeech's utterances; shorter corpora are overestimated
 ASSUMPTIONS = (
-    "time and disk grow in proportion to a stage's work (clips, seconds of sound, epochs, features), memory does not",
+    "a job's imports cost what the quickest job took; above that, time and disk grow in proportion to a stage's work "
+    "(clips, seconds of sound, epochs, features), memory does not",
     f"a clip lasts {CLIP_SECONDS} s (LibriSpeech's mean), all together max_minutes at most",
     "one job at a time with one thread, on the machine that was measured; nothing is known of a GPU's speed",
 )
+LIGHT = ("manifest", "tables", "report")  # stages whose jobs import no model
 Config = Mapping[str, Any]
 
 
@@ -220,7 +222,8 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
     measured: full_size.csv. Of several rehearsals the one of the run's own model is taken, else one of its kind.
     """
     rows = _like(config, measured).set_index("stage")
-    start = rows.loc["manifest", "cpu_seconds"] / rows.loc["manifest", "jobs"] if "manifest" in rows.index else 0.0
+    jobwise = rows["cpu_seconds"] / rows["jobs"]
+    start = jobwise.drop([name for name in LIGHT if name in jobwise], errors="ignore").min()
     audio = sound_seconds(config, jobs.corpora)
     found = []
     for stage, count in jobs.by_stage.items():
@@ -228,12 +231,13 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
         if stage in rows.index:
             row = rows.loc[stage]
             more = amount(config, stage, audio, count)[0] / row["work"] if row["work"] else 0.0
-            busy = max(0.0, row["cpu_seconds"] - start * row["jobs"])
+            fixed = min(start, jobwise[stage])
+            busy = row["cpu_seconds"] - fixed * row["jobs"]
             share = count / row["jobs"]
             by = WORK.get(stage, WORK["report"]).disk
             grown = {"work": more, "jobs": share, "sound": share * audio / row["audio_seconds"]}[by]
             record["disk_gib"], record["peak_memory_gib"] = row["disk_gib"] * grown, row["peak_memory_gib"]
-            record["hours"] = (start * count + busy * more) / 3600
+            record["hours"] = (fixed * count + busy * more) / 3600
         found.append(record)
     return pd.DataFrame(found, columns=["stage", "jobs", "disk_gib", "peak_memory_gib", "hours"])
 

@@ -44,6 +44,7 @@ def measured(*rows):
 
 ROWS = measured(
     {"stage": "manifest", "jobs": 1, "work": 1.0, "cpu_seconds": 2.0, "disk_gib": 0.0},
+    {"stage": "label_search", "jobs": 1, "work": 1200.0, "cpu_seconds": 2.0, "disk_gib": 0.0},
     {"stage": "activations", "jobs": 1, "work": 100.0, "cpu_seconds": 12.0, "disk_gib": 0.01, "peak_memory_gib": 3.0},
     {"stage": "sae", "jobs": 4, "work": 1000.0, "cpu_seconds": 28.0, "disk_gib": 0.4},
 )
