@@ -23,11 +23,13 @@ MEASURED = Path("benchmarks/results/full_size.csv")
 CLIP_SECONDS = 12.3  # mean length of LibriSpeech's utterances; shorter corpora are overestimated
 ASSUMPTIONS = (
     "a job's imports cost what the quickest job took; above that, time and disk grow in proportion to a stage's work "
-    "(clips, seconds of sound, epochs, features), memory does not",
+    "(clips, seconds of sound, epochs, features), memory does not; where a part does not grow (a ridge of all features), "
+    "hours are an upper bound",
     f"a clip lasts {CLIP_SECONDS} s (LibriSpeech's mean), all together max_minutes at most",
     "one job at a time with one thread, on the machine that was measured; nothing is known of a GPU's speed",
 )
-LIGHT = ("manifest", "tables", "report")  # stages whose jobs import no model
+# Stages that do not tell what a job costs before it works: these import no model, or one job works for all.
+NO_START = ("manifest", "tables", "report", "activations", "talk")
 Config = Mapping[str, Any]
 
 
@@ -223,7 +225,7 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
     """
     rows = _like(config, measured).set_index("stage")
     jobwise = rows["cpu_seconds"] / rows["jobs"]
-    start = jobwise.drop([name for name in LIGHT if name in jobwise], errors="ignore").min()
+    start = jobwise.drop([name for name in NO_START if name in jobwise]).min()  # NaN: of none
     audio = sound_seconds(config, jobs.corpora)
     found = []
     for stage, count in jobs.by_stage.items():
@@ -231,7 +233,7 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
         if stage in rows.index:
             row = rows.loc[stage]
             more = amount(config, stage, audio, count)[0] / row["work"] if row["work"] else 0.0
-            fixed = min(start, jobwise[stage])
+            fixed = min(jobwise[stage], start) if start == start else 0.0
             busy = row["cpu_seconds"] - fixed * row["jobs"]
             share = count / row["jobs"]
             by = WORK.get(stage, WORK["report"]).disk
