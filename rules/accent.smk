@@ -39,6 +39,9 @@ if config["accent"]["corpus"] is None:
                 sentences=lambda wildcards: [
                     config["accent"]["synthesis"]["sentences"]
                 ],
+                sounds=lambda wildcards: DIGESTS.of_sounds(
+                    ACCENT_MANIFEST, really_runs()
+                ),
             ),
         message:
             "Let espeak-ng say sentences in every accent with every voice"

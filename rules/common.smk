@@ -26,6 +26,7 @@ from eqknobs.plan import (
     model_config,
     on_corpus,
     parse_target,
+    parts_of,
     reference_saes,
     sae_home,
     stage_saes,
@@ -37,6 +38,7 @@ from eqknobs.plan import (
 )
 from eqknobs.stages.accent.checks import accent_models
 from eqknobs.stages.domains.checks import domain_targets
+from eqknobs.stages.erasing.checks import erased_targets, vowels_told
 from eqknobs.stages.features.checks import caption_files, paged_targets
 from eqknobs.stages.label_search.checks import searched_targets
 from eqknobs.stages.phones.checks import phone_targets
@@ -154,6 +156,14 @@ def first_saes(names):
         for sae in names(wildcards.target)
         for file in ("config.json", "sae.safetensors")
     ]
+
+
+def every_seed(file):
+    """A file of each seed of an SAE. Which seeds there are is no part of the slice: one that goes reruns no training."""
+    return expand(
+        f"{RUN}/saes/{{{{target}}}}/{{{{sae}}}}/seed{{seed}}/{file}",
+        seed=sorted(config["sae_seeds"]),
+    )
 
 
 def probe_files(properties, saes):
@@ -287,7 +297,8 @@ def files_of(name):
         for folder in (folders[1:] if made else folders)
         for file in sorted(folder.glob("*"))
         if file.suffix in (".safetensors", ".model")
-        or file.name in ("config.json", "preprocessor_config.json")
+        or file.name
+        in ("config.json", "preprocessor_config.json", "SpeechTokenizer.pt")
         or file.name.endswith(".index.json")
     ]
     found = ancient([*weights, *module_inputs(KINDS[model["kind"]].split(":")[0])])
@@ -379,7 +390,7 @@ def speech_files(wildcards):
     """The sound of a corpus on this disk; that of LibriSpeech is known by its published checksum."""
     data = corpus_data(wildcards)
     source, path = data["source"], data.get("path")
-    if source in ("librispeech", "union"):
+    if source in ("librispeech", "union", "mixture"):
         return []
     return corpus_files(path) if source == "folder" else [path]
 

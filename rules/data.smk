@@ -57,7 +57,7 @@ rule manifest:
 use rule manifest as corpus_manifest with:
     input:
         parts=lambda wildcards: [
-            manifest_file(part) for part in corpus_data(wildcards).get("of", [])
+            manifest_file(part) for part in parts_of(config, wildcards.corpus)
         ],
         labels=label_files,
         script=code("manifest.py"),

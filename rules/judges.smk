@@ -1,7 +1,7 @@
 JUDGED = [(sound, target) for sound, targets in SOUNDS.items() for target in targets]
 TABLE_INPUTS += [
-    # Of speech also where nothing is judged: the page shows who says what.
-    f"{RUN}/scores/originals.csv",
+    # Of speech also where only another corpus is judged: players show what a clip says.
+    *([f"{RUN}/scores/originals.csv"] if JUDGED else []),
     *(
         originals_file(corpus)
         for corpus in {corpus_of(target) for _, target in JUDGED}
@@ -29,7 +29,9 @@ rule originals:
         gpu=gpu,
     params:
         cfg=cfg(
-            "originals", lambda wildcards: {"judges": but(config["judges"], "answer_window")}, asr=asr_files
+            "originals",
+            lambda wildcards: {"judges": but(config["judges"], "answer_window")},
+            asr=asr_files,
         ),
     message:
         "Transcribe the untouched test clips"

@@ -12,6 +12,9 @@ TABLE_INPUTS += expand(
         "lm_quantised_answers",
     ],
 )
+REPORT_INPUTS += expand(
+    f"{RUN}/renders/{{model}}/quantised/index.csv", model=PACKED_LMS
+)
 
 
 rule lm_quantisation:
@@ -33,6 +36,7 @@ rule lm_quantisation:
         nats=f"{RUN}/scores/{{model}}.lm_quantised_nats.csv",
         answers=f"{RUN}/scores/{{model}}.lm_quantised_answers.csv",
         index=f"{RUN}/lm_quantisation/{{model}}/index.csv",
+        sounds=f"{RUN}/renders/{{model}}/quantised/index.csv",
     log:
         f"{RUN}/logs/lm_quantisation.{{model}}.log",
     benchmark:

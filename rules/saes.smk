@@ -32,13 +32,13 @@ rule sae:
         cache=f"{RUN}/activations/{{target}}.h5",
         script=code("sae.py"),
     output:
-        config=f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/config.json",
-        weights=f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/sae.safetensors",
-        log=f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/log.csv",
+        config=every_seed("config.json"),
+        weights=every_seed("sae.safetensors"),
+        log=every_seed("log.csv"),
     log:
-        f"{RUN}/logs/sae.{{target}}.{{sae}}.{{seed}}.log",
+        f"{RUN}/logs/sae.{{target}}.{{sae}}.log",
     benchmark:
-        f"{RUN}/benchmarks/sae.{{target}}.{{sae}}.{{seed}}.tsv"
+        f"{RUN}/benchmarks/sae.{{target}}.{{sae}}.tsv"
     conda:
         ENV
     threads: config["hardware"]["threads"]
@@ -49,11 +49,10 @@ rule sae:
             "sae",
             lambda wildcards: {
                 "sae": but(config["saes"][wildcards.sae], "grid", "targets", "corpus"),
-                "seed": int(wildcards.seed),
             },
         ),
     message:
-        "Train SAE {wildcards.sae}, seed {wildcards.seed}, on {wildcards.target}"
+        "Train SAE {wildcards.sae} on {wildcards.target}, every seed"
     script:
         "../workflow/scripts/sae.py"
 

@@ -254,12 +254,36 @@ def _explore(args: argparse.Namespace) -> None:
     print(f"wrote {page}")
 
 
+def _add_transcribe(commands: Any) -> None:
+    text = "Transcribe a recording with a Whisper of a run, before and after what keeps it silent where nobody speaks."
+    note = "--steer names an arm of the stage hallucination, which is applied as that chose it."
+    parser = commands.add_parser("transcribe", help=text, description=f"{text} {note}")
+    parser.add_argument("--run", required=True, metavar="FOLDER", dest="folder", help="a finished run: results/<run>")
+    parser.add_argument("--model", required=True, metavar="NAME", help="under hallucination.models of that run")
+    parser.add_argument("--audio", required=True, metavar="FILE", help="any sound file, resampled if need be")
+    parser.add_argument(
+        "--steer", default="none", metavar="ARM", help="e.g. sae, sae_scaled, mean_difference, vad; default: none"
+    )
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: auto")
+    parser.set_defaults(run=_transcribe)
+
+
+def _transcribe(args: argparse.Namespace) -> None:
+    from eqknobs.transcribe import transcribe
+
+    for window in transcribe(args.folder, args.model, args.audio, args.steer, args.device):
+        minutes, seconds = divmod(int(window.start), 60)
+        print(f"{minutes}:{seconds:02d} (no speech: {window.no_speech_prob:.2f}) {window.before or '(nothing)'}")
+        if args.steer != "none":
+            print(f"    {args.steer}: {window.after or '(nothing)'}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; argv: the arguments without the program's name, by default the process's."""
     parser = argparse.ArgumentParser(prog="eqknobs", description="Find and turn the knobs inside neural audio models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     saes = (_add_export_sae, _add_import_sae, _add_explore)
-    models = (_add_vram, _add_plan, _add_talk, _add_compress, _add_unpack, _add_convert_whisper)
+    models = (_add_vram, _add_plan, _add_talk, _add_transcribe, _add_compress, _add_unpack, _add_convert_whisper)
     for add in (*saes, *models, _add_clean):
         add(commands)
     args = parser.parse_args(argv)

@@ -58,6 +58,8 @@ def compress(
     kind = kind or _kind(path, revision)
     if kind not in KINDS:
         raise EqknobsError(f"--model {path}: is of kind {kind!r}, which is not known; name one of {', '.join(KINDS)}")
+    if kind == "speechtokenizer":
+        raise EqknobsError(f"--model {path}: a SpeechTokenizer is not in transformers' format and cannot be packed")
     if kind == "moshi":
         files = find_files("model", path, revision)
         lm = load_net(files, _stored_type(files.weights))

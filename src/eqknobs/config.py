@@ -20,7 +20,9 @@ import eqknobs.models.checks
 import eqknobs.stages.accent.checks
 import eqknobs.stages.codec.checks
 import eqknobs.stages.domains.checks
+import eqknobs.stages.erasing.checks
 import eqknobs.stages.features.checks
+import eqknobs.stages.hallucination.checks
 import eqknobs.stages.importance.checks
 import eqknobs.stages.label_search.checks
 import eqknobs.stages.lm_layers.checks
@@ -54,11 +56,13 @@ CHECKS: tuple[Callable[[dict[str, Any]], None], ...] = (
     eqknobs.stages.probes.checks.check,
     eqknobs.stages.phones.checks.check,
     eqknobs.stages.label_search.checks.check,
+    eqknobs.stages.erasing.checks.check,
     eqknobs.stages.accent.checks.check,
     eqknobs.stages.codec.checks.check,
     eqknobs.stages.steering.checks.check,
     eqknobs.stages.importance.checks.check,
     eqknobs.stages.features.checks.check,
+    eqknobs.stages.hallucination.checks.check,
     eqknobs.stages.quantisation.checks.check,
     eqknobs.stages.speech_lm.checks.check,
     eqknobs.stages.lm_layers.checks.check,
@@ -98,7 +102,7 @@ def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> No
     config.update(settled(config))
     _own_speech(config["data"])
     for corpus in (config["data"], *config.get("corpora", {}).values()):
-        if corpus["source"] != "union":
+        if corpus["source"] not in ("union", "mixture"):
             corpus["path" if corpus["source"] == "librispeech" else "subset"] = None
 
 

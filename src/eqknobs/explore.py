@@ -126,7 +126,7 @@ def manifest_of(run: Path, target: str) -> Path:
     return run / "manifest" / ("" if corpus == SPEECH else corpus) / "manifest.csv"
 
 
-def _config(run: Path) -> dict[str, Any]:
+def config_of(run: Path) -> dict[str, Any]:
     """The configuration that a run was made with, as its report keeps it."""
     if not run.is_dir():
         raise EqknobsError(f"--run {run}: no such folder; name a finished run, results/<run>")
@@ -139,7 +139,7 @@ def _config(run: Path) -> dict[str, Any]:
 
 def _opened(run: Path, target: str, sae: str) -> _Run:
     """A target of a run with one of its SAEs."""
-    config = _config(run)
+    config = config_of(run)
     cache = run / "activations" / f"{target}.h5"
     if not cache.is_file():
         known = sorted(path.stem for path in (run / "activations").glob("*.h5"))

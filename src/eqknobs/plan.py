@@ -9,7 +9,7 @@ from typing import Any
 
 from eqknobs.errors import EqknobsError
 
-DECODING = ("mimi", "encodec", "dac")  # kinds that turn activations back into sound
+DECODING = ("mimi", "encodec", "dac", "speechtokenizer")  # kinds that turn activations back into sound
 SPEECH = "speech"  # the corpus that `data` describes; a target's name says nothing about it
 
 
@@ -64,8 +64,13 @@ def as_drawn(max_minutes: float | None, record: Path) -> float | None:
 def corpora_used(config: dict[str, Any], targets: list[str]) -> list[str]:
     """The corpora that targets hear, and what those are put together from, in a fixed order."""
     found = {corpus_of(target) for target in targets}
-    parts = {part for corpus in found for part in corpus_config(config, corpus).get("of", [])}
-    return sorted(found | parts)
+    return sorted(found.union(*(parts_of(config, corpus) for corpus in found)))
+
+
+def parts_of(config: dict[str, Any], corpus: str) -> list[str]:
+    """The corpora that one is made of: what is put together, and what is mixed in; none of one that is drawn."""
+    found = corpus_config(config, corpus)
+    return [*found.get("of", []), *found.get("noise", [])]
 
 
 def model_config(config: dict[str, Any], target: str) -> dict[str, Any]:

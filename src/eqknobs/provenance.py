@@ -195,9 +195,9 @@ class Digests:
     def of_sounds(self, index: str | Path, keep: bool = True) -> str:
         """A mark of a folder of sounds that changes when some that its index names were lost, and then stays.
 
-        index: the table of a stage's renders, or the report's page. keep: not in a dry run, after which the lost sound
-        may come back. Sounds are no outputs of their own, as nobody knows their names beforehand; so that lost ones are
-        made again, the rule that makes them has this mark in its parameter.
+        index: the table of a stage's renders, the manifest of synthetic speech, or the report's page. keep: not in a
+        dry run, after which the lost sound may come back. Sounds are no outputs of their own, as nobody knows their
+        names beforehand; so that lost ones are made again, the rule that makes them has this mark in its parameter.
         """
         index = Path(index)
         mark = self._section("marks").get(str(index), [])
@@ -210,12 +210,14 @@ class Digests:
 
 
 def _sounds(index: Path) -> set[str]:
-    """Sounds that an index names, relative to its folder; of the report also its pages, and the sounds they name."""
+    """Sounds that an index names, relative to its folder; of the report also its pages, and the sounds they name; of a
+    manifest whose speech lies beside it, that."""
     if index.suffix == ".html":
         pages = "".join(page.read_text() for page in index.parent.glob("*.html"))
         return {unquote(html.unescape(name)) for name in re.findall(r'href="(audio/[^"]+|[\w.@-]+\.html)"', pages)}
     with index.open(encoding="utf-8", newline="") as file:
-        return {row["file"] for row in csv.DictReader(file) if row.get("file")}
+        rows = [row.get("file") or Path(row.get("path") or "").name for row in csv.DictReader(file)]
+    return {name for name in rows if name}
 
 
 DIGESTS = Digests()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import matthews_corrcoef
 
 from eqknobs.evidence.stats import bootstrap_weights
 from eqknobs.io import read_json
@@ -23,6 +24,7 @@ RATIOS = {
     "l0": ("l0_sum", "frames"),
     "nll": ("nats", "tokens"),
     "accuracy": ("correct", "frames"),
+    "deletions": ("deleted", "words_text"),
     "within_one_bin": ("within_one", "frames"),
 }
 MEANS = ("speaker_similarity", "mel_distance", "centroid_hz", "centroid_correlation_frame", "f0_error_cents")
@@ -268,6 +270,38 @@ def check_splicing(run: Path, target: str, table: pd.DataFrame, cfg: dict[str, A
         for key, value in wanted.items():
             same(row[key], value, f"splicing {row['arm']} {row['sae']} {row['seed']} {key}")
             cells += 1
+    return cells
+
+
+def check_hallucinations(run: Path, model: str, table: pd.DataFrame, cfg: dict[str, Any]) -> int:
+    """Recompute measures of `hallucination.csv` and the comparisons of the summary from clips; returns how many
+    cells."""
+    raw = read(run / "scores" / f"{model}.hallucination.csv")
+    speech = raw["domain"].isin(["clean", "quiet", "noisy"])
+    raw = raw.assign(hallucination_rate=raw["written"], detection_rate=raw["detected"], speech=speech)
+    raw["detection_rate_speech"] = raw["detected"]
+    measures = {False: ("hallucination_rate", "detection_rate", "no_speech_prob")}
+    measures[True] = ("wer_text", "deletions", "detection_rate_speech")
+    cells = 0
+    for row in table.to_dict("records"):
+        rows = pick(raw, row, ["arm", "layer", "k", "alpha", "split"])
+        rows = rows if row["domain"] == "all" else rows[rows["domain"] == row["domain"]]
+        for spoken, names in measures.items():
+            for name in names:
+                found = estimate(rows[rows["speech"] == spoken], name, cfg)
+                for end, value in zip(("", "_low", "_high"), found):
+                    same(row[f"{name}{end}"], value, f"hallucination {row['arm']} {row['domain']} {name}{end}")
+                    cells += 1
+        assert row["clips"] == rows["id"].nunique() and row["speakers"] == rows["speaker"].nunique()
+    facts = json.loads((run / "tables" / "summary.json").read_text())["targets"][model]
+    test = raw[raw["split"] == "test"]
+    for record in facts["comparisons"]:
+        if record["family"].startswith("hallucination, "):
+            own = test[test["speech"] == (record["measure"] == "wer_text")]
+            wanted = compared(*(own[own["arm"] == record[side]] for side in "ab"), record["measure"], cfg)
+            for key, value in wanted.items():
+                same(record[key], value, f"{record['family']} {record['b']} {key}")
+                cells += 1
     return cells
 
 
@@ -767,8 +801,35 @@ def check_recipe(run: Path, model: str) -> None:
     within = (highs <= recipe["margin"]).all(axis=1) | (val["state"] == "intact")
     best = val[within].sort_values("bytes").iloc[0]
     assert best["chosen"] == 1 and best["bytes"] == recipe["bytes"] and val["chosen"].sum() == 1
+    check_recovery(read(run / "tables/lm_recovery.csv").query(f"model == '{model}'"), answers, recipe["training"])
     files = [run / "lm" / model / "recipe" / name for name in ("packed.safetensors", "model.safetensors")]
     assert [data_bytes(file) for file in files if file.is_file()] == [best["bytes"]]
+
+
+def _common_rates(plain: pd.DataFrame, models: list[tuple], top: str, bottom: str) -> list[float]:
+    """Word error rates on the prompts to which all those models say something."""
+    parts = []
+    for order, seed, share, trained in models:
+        same = (plain["order"] == order) & (plain["seed"] == seed) & (plain["share"] == share)
+        parts.append(plain[same & (plain["trained"] == trained)].groupby("id")[[top, bottom]].sum())
+    heard = sorted(set.intersection(*(set(part.index[part[bottom] > 0]) for part in parts)))
+    return [part.loc[heard, top].sum() / part.loc[heard, bottom].sum() for part in parts]
+
+
+def check_recovery(table: pd.DataFrame, answers: pd.DataFrame, pace: dict) -> None:
+    """What training gives back, counted anew from answers: a change, the control's, and their difference."""
+    plain = answers[(answers["split"] == "test") & (answers["kept"] == 0) & (answers["bits"] == 0)]
+    test = table[table["split"] == "test"]
+    assert len(test) and (test["steps"] == pace["steps"]).all() and (table["chosen"] == 1).any()
+    tops = {name: (top, bottom) for name, top, bottom in PRUNED_RATIOS[:2]}
+    for row in test.to_dict("records"):
+        top, bottom = tops[row["measure"]]
+        place = row["order"], row["seed"], row["share"]
+        models = [(*place, row["trained"]), (*place, "none"), ("none", 0, 0, row["trained"]), ("none", 0, 0, "none")]
+        after, before = _common_rates(plain, models[:2], top, bottom)
+        assert np.allclose([row["after"], row["before"], row["change"]], [after, before, after - before], atol=1e-7)
+        own, was, control, whole = _common_rates(plain, models, top, bottom)
+        assert np.isclose(row["net"], own - was - control + whole, atol=1e-7), row
 
 
 def check_packing(run: Path, model: str) -> None:
@@ -842,3 +903,59 @@ def check_steered(run: Path, model: str) -> None:
         if val.loc[key, "matched"] != "tried":
             sides = test.query("layer == @key[0] and property == @key[1] and direction == @key[2] and beside == 'none'")
             assert key[3] in set(sides["alpha"]) or sides.empty, key  # what val found speaks, in the chosen layer
+
+
+def check_erasing(run: Path, target: str, cfg: dict[str, Any]) -> int:
+    """Recompute scores, side effects, the end of every curve and what swaps change, from what each probe told; returns
+    how many cells."""
+    raw = pd.read_csv(run / "scores" / f"{target}.erasing.csv", dtype={"said": str}, keep_default_na=False)
+    clips = read(run / "scores" / f"{target}.erasing_clips.csv")
+    top, gone, swapped = (_erasing_table(run, name, target) for name in ("topk_probing", "unlearning", "ravel"))
+    cells = 0
+
+    def scores(rows: pd.DataFrame, task: str) -> float:
+        true = clips.loc[(clips["sae"] == rows["sae"].iloc[0]) & (clips["task"] == task), "true"].to_numpy()
+        told = [np.array(text.split(), int) for text in rows.loc[rows["judged"] == task, "said"]]
+        vowel = task.startswith("vowel ")
+        return float(np.mean([matthews_corrcoef(true, one) if vowel else (true == one).mean() for one in told]))
+
+    for row in top.to_dict("records"):
+        own = raw[(raw["edit"] == ("kept" if row["order"] else "all")) & (raw["labels"] == "true")]
+        own = pick(own[own["penalty"] == "l2"], row | {"count": row["k"]}, ["sae", "task", "space", "order", "count"])
+        same(row["score"], scores(own, row["task"]), f"topk_probing {row['task']} {row['space']} {row['k']}")
+        cells += 1
+    for keys, curve in gone.groupby(["sae", "task", "space", "order", "penalty"]):
+        task, where = keys[1], f"unlearning {keys}"
+        whole = raw[(raw["edit"] == "all") & (raw["space"] == keys[2]) & (raw["penalty"] == keys[4])]
+        whole = whole[whole["sae"] == keys[0]]
+        most = scores(raw[(raw["sae"] == keys[0]) & (raw["task"] == task) & (raw["space"] == "majority")], task)
+        told = [scores(whole[whole["task"] == task], task)]
+        for row in curve.sort_values("removed").to_dict("records"):
+            own = raw[raw["edit"] == "removed"]
+            own = pick(own, row | {"count": row["removed"]}, ["sae", "task", "space", "order", "penalty", "count"])
+            told.append(scores(own, task))
+            same(row["score"], told[-1], where)
+            others = sorted(set(own["judged"]) - {task})
+            after = np.mean([scores(own, one) for one in others]) if others else math.nan
+            before = np.mean([scores(whole[whole["task"] == one], one) for one in others]) if others else math.nan
+            same(row["off_target"], after, f"{where} off_target")
+            same(row["off_change"], after - before, f"{where} off_change")
+            cells += 3
+        shares = [0.0, *curve.sort_values("removed")["share"], 1.0]
+        left = [score - most > cfg["tolerance"] for score in told]
+        end = shares[max((i + 1 for i, still in enumerate(left) if still), default=0)]
+        same(curve["gone"].iloc[0], end if left[0] else math.nan, f"{where} gone")
+    swaps = pd.read_csv(run / "scores" / f"{target}.erasing_swaps.csv", dtype=TEXT, keep_default_na=False)
+    for row in swapped.to_dict("records"):
+        own = pick(swaps, row, ["sae", "task", "space", "order"])
+        assert (row["clips"], row["pairs"]) == (own["id"].nunique(), own["pairs"].sum())
+        same(row["cause"], own["caused"].sum() / own["pairs"].sum(), f"ravel {row['task']} cause")
+        asked = own["asked"].sum()
+        same(row["isolation"], own["kept"].sum() / asked if asked else math.nan, f"ravel {row['task']} isolation")
+        cells += 2
+    return cells
+
+
+def _erasing_table(run: Path, name: str, target: str) -> pd.DataFrame:
+    table = read(run / "tables" / f"{name}.csv")
+    return table[table["target"] == target].assign(order=table["order"].fillna(""))

@@ -25,6 +25,16 @@ SMALL = {
         "topk": {"d_sae": 320, "k": 16, "aux_k": 32, "epochs": 2, "batch_size": 256, "grid": {"k": [8, 16]}},
     },
     "probes": {"bins": 8, "epochs": 3, "lags": [0, 1]},
+    "erasing": {
+        "tasks": {"heard": None, "speech": ["sex", "voice"]},
+        "targets": ["*"],
+        "kept": [1, 8],
+        "removed": [0.5],
+        "random": {"seeds": 2, "kept": [8], "removed": []},
+        "shuffles": 1,
+        "swaps": [1, 8],
+        "sources": 1,
+    },
     "features": {"count": 3, "random": 2, "clips": 2, "map_clips": 3, "map_frames": 5, "saes": ["topk"]},
     "codec": {"clips": 2, "codebooks": [16]},
     "steering": {

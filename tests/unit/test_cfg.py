@@ -17,7 +17,9 @@ from eqknobs.stages.accent.speech import SynthesisCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
 from eqknobs.stages.domains.compute import DomainsCfg
+from eqknobs.stages.erasing.compute import ErasingCfg, RandomCfg
 from eqknobs.stages.features.compute import FeaturesCfg
+from eqknobs.stages.hallucination.compute import HallucinationCfg, RivalsCfg
 from eqknobs.stages.importance.compute import ImportanceCfg
 from eqknobs.stages.importance.maps import MapsCfg
 from eqknobs.stages.label_search.compute import LabelSearchCfg
@@ -63,6 +65,8 @@ TYPED = [
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
     (PhonesCfg, ["phones"], PLANNED | {"saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),
+    (ErasingCfg, ["erasing"], {"targets", "saes", "tolerance"}, {"seed", "content"}),
+    (RandomCfg, ["erasing.random"], set(), set()),
     (AccentCfg, ["accent"], {"corpus", "synthesis", "codecs"}, JOB | {"model", "codec"}),
     (AccentCodecCfg, ["accent.codecs.*"], set(), set()),
     (SaeCfg, ["accent.sae"], set(), set()),
@@ -70,6 +74,8 @@ TYPED = [
     (SynthesisCfg, ["accent.synthesis"], set(), {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
+    (HallucinationCfg, ["hallucination"], {"models", "sae"}, {"model", "seed", "content"}),
+    (RivalsCfg, ["hallucination.rivals"], set(), set()),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
     (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),

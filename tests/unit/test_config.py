@@ -556,6 +556,18 @@ def voice_of(corpus):
     [
         (lambda c: c["corpora"]["mix"].update(of=["speech", "noise"]), "corpora.mix.of: names the corpus 'noise'"),
         (lambda c: c["corpora"].update(more={"source": "union", "of": ["mix", "speech"]}), "mix is a union itself"),
+        (
+            lambda c: c["corpora"].update(
+                n={"source": "mixture", "of": ["speech"], "noise": ["mix"], "snr_db": [0, 9]}
+            ),
+            "corpora.n.noise: mix is a union itself",
+        ),
+        (
+            lambda c: c["corpora"].update(
+                n={"source": "mixture", "of": ["speech"], "noise": ["music"], "snr_db": [9, 0]}
+            ),
+            "corpora.n.snr_db: from 9 to less",
+        ),
         (lambda c: c["corpora"]["music"].update(min_seconds=99), "corpora.music.min_seconds: 99 must be below"),
         (lambda c: c["corpora"]["music"].update(path=None), "corpora.music.path: is null"),
         (lambda c: c["corpora"]["mix"].update(path="x"), "corpora.mix: unknown key 'path'"),

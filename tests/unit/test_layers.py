@@ -26,7 +26,14 @@ AFTER = {
     "lm_steering": {"lm_layers", "probes"},
     "steering": {"probes"},
 }
-ENTRIES = {"audiosae.py", "cli.py", "compress.py", "explore.py", "talk.py"}  # commands stand above the rooms
+ENTRIES = {
+    "audiosae.py",
+    "cli.py",
+    "compress.py",
+    "explore.py",
+    "talk.py",
+    "transcribe.py",
+}  # commands stand above the rooms
 # Foundations that reach into a room, and the only files there that they may.
 REACH = {"config.py": ("checks.py", "sites.py"), "provenance.py": ("files.py",)}
 

@@ -137,6 +137,17 @@ def test_lost_sounds_change_the_mark_once(tmp_path: Path) -> None:
     assert Digests(store).of_sounds(index) not in ("", lost)
 
 
+def test_lost_speech_of_a_manifest(tmp_path: Path) -> None:
+    manifest = tmp_path / "run/corpus/manifest.csv"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("id,path\na,run/corpus/a.flac\n")
+    sound = manifest.parent / "a.flac"
+    sound.touch()
+    assert Digests(tmp_path / "store").of_sounds(manifest) == ""
+    sound.unlink()
+    assert Digests(tmp_path / "store").of_sounds(manifest)
+
+
 def test_lost_sounds_of_a_page(tmp_path: Path) -> None:
     page = tmp_path / "index.html"
     page.write_text('<a href="#a">x</a><a href="audio/a%20b&amp;c.flac">a</a><a href="https://x.org/audio/y">b</a>')

@@ -1,11 +1,15 @@
 """config/audiosae-whisper.yaml and config/audiosae-hubert.yaml, shrunk, on tiny random models of the hub's format.
 
 A job costs more than what it computes here, so each runs what the other does not: Whisper is spliced and has its
-features told apart by domain, HuBERT has two seeds compared. Searches, phones and pages: the small workflow.
+features told apart by domain and named after phones, HuBERT has two seeds compared. Searches, pages: the small
+workflow. What edits of these stages invalidate is here too, as the small workflow (test_rerun.py) has no Whisper.
 """
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -16,6 +20,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, Wh
 from eqknobs.models.ctranslate2 import convert_whisper
 from eqknobs.models.packaged import PACKAGED, package_files
 from helpers import ROOT
+from helpers.slices import misfits, recorded, taken
 from helpers.workflow import copy_workflow, snakemake
 
 WIDTH, FEATURES, LAYER = 16, 48, 2
@@ -68,30 +73,52 @@ def shrink(kind: str, model: str) -> dict:
     if kind == "whisper":
         config["splicing"] |= {"clips": 2, "non_speech": ["music"]}
         config["domains"] |= {"corpus": "heard", "permutations": 4, "resamples": 10}
+        config["hallucination"] |= {"layers": [LAYER], "counts": [4], "alphas": [1], "label": "speech", "listen": 1}
+        config["hallucination"] |= {"clips": {"train": 1, "val": 1, "test": 1}, "speech": {"val": 1, "test": 1}}
+        config["hallucination"] |= {"held_out": ["minetest-data", "singularity-music"], "max_tokens": 5}
+        config["hallucination"]["rivals"] |= {"alphas": [1], "heads": [1], "seeds": 1}
+        config["corpora"]["talk"]["phones"] = "resources/sounds/phones.csv"
+        config["phones"] = default["phones"] | {"targets": ["*@heard"], "min_firings": 3, "shifts": 1, "epochs": 1}
     else:
         config["stability"] |= {"resamples": 20, "min_firings": 5, "shifts": 1}
     return config | dict.fromkeys(OFF[kind])
 
 
-@pytest.fixture(scope="module", params=sorted(WRITE))
-def run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, pd.DataFrame]]:
-    """The kind of a model, and the tables of its shrunken configuration."""
-    kind = request.param
-    folder = copy_workflow(tmp_path_factory.mktemp(kind) / "work")
+class Run(NamedTuple):
+    """A finished shrunken configuration: of which kind of model, the folder, its main output, its tables."""
+
+    kind: str
+    folder: Path
+    table: str
+    tables: dict[str, pd.DataFrame]
+
+
+def finished(kind: str, folder: Path) -> Run:
+    copy_workflow(folder)
     write, model = WRITE[kind]
     torch.manual_seed(0)
     write(folder / "model")
     config = shrink(kind, model)
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     tables = folder / "results" / config["run"]["name"] / "tables"
-    snakemake(folder, f"{tables.relative_to(folder)}/sae.csv", "--cores", "1", "--configfile", "run.yaml")
-    return kind, {path.stem: pd.read_csv(path) for path in tables.glob("*.csv")}
+    table = f"{tables.relative_to(folder)}/sae.csv"
+    snakemake(folder, table, "--cores", "1", "--configfile", "run.yaml")
+    return Run(kind, folder, table, {path.stem: pd.read_csv(path) for path in tables.glob("*.csv")})
 
 
-def test_both_run_to_their_tables(run: tuple[str, dict[str, pd.DataFrame]]) -> None:
-    kind, tables = run
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished("whisper", tmp_path_factory.mktemp("whisper") / "work")
+
+
+@pytest.fixture(scope="module")
+def hubert(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished("hubert", tmp_path_factory.mktemp("hubert") / "work")
+
+
+@pytest.mark.parametrize("name", sorted(WRITE))
+def test_both_run_to_their_tables(name: str, request: pytest.FixtureRequest) -> None:
+    kind, _, _, tables = request.getfixturevalue(name)
     sae = tables["sae"]
     assert set(sae["target"]) == {f"{WRITE[kind][1]}.layer.{LAYER}@heard"}
     assert set(sae["layer"]) == {LAYER} and set(sae["d_in"]) == {WIDTH} and set(sae["d_sae"]) == {FEATURES}
@@ -107,9 +134,109 @@ def test_both_run_to_their_tables(run: tuple[str, dict[str, pd.DataFrame]]) -> N
         assert (
             domains[["share", "permuted", "left_out"]].apply(lambda values: values.dropna().between(0, 1).all()).all()
         )
+        phones = tables["phones"]
+        assert set(phones["target"]) == set(sae["target"]) and set(phones["method"]) >= {
+            "any_match",
+            "top_feature",
+            "probe",
+        }
     else:
         pairs = tables["stability"]
         assert set(pairs["kind"]) == {"seeds", "untrained"} and set(pairs["theta"]) == {0.3, 0.5}
         assert {(a[-1], b[-1]) for a, b in zip(pairs["a"], pairs["b"])} == {("0", "1"), ("1", "0")}
         trained = pairs[pairs["kind"] == "seeds"]
         assert (trained["coverage"] >= trained["null_shift"]).all() and trained["coverage"].max() > 0
+
+
+CODE = "\nEDITED = True\n"
+TABLES = {"tables"}
+OF_SAES = {"sae", "sae_scores", "splicing", "domains", "phones", "hallucination"}
+
+
+def of(*keys: str, **values: object) -> Callable[[Path], None]:
+    """Other values in a section of the configuration."""
+
+    def edit(folder: Path) -> None:
+        config = yaml.safe_load((folder / "run.yaml").read_text())
+        section = config
+        for key in keys:
+            section = section[key]
+        section.update(values)
+        (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    return edit
+
+
+def code(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "src/eqknobs/stages" / name
+        path.write_text(path.read_text() + (CODE if path.suffix == ".py" else "<p>x</p>"))
+
+    return edit
+
+
+# A stage's edits, and the rules that run again up to the tables; what is drawn reruns the report alone.
+EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "nothing": (lambda folder: None, set()),
+    "purity of phones": (of("phones", purity=0.4), {"phones"} | TABLES),
+    "library: phones": (code("phones/compute.py"), {"phones"} | TABLES),
+    "library: the table of phones": (code("phones/tables.py"), TABLES),
+    "library: figures of phones": (code("phones/section.py"), set()),
+    "the text on phones": (code("phones/section.html.j2"), set()),
+    "no phones": (of(phones=None), TABLES),
+    "where phones are from": (
+        of("corpora", "talk", phones="./resources/sounds//phones.csv"),
+        set(),
+    ),
+    "thresholds of domains": (of("domains", frame_taus=[0.3]), {"domains"} | TABLES),
+    "library: domains": (code("domains/compute.py"), {"domains"} | TABLES),
+    "library: figures of domains": (code("domains/section.py"), set()),
+    "no domains": (of(domains=None), TABLES),
+    "clips that are spliced": (of("splicing", clips=1), {"splicing"} | TABLES),
+    "library: splicing": (code("saes/splicing.py"), {"splicing"} | TABLES),
+    "no splicing": (of(splicing=None), TABLES),
+    "another α of steering against hallucination": (of("hallucination", alphas=[2]), {"hallucination"} | TABLES),
+    "sources held out, the other way round": (
+        of("hallucination", held_out=["singularity-music", "minetest-data"]),
+        set(),
+    ),
+    "no hallucinations": (of(hallucination=None), TABLES),
+    "library: edits against hallucination": (code("hallucination/edits.py"), {"hallucination"} | TABLES),
+    "library: the table of hallucinations": (code("hallucination/tables.py"), TABLES),
+    "library: figures of hallucinations": (code("hallucination/section.py"), set()),
+    "an SAE trained otherwise": (of("saes", "audiosae", epochs=2), OF_SAES | TABLES),
+    "another seed": (of(sae_seeds=[0, 1]), OF_SAES | TABLES),
+}
+
+
+def planned(run: Run) -> set[str]:
+    """The rules of the jobs that Snakemake would run now."""
+    lines = snakemake(run.folder, run.table, "-n", "--nolock", "--configfile", "run.yaml").stdout.splitlines()
+    jobs = (re.match(r"([a-z_]+) +\d+$", line) for line in lines)
+    return {job[1] for job in jobs if job and job[1] != "total"}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_reruns_just_its_stages(name: str, whisper: Run) -> None:
+    edit, expected = EDITS[name]
+    folders = [
+        whisper.folder / "src/eqknobs/stages" / stage for stage in ("phones", "domains", "saes", "hallucination")
+    ]
+    files = [whisper.folder / "run.yaml", *(path for folder in folders for path in folder.iterdir() if path.is_file())]
+    kept = {path: (path.read_bytes(), path.stat()) for path in files}
+    try:
+        edit(whisper.folder)
+        assert planned(whisper) == expected
+    finally:
+        for path, (data, stat) in kept.items():
+            path.write_bytes(data)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_the_slice_of_hallucination_is_what_its_script_takes(whisper: Run) -> None:
+    assert misfits(recorded(whisper.folder)["hallucination"], taken("hallucination"), "hallucination") == []
+
+
+def test_a_seed_that_goes_trains_nothing(hubert: Run) -> None:
+    of(sae_seeds=[0])(hubert.folder)
+    assert planned(hubert) == {"sae_scores", "stability"} | TABLES

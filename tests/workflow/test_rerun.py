@@ -36,7 +36,8 @@ TOPK_PROBES = BASE_PROBES | SAE_PROBES["topk"]  # topk is probes.reference
 PAGES = {("features", "")}
 FOUND_AGAIN = {("stability", "")} | PAGES  # a page says what a feature's twin is
 SOUGHT = {("label_search", "")} | PAGES  # and which label it tells best
-SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN | SOUGHT
+ERASED = {("erasing", "")}
+SAE_ROWS = {("sae_scores", "")} | FOUND_AGAIN | SOUGHT | ERASED
 SCORED_SAES = SAE_ROWS | CODEC  # the codec stage splices every SAE's reconstruction in
 GRID = {("sae_grid", "topk")}
 ACCENT = {("accent", "")}
@@ -49,7 +50,7 @@ LM_READ = {(rule, "") for rule in ("lm_labels", "lm_layers", "lm_saes")} | PRUNE
 LM_PROBES = LM_READ - {("lm_labels", "")}
 LM = {("lm_caches", "")} | LM_READ
 SENTENCES = {("corpus_manifest", "")} | LM
-ALL_SAES = {("sae", f"{sae} {seed}") for sae in SAES for seed in (0, 1)}
+ALL_SAES = {("sae", sae) for sae in SAES}  # every seed
 FROM_CACHE = (
     {("activations", ""), ("labels", "")} | ALL_SAES | GRID | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES
 )
@@ -65,7 +66,7 @@ def planned(folder: Path) -> set[tuple[str, str]]:
             continue
         path, rule = cells[0].removeprefix("results/small/"), cells[2]
         wildcards = {
-            "sae": r"saes/[^/]+/(\w+)/seed(\d+)/",
+            "sae": r"saes/[^/]+/(\w+)/seed",
             "sae_grid": r"saes/[^/]+/(\w+)/grid/",
             "probes": r"(?:\.|/)(\w+)\.(?:npz|csv)$",
             "sae_probes": r"(?:probes\.|ridge\.|/)(\w+)(?:\.|/)(\w+)\.(?:npz|csv)$",
@@ -153,7 +154,7 @@ EXTRA = {"variant": "rms_l1", "d_sae": 64, "l1": 0.1, "l1_on": "h", "lr": 0.001,
 
 def trained(sae: str) -> set[tuple[str, str]]:
     """What an SAE that is neither steered nor mapped makes run: its own rows, and what reads all SAEs."""
-    own = {("sae", f"{sae} {seed}") for seed in (0, 1)} | {("sae_probes", f"{sae} {name}") for name in PROPERTIES}
+    own = {("sae", sae)} | {("sae_probes", f"{sae} {name}") for name in PROPERTIES}
     return own | SCORED_SAES | TABLES
 
 
@@ -196,15 +197,19 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "the machine": (edit_config(lambda c: c["hardware"].update(device="auto", vram_gb=24)), set()),
     "SAE width": (
         edit_config(lambda c: c["saes"]["topk"].update(d_sae=384)),
-        {("sae", "topk 0"), ("sae", "topk 1")} | GRID | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,
+        {("sae", "topk")} | GRID | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "a point of an SAE grid": (
         edit_config(lambda c: c["saes"]["topk"]["grid"].update(k=[8, 24])),
         GRID | {("report", "")},
     ),
-    "second SAE seed": (
+    "another SAE seed, before which the first is taken from the store": (
         edit_config(lambda c: c.update(sae_seeds=[0, 2])),
-        {("sae", "topk 2"), ("sae", "rms_l1 2"), ("sae_scores", "")} | FOUND_AGAIN | TABLES,
+        ALL_SAES | SCORED_SAES | PROBES | STEERING | IMPORTANCE | TABLES,
+    ),
+    "an SAE seed less": (
+        edit_config(lambda c: c.update(sae_seeds=[0])),
+        {("sae_scores", "")} | FOUND_AGAIN | TABLES,
     ),
     "two SAEs trained differently": (
         edit_config(swap_sae_sizes),
@@ -239,6 +244,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_config(lambda c: c["accent"]["synthesis"].update(level_db=-20)),
         ACCENT_SPEECH | TABLES,
     ),
+    "an accented clip lost": (remove("results/small/accent/corpus/*.flac"), ACCENT_SPEECH | TABLES),
     "no accent": (edit_config(lambda c: c.update(accent=None)), TABLES),
     "lags of a speech LM's layers": (
         edit_config(lambda c: c["lm_layers"].update(lags=[0, 1])),
@@ -350,6 +356,18 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         edit_file("src/eqknobs/stages/stability/compute.py", CODE),
         FOUND_AGAIN | TABLES,
     ),
+    "from how few features labels are told": (
+        edit_config(lambda c: c["erasing"].update(kept=[2])),
+        ERASED | TABLES,
+    ),
+    "a task less": (edit_config(lambda c: c["erasing"]["tasks"].update(speech=["sex"])), ERASED | TABLES),
+    "when a label is gone": (edit_config(lambda c: c["erasing"].update(tolerance=0.1)), TABLES),
+    "library: what erases": (edit_file("src/eqknobs/stages/erasing/probes.py", CODE), ERASED | TABLES),
+    "library: figures of what is erased": (
+        edit_file("src/eqknobs/stages/erasing/section.py", CODE),
+        {("report", "")},
+    ),
+    "no erasing": (edit_config(lambda c: c.update(erasing=None)), TABLES),
     "fewer pages of features": (edit_config(lambda c: c["features"].update(count=1)), PAGES | TABLES),
     "library: what features hear": (edit_file("src/eqknobs/stages/features/compute.py", CODE), PAGES | TABLES),
     "library: pages of features": (edit_file("src/eqknobs/stages/features/pages.py", CODE), {("report", "")}),
@@ -388,7 +406,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "SAE weights lost, which nothing is to read": (lose_weights, set()),
     "SAE weights lost, and a stage that reads them is to run": (
         lambda folder: (lose_weights(folder), edit_config(lambda c: c["codec"].update(clips=1))(folder)),
-        {("sae", "topk 0")} | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,
+        {("sae", "topk")} | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,
     ),
     "a sound of the page lost": (remove("results/small/report/audio/*"), {("report", "")}),
     "a stage's page lost": (remove("results/small/report/probes.html"), {("report", "")}),
@@ -397,7 +415,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
     "an SAE added": (edit_config(lambda c: c["saes"].update(extra=EXTRA)), trained("extra")),
     "an SAE that is steered and not mapped changed": (
         edit_config(lambda c: c["saes"]["rms_l1"].update(epochs=3)),
-        {("sae", "rms_l1 0"), ("sae", "rms_l1 1")} | SCORED_SAES | SAE_PROBES["rms_l1"] | STEERING | TABLES,
+        {("sae", "rms_l1")} | SCORED_SAES | SAE_PROBES["rms_l1"] | STEERING | TABLES,
     ),
     "another reference of the same spaces": (
         edit_config(lambda c: c["probes"].update(reference="rms_l1")),
@@ -455,7 +473,7 @@ def third_sae(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.copytree(finished_run, folder, symlinks=True)
     write_config(folder, lambda config: config["saes"].update(extra=EXTRA))
     snakemake(folder, "--cores", "2", "dictionaries", "probings")
-    assert planned(folder) == CODEC | FOUND_AGAIN | SOUGHT | TABLES
+    assert planned(folder) == CODEC | FOUND_AGAIN | SOUGHT | ERASED | TABLES
     return folder
 
 

@@ -18,7 +18,9 @@ from helpers.recompute import (
     check_counted,
     check_domains,
     check_equal_quality,
+    check_erasing,
     check_features,
+    check_hallucinations,
     check_layers,
     check_maps,
     check_overlap,
@@ -62,7 +64,7 @@ SPEAKING = [name for name, facts in SUMMARY["targets"].items() if "answers" in f
 PRUNED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
 RECOVERED = [name for name, facts in SUMMARY["targets"].items() if "lm_recipe" in facts]
 STEERED = [name for name, facts in SUMMARY["targets"].items() if "lm_steering" in facts]
-QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "pruning" in facts]
+QUANTISED = [name for name, facts in SUMMARY["targets"].items() if "lm_quantisation" in facts]
 
 
 def model_of(target: str) -> dict:
@@ -178,6 +180,18 @@ def test_what_is_lost_downstream_is_recomputed_from_clips(target):
     assert check_splicing(RUN, target, table[table["target"] == target], CFG) >= 4 * 15
 
 
+@pytest.mark.parametrize("model", [path.stem for path in sorted((RUN / "hallucination").glob("*.json"))])
+def test_what_is_written_where_nobody_speaks_is_recomputed_from_clips(model):
+    table = read(RUN / "tables" / "hallucination.csv")
+    table = table[table["target"] == model]
+    assert check_hallucinations(RUN, model, table, CFG) > 400
+    chosen = table[table["chosen"] & (table["domain"] == "all")]
+    assert (chosen.groupby("split")["arm"].nunique() == 14).all()
+    index = read(RUN / "renders" / model / "hallucination" / "index.csv")
+    page = (RUN / "report" / "hallucination.html").read_text()
+    assert page.count("<audio") >= len(index) and "before: nothing done" in page
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "domains" / f"{t}.json").is_file()])
 def test_labels_of_domains_are_recomputed_from_shares(target):
     table = read(RUN / "tables" / "domains.csv")
@@ -230,3 +244,8 @@ def test_macro_f1_of_accents_is_recomputed_from_what_was_told(path):
         told.setdefault(key, []).append(value)
     for key, own in table.groupby(["weights", "site", "codebooks", "task", "features"]):
         assert sorted(own["macro_f1"]) == pytest.approx(sorted(told[tuple(map(str, key))]))
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if (RUN / "erasing" / f"{t}.json").is_file()])
+def test_what_is_told_and_erased_is_recomputed_from_what_every_probe_told(target):
+    assert check_erasing(RUN, target, merged("erasing")) > 100

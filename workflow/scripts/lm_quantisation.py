@@ -20,6 +20,7 @@ def main(inputs: Any, outputs: Any, cfg: Any) -> None:
             nats=outputs.nats,
             answers=outputs.answers,
             plans=str(Path(outputs.index).parent),
+            sounds=str(Path(outputs.sounds).parent),
         )
         quantise_and_score(cfg, files, out, Pieces())
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict
 
 import eqknobs.script
 from eqknobs.corpus.manifest import CorpusCfg, build_manifest, fetch, unite
+from eqknobs.corpus.mixtures import MixtureCfg, mix
 from eqknobs.errors import counted
 from eqknobs.io import read_csv, write_csv, write_json
 
@@ -15,7 +16,7 @@ class UnionCfg(TypedDict):
 
 
 class JobCfg(TypedDict):
-    data: CorpusCfg | UnionCfg
+    data: CorpusCfg | UnionCfg | MixtureCfg
     max_minutes: float | None  # as the last draw had it, where neither limits that
     seed: int
 
@@ -24,6 +25,9 @@ def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
     data = cfg["data"]
     if data["source"] == "union":
         manifest, rejected = unite({name: read_csv(path) for name, path in zip(data["of"], inputs.parts)})
+    elif data["source"] == "mixture":
+        parts = {name: read_csv(path) for name, path in zip([*data["of"], *data["noise"]], inputs.parts, strict=True)}
+        manifest, rejected = mix(parts, data, Path(outputs.manifest).parent, cfg["seed"])
     else:
         folder = fetch(data, Path("work"))
         manifest, rejected = build_manifest(folder, data, cfg["seed"])

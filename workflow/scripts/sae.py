@@ -1,20 +1,24 @@
-"""Train one SAE."""
+"""Train one SAE with every seed."""
 
 from pathlib import Path
 from typing import Any, TypedDict
 
 import eqknobs.script
-from eqknobs.sae import SAECfg, train_sae
+from eqknobs.pieces import Pieces
+from eqknobs.sae import SAECfg
+from eqknobs.sae.seeds import train_seeds
 
 
 class JobCfg(TypedDict):
     sae: SAECfg
-    seed: int
+    content: Any  # digests of the code
     device: str
 
 
 def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
-    train_sae(inputs.cache, Path(outputs.config).parent, cfg["sae"], cfg["seed"], cfg["device"])
+    folders = [Path(path).parent for path in outputs.config]
+    seeds = {int(folder.name.removeprefix("seed")): folder for folder in folders}
+    train_seeds(inputs.cache, seeds, cfg["sae"], cfg["content"], Pieces(), cfg["device"])
 
 
 if __name__ == "__main__":

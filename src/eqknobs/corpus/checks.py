@@ -5,6 +5,7 @@ from typing import Any
 from eqknobs.errors import EqknobsError
 from eqknobs.plan import check_corpus, corpus_config
 
+MADE = ("union", "mixture")  # of other corpora
 CREPE_HZ = (32, 2005)  # the lowest and highest pitch it has a class for
 
 
@@ -13,13 +14,16 @@ def check(config: dict[str, Any]) -> None:
     _check_pitch(config["labels"])
     _check_corpus("data", config["data"])
     for name, corpus in config.get("corpora", {}).items():
-        if corpus["source"] != "union":
+        if corpus["source"] not in MADE:
             _check_corpus(f"corpora.{name}", corpus)
             continue
-        for part in corpus["of"]:
-            check_corpus(config, f"corpora.{name}.of", part)
-            if corpus_config(config, part)["source"] == "union":
-                raise EqknobsError(f"config: corpora.{name}.of: {part} is a union itself; name its parts")
+        if corpus["source"] == "mixture" and corpus["snr_db"][0] > corpus["snr_db"][1]:
+            raise EqknobsError(f"config: corpora.{name}.snr_db: from {corpus['snr_db'][0]} to less; turn it round")
+        for key in ("of", "noise"):
+            for part in corpus.get(key, []):
+                check_corpus(config, f"corpora.{name}.{key}", part)
+                if (made := corpus_config(config, part)["source"]) in MADE:
+                    raise EqknobsError(f"config: corpora.{name}.{key}: {part} is a {made} itself; name its parts")
 
 
 def _check_range(section: str, low: str, high: str, values: dict[str, Any]) -> None:

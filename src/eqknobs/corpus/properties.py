@@ -41,6 +41,7 @@ _LIST = (
     _category("voice", "Voice", "speaker", of_speakers=False),
     _category("source", "Source", "source"),
     _category("domain", "Domain", "domain"),
+    _category("noise", "Noise", "noise"),
 )
 PROPERTIES = {found.name: found for found in _LIST}
 # Columns of the labels CSV that the manifest keeps for them, beside its own.

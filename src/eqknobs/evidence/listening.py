@@ -2,12 +2,18 @@
 
 import base64
 import io
+from collections.abc import Callable
+from typing import Any
 
 import librosa
 import matplotlib
 import numpy as np
+import pandas as pd
 import soundfile as sf
 from PIL import Image
+
+from eqknobs.evidence.stage import Context
+from eqknobs.io import require_renders
 
 
 def mp3(wav: np.ndarray, rate: int) -> bytes:
@@ -21,6 +27,33 @@ def mp3(wav: np.ndarray, rate: int) -> bytes:
 def data_uri(kind: str, content: bytes) -> str:
     """`content` as an address that a page holds itself."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def side_by_side(
+    at: Context,
+    folder: str,
+    title: Callable[[dict[str, Any]], str],
+    rank: Callable[[dict[str, Any]], int] = lambda row: 0,
+) -> list[dict[str, Any]]:
+    """A speech LM's answers to the same prompts: [{told, speaker, takes: [{name, said, heard, sound}]}].
+
+    folder: below the model's renders, as `eqknobs.speaking.takes` writes it; title: of a row of its index; rank: by
+    which takes are sorted, rows of one rank as the index has them. Raises EqknobsError for a sound that is gone.
+    """
+    name = f"renders/{at.target}/{folder}/index.csv"
+    index, beside = at.inputs.csv(name), at.inputs.path(name).parent
+    require_renders(beside / "index.csv", index["file"])
+    found = []
+    for _, rows in index.groupby("id", sort=False):
+        takes = []
+        for row in sorted(rows.to_dict("records"), key=rank):
+            wav, rate = sf.read(beside / row["file"], dtype="float32")
+            said, heard = ("" if pd.isna(row[key]) else row[key] for key in ("said", "heard"))
+            sound = data_uri("audio/mpeg", mp3(wav, rate))
+            takes.append({"name": title(row), "said": said, "heard": heard, "sound": sound})
+        told = "" if pd.isna(rows["text"].iloc[0]) else rows["text"].iloc[0]
+        found.append({"told": told, "speaker": rows["speaker"].iloc[0], "takes": takes})
+    return found
 
 
 def spectrogram(wav: np.ndarray, rate: int, peak: float) -> bytes:

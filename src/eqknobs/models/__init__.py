@@ -110,6 +110,7 @@ KINDS = {
     "mimi": "eqknobs.models.mimi:Mimi",
     "encodec": "eqknobs.models.encodec:Encodec",
     "dac": "eqknobs.models.dac:Dac",
+    "speechtokenizer": "eqknobs.models.speechtokenizer:SpeechTokenizer",
     "hubert": "eqknobs.models.hubert:Hubert",
     "whisper": "eqknobs.models.whisper:Whisper",
     "moshi": "eqknobs.models.moshi.adapter:Moshi",

@@ -233,11 +233,15 @@ class Pretrained(ABC):
     def __init__(self, cfg: ModelCfg):
         self.name = cfg["name"]
         self.device = pick_device(cfg.get("device") or "auto")
-        self.net, self.revision = load_pretrained(self.net_class, cfg)
+        self.net, self.revision = self._load(cfg)
         self.config = self.net.config
         if self.device == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # convolutions would otherwise lose half of float32's digits
         self.net.eval().requires_grad_(False).to(self.device)
+
+    def _load(self, cfg: ModelCfg) -> tuple[Any, str]:
+        """The network and its revision."""
+        return load_pretrained(self.net_class, cfg)
 
     def resolve(self, *paths: str) -> str:
         """The first of these module paths that exists in the network (layouts move between versions)."""

@@ -9,7 +9,11 @@ from eqknobs.errors import EqknobsError
 from eqknobs.models.sites import LAYERS, config_file, packaged_facts, read_facts
 from eqknobs.plan import parse_target, stage_targets
 
-CODEBOOKS = {"mimi": "num_quantizers", "dac": "n_codebooks"}  # the key of config.json that counts them
+CODEBOOKS = {
+    "mimi": "num_quantizers",
+    "dac": "n_codebooks",
+    "speechtokenizer": "n_q",
+}  # the key of config.json that counts them
 
 
 def check(config: dict[str, Any]) -> None:

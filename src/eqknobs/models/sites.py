@@ -29,6 +29,7 @@ LAYERS = {
     "mimi": Layers(("encoder_transformer",), ("encoder_layer",), "num_hidden_layers"),
     "encodec": Layers(("encoder",)),
     "dac": Layers(("encoder",)),
+    "speechtokenizer": Layers(("encoder",)),
     "hubert": Layers((), ("layer",), "num_hidden_layers"),
     "whisper": Layers((), ("layer",), "encoder_layers"),
     "moshi": Layers(("embeddings",), ("residual", "heads"), "num_layers"),

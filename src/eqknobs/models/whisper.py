@@ -4,11 +4,11 @@ Its sites are the encoder's layers; its decoder says what it makes of them, edit
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperModel
 
 from eqknobs.errors import EqknobsError
 from eqknobs.models import ModelCfg
-from eqknobs.models.base import LayeredEncoder, captured, inference, one_line, until_last
+from eqknobs.models.base import LayeredEncoder, captured, inference, one_line, until_last, unwrap
 
 if TYPE_CHECKING:
     from eqknobs.models import SiteEdit
@@ -39,6 +39,30 @@ class Heard:
     count: int
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """What left some of the encoder's layers, before the layers that follow (`Whisper.go_on`).
+
+    acts: site -> [windows, positions, width], the padding to 30 s included, on the CPU; frames: positions that are of
+    the clip, int [windows]; clips: as of `Heard`.
+    """
+
+    acts: dict[str, Tensor]
+    frames: np.ndarray
+    clips: np.ndarray
+
+
+class Said(NamedTuple):
+    """What the decoder makes of a window.
+
+    logprob: mean log-probability of its tokens, the end of text included (OpenAI's avg_logprob).
+    """
+
+    text: str
+    logprob: float
+    no_speech_prob: float
+
+
 class Whisper(LayeredEncoder):
     """Whisper: its encoder's layers, before the final layer norm, and what its decoder makes of them.
 
@@ -57,8 +81,8 @@ class Whisper(LayeredEncoder):
         encoder, config = self.net.encoder, self.config
         self.sample_rate = self._extract.sampling_rate
         hop = self._extract.hop_length * encoder.conv1.stride[0] * encoder.conv2.stride[0]
-        self._window = config.max_source_positions * hop
-        seconds = self._window / self.sample_rate
+        self.window = config.max_source_positions * hop  # samples
+        seconds = self.window / self.sample_rate
         self._set_sites("encoder.layers", config.encoder_layers, config.d_model, hop, seconds)
         self._inside: list[int] = []  # frames of the clip, of each window that the encoder runs just now
 
@@ -97,8 +121,8 @@ class Whisper(LayeredEncoder):
     def _windows(self, wav: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         """Samples and log-mel spectrogram [1, mels, 2 * positions] of each window, the last one padded."""
         wave = self._wave(wav).cpu().numpy()
-        for start in range(0, len(wave), self._window):
-            piece = wave[start : start + self._window]
+        for start in range(0, len(wave), self.window):
+            piece = wave[start : start + self.window]
             features = self._extract(piece, sampling_rate=self.sample_rate, return_tensors="pt").input_features
             yield len(piece), features.to(self.device)
 
@@ -168,6 +192,32 @@ class Whisper(LayeredEncoder):
                 clips += [clip for clip, _, _ in piece]
             return Heard(torch.cat(states), np.array(clips), len(wavs))
 
+    def halfway(self, wavs: Sequence[np.ndarray], sites: Sequence[str]) -> Halfway:
+        """What leaves layers of the encoder as it runs over clips [samples] each, so that edits of it need not run what
+        came before anew."""
+        modules = self._modules(sites)
+        kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+        frames, clips = [], []
+        with inference(), captured(modules, last=[*modules.values()][-1]) as seen:
+            for clip, wav in enumerate(wavs):
+                for samples, features in self._windows(wav):
+                    until_last(self.net.encoder, features)
+                    for name in modules:
+                        kept[name].append(seen[name].pop().cpu())
+                    frames.append(self.frames(samples, "layer.0"))
+                    clips.append(clip)
+            return Halfway({name: torch.cat(acts) for name, acts in kept.items()}, np.array(frames), np.array(clips))
+
+    def go_on(self, acts: Tensor, site: str) -> Tensor:
+        """What the decoder reads, [windows, positions, width], where activations of that shape leave a site."""
+        self.site(site)
+        encoder = self.net.encoder
+        with inference():
+            acts = acts.to(self.device)
+            for layer in encoder.layers[list(self.sites).index(site) + 1 :]:
+                acts = unwrap(layer(acts, attention_mask=None))
+            return encoder.layer_norm(acts)
+
     def _heard(self, clips: Sequence[np.ndarray] | Heard) -> Heard:
         return clips if isinstance(clips, Heard) else self.hear(clips)
 
@@ -189,35 +239,78 @@ class Whisper(LayeredEncoder):
             raise EqknobsError(f"model {self.name} says 1 to {room} tokens a window, not {max_tokens}")
         heard = self._heard(clips)
         said: list[list[str]] = [[] for _ in range(heard.count)]
-        ids = [ids for part in heard.states.split(batch) for ids in self._greedy(part, max_tokens)]
-        for clip, tokens in zip(heard.clips, ids, strict=True):
-            said[clip].append(self.tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        pieces = [piece for part in heard.states.split(batch) for piece in self._greedy(part, max_tokens)]
+        for clip, piece in zip(heard.clips, pieces, strict=True):
+            said[clip].append(piece.text)
         return [" ".join(filter(None, texts)) for texts in said]
 
-    def _greedy(self, states: Tensor, max_tokens: int) -> list[list[int]]:
-        """The likeliest tokens of each window, its end left out.
+    def say(
+        self, states: Tensor, max_tokens: int = 224, batch: int = 8, blanks: bool = False, symbols: bool = False
+    ) -> list[Said]:
+        """What the decoder makes of each window that it reads, [windows, positions, width]; see `transcribe`.
+
+        blanks: the text may end before it begins (OpenAI's suppress_blank off); symbols: brackets, notes and their like
+        may be said too, in which Whisper puts what is no speech (OpenAI's suppress_tokens off).
+        """
+        return [piece for part in states.split(batch) for piece in self._greedy(part, max_tokens, blanks, symbols)]
+
+    def _greedy(self, states: Tensor, max_tokens: int, blanks: bool = False, symbols: bool = False) -> list[Said]:
+        """The likeliest tokens of each window.
 
         By hand, as transformers' `generate` detects languages, reruns what compresses well, and gave loops for a
         multilingual model (5.23).
         """
         made, end = self.generation, self.generation.eos_token_id
-        never = torch.tensor(made.suppress_tokens or [], dtype=torch.long, device=states.device)
-        not_first = torch.tensor(made.begin_suppress_tokens or [], dtype=torch.long, device=states.device)
+        kept = [token for token in made.suppress_tokens or [] if not symbols or token >= end]
+        never = torch.tensor(kept, dtype=torch.long, device=states.device)
+        begin = [] if blanks else made.begin_suppress_tokens or []
+        not_first = torch.tensor(begin, dtype=torch.long, device=states.device)
         tokens = torch.tensor([self._prompt()] * len(states), device=states.device)
         done = torch.zeros(len(states), dtype=torch.bool, device=states.device)
         said: list[Tensor] = []
-        cache = None
+        nats = torch.zeros(len(states), dtype=torch.float64, device=states.device)
+        cache = no_speech = None
         with inference():
             while len(said) < max_tokens and not done.all():
-                logits, cache = self._logits(tokens, states, cache)
-                logits = logits[:, -1]
+                every, cache = self._logits(tokens, states, cache)
+                logits = every[:, -1]
+                if no_speech is None:  # after the start of transcript
+                    no_speech = every[:, 0].double().softmax(-1)[:, self.no_speech_token]
                 logits[:, never] = -torch.inf
                 if not said:
                     logits[:, not_first] = -torch.inf
-                said.append(logits.argmax(-1).masked_fill(done, end))
+                best = logits.max(-1)
+                nats += (logits.logsumexp(-1) - best.values).masked_fill(done, 0.0)
+                said.append(best.indices.masked_fill(done, end))
                 done |= said[-1] == end
                 tokens = said[-1][:, None]
-        return [[token for token in row if token != end] for row in torch.stack(said, 1).tolist()]
+        assert no_speech is not None  # at least one token is asked for
+        rows = [[token for token in row if token != end] for row in torch.stack(said, 1).tolist()]
+        counts = torch.tensor([len(row) for row in rows], device=nats.device) + done
+        return [
+            Said(self.tokenizer.decode(row, skip_special_tokens=True).strip(), logprob, unlikely)
+            for row, logprob, unlikely in zip(rows, (-nats / counts).tolist(), no_speech.tolist(), strict=True)
+        ]
+
+    @contextmanager
+    def without_heads(self, heads: Sequence[int]) -> Iterator[None]:
+        """The decoder's self-attention without these heads, in every layer: their outputs are zero.
+
+        Raises EqknobsError for a head that is not there.
+        """
+        count = self.config.decoder_attention_heads
+        if bad := [head for head in heads if not 0 <= head < count]:
+            raise EqknobsError(f"model {self.name}: its decoder has heads 0 to {count - 1}, not {bad[0]}")
+
+        def mute(_module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            found = inputs[0].unflatten(-1, (count, -1)).clone()
+            found[..., list(heads), :] = 0
+            return (found.flatten(-2),)
+
+        with ExitStack() as stack:
+            for layer in self.net.decoder.layers:
+                stack.callback(layer.self_attn.out_proj.register_forward_pre_hook(mute).remove)
+            yield
 
     def no_speech_prob(self, clips: Sequence[np.ndarray] | Heard, batch: int = 8) -> np.ndarray:
         """Probability of `<|nospeech|>` after the start of transcript, float64 [clips]; of long clips the least."""
@@ -243,7 +336,7 @@ class Whisper(LayeredEncoder):
         if len(texts) != heard.count or len(heard.clips) != heard.count:
             raise EqknobsError(
                 f"model {self.name}: the likelihood of words needs one text a clip, and clips of up to "
-                f"{self._window / self.sample_rate:g} s; got {len(texts)} texts, {heard.count} clips, "
+                f"{self.window / self.sample_rate:g} s; got {len(texts)} texts, {heard.count} clips, "
                 f"{len(heard.clips)} windows"
             )
         prompt, end = self._prompt(), self.generation.eos_token_id

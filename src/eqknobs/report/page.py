@@ -24,7 +24,9 @@ from eqknobs.report.findings import matrix, strongest, tally
 from eqknobs.stages.accent import section as accent
 from eqknobs.stages.codec import section as codec
 from eqknobs.stages.domains import section as domains
+from eqknobs.stages.erasing import section as erasing
 from eqknobs.stages.features import section as features
+from eqknobs.stages.hallucination import section as hallucination
 from eqknobs.stages.importance import section as importance
 from eqknobs.stages.label_search import section as label_search
 from eqknobs.stages.lm_layers import section as lm_layers
@@ -48,7 +50,9 @@ SECTIONS: tuple[SectionModule, ...] = (
     probes,
     phones,
     label_search,
+    erasing,
     features,
+    hallucination,
     steering,
     importance,
     quantisation,

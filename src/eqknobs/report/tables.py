@@ -16,7 +16,9 @@ from eqknobs.io import write_csv, write_json
 from eqknobs.stages.accent import tables as accent
 from eqknobs.stages.codec import tables as codec
 from eqknobs.stages.domains import tables as domains
+from eqknobs.stages.erasing import tables as erasing
 from eqknobs.stages.features import tables as features
+from eqknobs.stages.hallucination import tables as hallucination
 from eqknobs.stages.importance import tables as importance
 from eqknobs.stages.label_search import tables as label_search
 from eqknobs.stages.lm_layers import tables as lm_layers
@@ -40,7 +42,9 @@ STAGES: tuple[TablesModule, ...] = (
     probes,
     phones,
     label_search,
+    erasing,
     features,
+    hallucination,
     steering,
     importance,
     quantisation,

@@ -8,6 +8,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Generic, NotRequired, Protocol, TypedDict, TypeVar
 
@@ -29,6 +30,7 @@ from eqknobs.speaking.answers import Answer, as_said, costs, divergence, speak, 
 from eqknobs.speaking.clips import encode_speech, read_clips
 from eqknobs.speaking.prompts import Asked, Sentences, Talk, conversations
 from eqknobs.speaking.scores import Judge, JudgeCfg
+from eqknobs.speaking.takes import Take
 
 SEEDS_APART = 100_000  # between draws: answer i of a draw has seed draw * SEEDS_APART + i
 
@@ -158,6 +160,16 @@ def digest(rows: Sequence[Asked] | Sequence[Said]) -> str:
 C = TypeVar("C", bound=Condition)
 
 
+def matching(conditions: Sequence[C], patterns: Sequence[str], key: str) -> list[C]:
+    """The conditions whose name any pattern matches. Raises EqknobsError, naming the key of the configuration, for one
+    that matches none."""
+    names = [condition.name for condition in conditions]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise EqknobsError(f"config: {key}: no condition is called {pattern!r}; names are like {names[0]}")
+    return [c for c in conditions if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+
+
 class Bench(ABC, Generic[C]):
     """A model, what it is asked, and what is known of its answers.
 
@@ -222,6 +234,11 @@ class Bench(ABC, Generic[C]):
 
         made_of = [self.decided_by(condition), digest(self.speech["asked"]), draw, self.cfg["temperature"]]
         return kept_answers(self.pieces, made_of, make)
+
+    def takes(self, condition: C, columns: dict[str, Any], count: int) -> list[Take]:
+        """The first answers of draw 0, to be heard."""
+        rows = zip(self.speech["asked"][:count], self.answers(condition, 0), strict=False)
+        return [Take(condition.name, columns, row, answer, self.judge.sound(answer)) for row, answer in rows]
 
     def score(self, condition: C, draw: int, rated: bool = True) -> list[dict[str, Any]]:
         """One record an answer; rated: by DNSMOS too, if the config wants that.

@@ -9,8 +9,10 @@ import pytest
 import soundfile as sf
 import yaml
 
+from eqknobs.audio import read_samples
 from eqknobs.config import DEFAULT, validate
 from eqknobs.corpus import manifest as data
+from eqknobs.corpus.mixtures import mix, noisy
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, write_csv
 from helpers import ROOT
@@ -765,3 +767,40 @@ def test_a_union_refuses_the_same_sound_twice(tmp_path):
     united, rejected = data.unite({"a": manifest, "b": other})
     assert united["id"].is_unique and rejected.empty and set(united["domain"]) == {"a", "b"}
     assert united["speaker"].nunique() == 2 * manifest["speaker"].nunique()
+
+
+def test_a_mixture_has_every_clip_with_and_without_noise(tmp_path):
+    """The noise comes from the clip's own split, at the ratio that was asked for, and loudness stays."""
+    speech, _ = data.build_manifest(librispeech(tmp_path / "a"), CFG, 0)
+    tree(tmp_path / "b", *(f"n{i}/{i}" for i in range(6)))
+    noise, _ = data.build_manifest(tmp_path / "b", CFG, 0)
+    cfg = {"source": "mixture", "of": ["talk"], "noise": ["street"], "snr_db": [10, 10]}
+    manifest, rejected = mix({"talk": speech, "street": noise}, cfg, tmp_path / "out", 0)
+    assert len(manifest) == 2 * len(speech) and rejected.empty and manifest["id"].is_unique
+    assert (
+        manifest.groupby("noise")["split"].value_counts()["clean"].to_dict() == speech["split"].value_counts().to_dict()
+    )
+    by_id = manifest.set_index("id")
+    for row in manifest[manifest["noise"] == "noisy"].itertuples():
+        clean = by_id.loc[row.id.removesuffix(".noisy")]
+        assert (clean["speaker"], clean["split"], clean["text"]) == (row.speaker, row.split, row.text)
+        a, b = (read_samples(path)[0] for path in (clean["path"], row.path))
+        assert len(a) == len(b) and np.isclose(a.std(), b.std(), rtol=0.05)
+    again, _ = mix({"talk": speech, "street": noise}, cfg, tmp_path / "again", 0)
+    assert again["sha256"].tolist() == manifest["sha256"].tolist()
+    with pytest.raises(EqknobsError, match="no test clip to mix into speech"):
+        mix({"talk": speech, "street": noise[noise["split"] != "test"]}, cfg, tmp_path / "none", 0)
+
+
+def test_noise_is_added_at_its_ratio():
+    rng = np.random.default_rng(0)
+    wav, under = rng.normal(size=8000).astype(np.float32) * 0.05, np.sin(np.arange(500) / 3).astype(np.float32)
+    mixed = noisy(wav, under, 6)
+    level = np.sqrt(np.mean(np.square(wav, dtype=float)))
+    assert np.isclose(np.sqrt(np.mean(np.square(mixed, dtype=float))), level, rtol=1e-4)
+    design = np.stack([wav, np.resize(under, 8000)], 1).astype(float)
+    a, b = np.linalg.lstsq(design, mixed, rcond=None)[0]
+    ratio = a * level / (b * np.sqrt(np.mean(np.resize(under, 8000) ** 2)))
+    assert np.isclose(20 * np.log10(ratio), 6, atol=0.01)
+    with pytest.raises(EqknobsError, match="silent"):
+        noisy(wav, np.zeros(10, np.float32), 6)

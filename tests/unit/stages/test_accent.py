@@ -21,7 +21,7 @@ from eqknobs.pieces import Pieces
 from eqknobs.stages.accent import checks, coding, speech, tables
 from eqknobs.stages.accent.classify import classify
 from eqknobs.stages.accent.coding import Cell, grid_cells
-from eqknobs.stages.accent.compute import halves, score_accent, task_of
+from eqknobs.stages.accent.compute import halves, score_accent, task_of, thinned
 from eqknobs.stages.accent.section import DENSE, TABLE_2, retained
 from helpers import ROOT
 
@@ -203,6 +203,16 @@ def test_val_is_halved_label_by_label() -> None:
     assert task.train.tolist() == [int(a == "uk") for a in clips["accent"].iloc[parts.fit]]
     with pytest.raises(EqknobsError, match="one side alone"):
         task_of("t", {"zero": ["us"], "one": ["fr"]}, clips, parts)
+
+
+def test_dear_models_read_as_many_clips_of_each_split_and_accent() -> None:
+    clips = clips_of(48)
+    few = thinned(clips, 3, 0)
+    assert (few.groupby(["split", "accent"]).size() == 3).all() and few["id"].is_monotonic_increasing
+    assert list(few) == list(clips) and set(few["id"]) <= set(clips["id"])
+    assert set(few["id"]) <= set(thinned(clips, 5, 0)["id"])  # more are the same and others
+    assert list(thinned(clips, 99, 0)["id"]) == list(clips["id"])
+    assert list(thinned(clips, 3, 1)["id"]) != list(few["id"])
 
 
 def test_what_the_decoder_gets_and_weights_without_learning() -> None:

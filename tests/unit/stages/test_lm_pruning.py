@@ -29,7 +29,7 @@ from eqknobs.report.tables import write_tables
 from eqknobs.schema import schema
 from eqknobs.sound.judges import SpeakerEncoder
 from eqknobs.speaking.answers import divergence, free_codebooks, speak
-from eqknobs.speaking.bench import PromptsCfg
+from eqknobs.speaking.bench import PromptsCfg, matching
 from eqknobs.speaking.clips import sounds, write_tokeniser
 from eqknobs.speaking.gates import GATES, Gate, signal_values, token_values, word_values
 from eqknobs.speaking.prompts import Talk, conversations
@@ -189,12 +189,12 @@ def test_conditions_prune_while_they_hold(world: Path, model: Moshi) -> None:
                 seen.append(nats(model.net, [row]).text)
             assert torch.equal(nats(model.net, [row]).text, before)
     assert len({tuple(one.flatten().tolist()) for one in seen}) == len(seen)
-    assert [c.name for c in plan.matching(found, ["heads:*:mean:*", "layers:last:*"], "answered")] == [
+    assert [c.name for c in matching(found, ["heads:*:mean:*", "layers:last:*"], "lm_pruning.answered")] == [
         "heads:norm:0.5:mean:0",
         "layers:last:0.4:zero:0",
     ]
     with pytest.raises(EqknobsError, match=r"lm_pruning.answered: no condition is called 'heads:x'"):
-        plan.matching(found, ["heads:x"], "answered")
+        matching(found, ["heads:x"], "lm_pruning.answered")
 
 
 def test_accuracies_are_asked_of_every_head(world: Path) -> None:

@@ -93,6 +93,7 @@ def config(world: Path) -> QuantisationCfg:
         "batch": 2,
         "temperature": 0.5,
         "dnsmos": False,
+        "listen": 1,
         "judges": {"asr": "tiny.en", "beam": 1},
         "seed": 0,
     }
@@ -100,7 +101,7 @@ def config(world: Path) -> QuantisationCfg:
 
 def run(world: Path, folder: Path, pieces: Pieces) -> Path:
     out = {key: str(folder / f"scores/tones.{name}.csv") for key, name in RAW.items()}
-    out["plans"] = str(folder / "lm_quantisation/tones")
+    out |= {"plans": str(folder / "lm_quantisation/tones"), "sounds": str(folder / "renders/tones/quantised")}
     probes = {"layers": str(world / "layers.csv"), "heads": str(world / "heads.csv")}
     quantise_and_score(config(world), {**probes, "manifest": None, "codes": world / "codes.npz"}, out, pieces)
     return folder
@@ -296,6 +297,11 @@ def test_the_page_shows_plans_against_bytes(finished: Path) -> None:
     cfg = {**CFG, "targets": ["tones"], "stages": {"lm_quantisation": {"targets": ["tones"]}}}
     write_tables(Inputs.below(finished), cfg, finished / "tables")
     shown = show(context(finished))
+    (answer,) = shown["answers"]
+    names = [take["name"].split(", ", 1)[-1] for take in answer["takes"]]
+    # the inverse is not among those that speak, the uniform plan is the best ones' rival
+    assert names == ["intact", "uniform (temporal transformer)", "by layers' probes (temporal transformer)"]
+    assert all(take["sound"].startswith("data:audio/mpeg;base64,") for take in answer["takes"]) and answer["told"]
     titles = {figure["title"] for figure in shown["drawn"]}
     assert {"Temporal transformer: cosine of the last layer", "One block alone at 2 bits"} <= titles
     assert len(shown["rows"]["rows"]) == 19 and shown["small"]["rows"]

@@ -6,6 +6,7 @@ of val watches their loss, the other half teaches L1-penalised logistic regressi
 alone; magnitudes alone) and on the vectors themselves; test is told once.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,6 +39,7 @@ class CodecCfg(TypedDict):
     codebooks: NotRequired[list[int]]
     grid: NotRequired[int]
     site: NotRequired[str]
+    clips: NotRequired[int]
     shuffled: NotRequired[bool]
     ratios: NotRequired[list[float]]
     sparsities: NotRequired[list[float]]
@@ -111,6 +113,13 @@ class Parts:
     test: np.ndarray
 
 
+def thinned(clips: pd.DataFrame, most: int, seed: int) -> pd.DataFrame:
+    """At most so many clips of each split and accent, by a hash of seed and id."""
+    keys = [hashlib.sha256(f"{seed}/{name}".encode()).hexdigest() for name in clips["id"]]
+    kept = clips.assign(key=keys).sort_values("key").groupby(["split", "accent"]).head(most)
+    return kept.drop(columns="key").sort_values("id", ignore_index=True)
+
+
 def halves(clips: pd.DataFrame, seed: int) -> Parts:
     """Val halved, label by label of `accent`, by seed. Raises EqknobsError where a split is empty."""
     split = clips["split"].to_numpy()
@@ -150,6 +159,8 @@ class Bench:
         self.cfg, self.codec = cfg, cfg["codec"]
         wanted = {label for task in cfg["tasks"].values() for label in (*task["zero"], *task["one"])}
         self.clips = clips[clips["accent"].isin(wanted)].sort_values("id", ignore_index=True)
+        if most := self.codec.get("clips"):
+            self.clips = thinned(self.clips, most, cfg["seed"])
         self.parts = halves(self.clips, cfg["seed"])
         self.tasks = [task_of(name, task, self.clips, self.parts) for name, task in sorted(cfg["tasks"].items())]
         self.pieces = pieces

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from eqknobs.audio import write_flac
 from eqknobs.errors import counted
-from eqknobs.io import atomic_path, read_csv, write_csv
+from eqknobs.io import read_csv, write_csv
 from eqknobs.pieces import Pieces
-from eqknobs.speaking.bench import opened
+from eqknobs.speaking.bench import matching, opened
 from eqknobs.speaking.prompts import Asked
+from eqknobs.speaking.takes import write_takes
 from eqknobs.stages.lm_pruning import plan
 from eqknobs.stages.lm_pruning.bench import PruningBench, PruningCfg
 from eqknobs.stages.lm_pruning.codebooks import codebook_rows
@@ -83,22 +83,10 @@ def played(conditions: Sequence[Condition]) -> list[Condition]:
 
 
 def write_sounds(bench: PruningBench, conditions: Sequence[Condition], folder: Path) -> None:
-    """The first answers of what is `played`: FLACs and `index.csv`."""
-    rows: list[dict[str, Any]] = []
-    with atomic_path(folder) as audio:
-        audio.mkdir()
-        for condition in played(conditions):
-            found = bench.answers(condition, 0)[: bench.cfg["listen"]]
-            for asked, answer in zip(bench.speech["asked"], found, strict=False):
-                wav = bench.judge.sound(answer)
-                heard = bench.judge.transcriber.transcribe(bench.judge.at_judges_rate(wav))
-                row = {"condition": condition.name, "order": condition.order, "share": condition.share}
-                row |= {"id": asked.id, "speaker": asked.speaker, "text": asked.told or ""}
-                row |= {"said": bench.model.monologue(answer.text), "heard": heard}
-                file = f"{condition.name.replace(':', '_')}_{len(rows)}.flac"
-                write_flac(audio / file, wav, bench.model.sample_rate)
-                rows.append(row | {"file": file})
-        write_csv(audio / "index.csv", pd.DataFrame(rows))
+    """The first answers of what is `played`."""
+    shown = [(c, {"order": c.order, "share": c.share}) for c in played(conditions)]
+    takes = (take for c, columns in shown for take in bench.takes(c, columns, bench.cfg["listen"]))
+    write_takes(bench.judge, takes, folder)
 
 
 class Outputs(TypedDict):
@@ -125,8 +113,8 @@ class Inputs(TypedDict):
 def scored(bench: PruningBench, conditions: Sequence[Condition]) -> list[dict[str, Any]]:
     """One record an answer of the intact model and of the conditions that speak."""
     cfg = bench.cfg
-    answered = plan.matching(conditions, cfg["answered"], "answered")
-    confirmed = plan.matching(answered, cfg["confirmed"], "confirmed")
+    answered = matching(conditions, cfg["answered"], "lm_pruning.answered")
+    confirmed = matching(answered, cfg["confirmed"], "lm_pruning.confirmed")
     records = bench.hear_intact(cfg["draws"])
     for condition in answered:
         sure = condition in confirmed

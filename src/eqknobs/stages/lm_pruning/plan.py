@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TypedDict
 
 import pandas as pd
@@ -205,17 +204,6 @@ def layer_conditions(orders: Mapping[tuple[str, int], Sequence[int]], cfg: Parts
         for share in cfg["shares"]:
             if count := round(share * len(layers)):
                 yield Condition("layers", order, share, "zero", seed, layers=tuple(layers[:count]))
-
-
-def matching(conditions: Sequence[Condition], patterns: Sequence[str], key: str) -> list[Condition]:
-    """The conditions whose name any pattern matches. Raises EqknobsError, naming the key, for one that matches none."""
-    names = [condition.name for condition in conditions]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise EqknobsError(
-                f"config: lm_pruning.{key}: no condition is called {pattern!r}; names are like {names[0]}"
-            )
-    return [c for c in conditions if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
 
 
 def layer_counts(heads: Sequence[Head]) -> Counter[int]:

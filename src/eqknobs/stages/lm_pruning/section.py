@@ -5,14 +5,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import soundfile as sf
 
 from eqknobs.evidence import display
 from eqknobs.evidence.drawing import FAINT, HUES, INK, Look, figure, legend, look
-from eqknobs.evidence.listening import data_uri, mp3
+from eqknobs.evidence.listening import side_by_side
 from eqknobs.evidence.spoken import MARGIN
 from eqknobs.evidence.stage import Context
-from eqknobs.io import require_renders
 from eqknobs.stages.lm_pruning.tables import ORDERS
 
 STAGE, TITLE, SOUNDS = "lm_pruning", "Pruned speech LM", False
@@ -129,22 +127,8 @@ def codebooks(rows: pd.DataFrame) -> dict[str, str]:
     return figure("Fewer codebooks", draw, "95 % intervals over prompts.", height=3.4)
 
 
-def side_by_side(at: Context) -> list[dict[str, Any]]:
-    """Answers to the same prompts side by side: [{told, speaker, takes: [{name, said, heard, sound}]}]."""
-    name = f"renders/{at.target}/pruned/index.csv"
-    index, folder = at.inputs.csv(name), at.inputs.path(name).parent
-    require_renders(folder / "index.csv", index["file"])
-    found = []
-    for _, rows in index.groupby("id", sort=False):
-        takes = []
-        for row in rows.to_dict("records"):
-            wav, rate = sf.read(folder / row["file"], dtype="float32")
-            name = "intact" if row["order"] == "none" else f"{row['share']:.0%} of heads off, {ORDERS[row['order']]}"
-            said, heard = ("" if pd.isna(row[key]) else row[key] for key in ("said", "heard"))
-            takes.append({"name": name, "said": said, "heard": heard, "sound": data_uri("audio/mpeg", mp3(wav, rate))})
-        told = "" if pd.isna(rows["text"].iloc[0]) else rows["text"].iloc[0]
-        found.append({"told": told, "speaker": rows["speaker"].iloc[0], "takes": takes})
-    return found
+def _take(row: dict[str, Any]) -> str:
+    return "intact" if row["order"] == "none" else f"{row['share']:.0%} of heads off, {ORDERS[row['order']]}"
 
 
 def figures(at: Context, rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -243,5 +227,5 @@ def show(at: Context) -> dict[str, Any]:
         "removal": display.laid_out(read("lm_removal"), removal),
         "gates": display.laid_out(read("lm_gates"), gates),
         "books": display.laid_out(read("lm_codebooks"), books),
-        "answers": side_by_side(at),
+        "answers": side_by_side(at, "pruned", _take),
     }

@@ -10,17 +10,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eqknobs.evidence.comparisons import compare
 from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
 from eqknobs.evidence.spoken import (
+    DELTAS,
+    DNSMOS,
     MARGIN,
     NATS,
+    NLL_INTACT,
+    SILENT_SHARE,
     SIMILARITY_INTACT,
     SIMILARITY_PROMPT,
     WORDS,
+    WORDS_PER_SECOND,
+    bounds_of,
     by_prompt,
     counted_prompts,
+    measurable,
     paired,
+    screened,
+    versus,
 )
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import difference, headline, listed, said
@@ -30,24 +38,27 @@ STAGE = "lm_pruning"
 CONDITION = ["granularity", "order", "share", "repair", "seed"]
 MEASURES = (
     *WORDS,
-    Measure("nll_intact", "nll_intact", None, "lower"),
+    NLL_INTACT,
     Measure("divergence", "divergence"),
     Measure("pad_share", "pad_frames", "frames"),
-    Measure("silent_share", "silent", None, "lower"),
-    Measure("words_per_second", "words_heard", "active_seconds"),
+    SILENT_SHARE,
+    WORDS_PER_SECOND,
     SIMILARITY_PROMPT,
     SIMILARITY_INTACT,
-    Measure("dnsmos", "dnsmos", None, "higher"),
+    DNSMOS,
     Measure("f0_hz", "f0"),
     Measure("gates_published", "gates_published", None, "higher"),
     Measure("gates_calibrated", "gates_calibrated", None, "higher"),
 )
-BOUNDS = " ".join(f"{m.name}_low {m.name}_high" for m in (*MEASURES, *NATS))
 COLUMNS = {
-    "lm_pruning": "model split granularity order seed share repair removed answers prompts speakers clips "
-    + " ".join(m.name for m in (*MEASURES, *NATS))
-    + " delta_wer_monologue delta_wer_monologue_low delta_wer_monologue_high delta_wer_prompt delta_wer_prompt_low "
-    + f"delta_wer_prompt_high {BOUNDS}",
+    "lm_pruning": " ".join(
+        [
+            "model split granularity order seed share repair removed answers prompts speakers clips",
+            *(m.name for m in (*MEASURES, *NATS)),
+            *DELTAS,
+            *bounds_of((*MEASURES, *NATS)),
+        ]
+    ),
     "lm_prunable": "model split granularity order repair measure largest_share bound tested answers prompts speakers "
     "random_low random_high",
     "lm_codebooks": "model split reading codebooks answers speakers wer_monologue wer_prompt similarity_prompt "
@@ -97,22 +108,8 @@ def with_gates(answers: pd.DataFrame) -> pd.DataFrame:
 
 def pruning_table(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """One row a condition; answers are counted, and measures given, of those that speak."""
-    intact, found = answers[is_intact(answers)], []
-    spoken = {tuple(key.values()): rows for key, rows in groups(answers, CONDITION)}
-    for key, clips in groups(nats, [*CONDITION, "removed", "model", "split"]):
-        row = {**key, "clips": len(clips), "answers": 0, "prompts": 0, "speakers": clips["speaker"].nunique()}
-        for measure in NATS:
-            row |= estimate(by_prompt(clips), measure, at.cfg)
-        mine = spoken.get(tuple(key[name] for name in CONDITION))
-        if mine is not None:
-            row |= {"answers": len(mine), "prompts": mine["id"].nunique(), "speakers": mine["speaker"].nunique()}
-            for measure in MEASURES:
-                row |= estimate(by_prompt(mine), measure, at.cfg)
-            for measure in WORDS if key["granularity"] != "intact" else ():
-                if record := paired(intact, mine, measure, at.cfg):
-                    name = f"delta_{measure.name}"
-                    row |= {name: record["difference"], f"{name}_low": record["low"], f"{name}_high": record["high"]}
-        found.append(row)
+    measures = (NATS, MEASURES)
+    found = screened(nats, answers, CONDITION, ["removed", "model", "split"], measures, at.cfg)
     return table(found, COLUMNS["lm_pruning"])
 
 
@@ -133,10 +130,7 @@ def prunable_table(at: Context, answers: pd.DataFrame) -> pd.DataFrame:
     model itself is above `tables.unmeasurable_wer`."""
     intact, found = answers[is_intact(answers)], []
     pruned = answers[~is_intact(answers)]
-    for measure in WORDS:
-        words = estimate(intact, measure, at.cfg, interval=False)[measure.name]
-        if not words <= at.cfg["unmeasurable_wer"]:  # nothing was told, or the intact model itself is not understood
-            continue
+    for measure in measurable(intact, at.cfg):
 
         def bounds(rows: pd.DataFrame, measure: Measure = measure) -> dict[float, float]:
             records = {share: paired(intact, mine, measure, at.cfg) for share, mine in rows.groupby("share")}
@@ -204,13 +198,8 @@ def compared(at: Context, answers: pd.DataFrame) -> list[dict[str, Any]]:
     for share, mine in guided.groupby("share"):
         for rival in RIVALS:
             other = heads[(heads["order"] == rival) & (heads["share"] == share)]
-            draws = set(mine["draw"]) & set(other["draw"])
-            for measure in WORDS if draws else ():
-                parts = [by_prompt(rows[rows["draw"].isin(draws)]) for rows in (mine, other)]
-                if record := compare(parts[0], parts[1], measure, at.cfg):
-                    about = {"property": None, "binning": None, "a": "acoustic_first", "b": rival, "share": share}
-                    about |= {"family": f"lm_pruning, {measure.name}", "speakers": mine["speaker"].nunique()}
-                    found.append({**record, **about})
+            about = {"family": STAGE, "a": "acoustic_first", "b": rival, "share": share}
+            found += versus(mine, other, WORDS, at.cfg, about)
         found += _voice(at, answers, heads, mine, float(share))
     return found
 
@@ -222,13 +211,9 @@ def _voice(
     found = []
     random = heads[(heads["order"] == "random") & (heads["share"] == share)]
     for name, rows in (("intact", answers[is_intact(answers)]), ("random", random)):
-        draws = set(mine["draw"]) & set(rows["draw"])
-        for measure in (SIMILARITY_PROMPT, SIMILARITY_INTACT) if draws else ():
-            parts = [by_prompt(part[part["draw"].isin(draws)]) for part in (mine, rows)]
-            if record := compare(parts[0], parts[1], measure, at.cfg):
-                about = {"property": None, "binning": None, "a": "acoustic_first", "b": name, "share": share}
-                about |= {"family": "lm_pruning, voice", "speakers": mine["speaker"].nunique()}
-                found.append({**record, **about})
+        about = {"family": STAGE, "a": "acoustic_first", "b": name, "share": share}
+        records = versus(mine, rows, (SIMILARITY_PROMPT, SIMILARITY_INTACT), at.cfg, about)
+        found += [{**record, "family": "lm_pruning, voice"} for record in records]  # corrected together
     return found
 
 

@@ -7,7 +7,6 @@ with what a packed file of the plan would give, bit for bit.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -31,12 +30,24 @@ from eqknobs.packing.modules import PackedModule, bytes_resident, packed_module,
 from eqknobs.packing.plan import Plan, mean_bits, packable, plan_bytes
 from eqknobs.packing.quantise import Packed
 from eqknobs.pieces import Pieces
-from eqknobs.speaking.bench import Bench, PromptsCfg, Speech, digest, opened
+from eqknobs.speaking.bench import Bench, PromptsCfg, Speech, digest, matching, opened
 from eqknobs.speaking.scores import Judge, JudgeCfg
+from eqknobs.speaking.takes import write_takes
 from eqknobs.stages.lm_quantisation import plans
-from eqknobs.stages.lm_quantisation.plans import INTACT_MODEL, NF4, TEMPORAL, UNIFORM, Condition, Guides, Plans
+from eqknobs.stages.lm_quantisation.plans import (
+    INTACT_MODEL,
+    INVERTED,
+    LAYER,
+    NF4,
+    TEMPORAL,
+    UNIFORM,
+    Condition,
+    Guides,
+    Plans,
+)
 
 KEPT = 2**28  # values that a network has at most whose packed tensors are kept from plan to plan
+PLAYED = (UNIFORM, LAYER, INVERTED)
 RAW = {"sensitivity": "lm_quantisation.sensitivity", "nats": "lm_quantised_nats", "answers": "lm_quantised_answers"}
 
 
@@ -68,6 +79,7 @@ class QuantisationCfg(TypedDict):
     batch: int
     temperature: float
     dnsmos: bool
+    listen: int
     judges: JudgeCfg
     seed: int
     device: NotRequired[str]
@@ -85,12 +97,13 @@ class Inputs(TypedDict):
 
 
 class Outputs(TypedDict):
-    """Files that it writes; `plans` is a folder."""
+    """Files that it writes; `plans` and `sounds` are folders."""
 
     sensitivity: str
     nats: str
     answers: str
     plans: str
+    sounds: str
 
 
 class Weights:
@@ -316,17 +329,6 @@ def made_plans(bench: QuantBench, inputs: Inputs) -> tuple[list[dict[str, Any]],
     return rows, found
 
 
-def matching(conditions: Sequence[Condition], patterns: Sequence[str]) -> list[Condition]:
-    """The conditions whose name any pattern matches. Raises EqknobsError for one that matches none."""
-    names = [condition.name for condition in conditions]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise EqknobsError(
-                f"config: lm_quantisation.answered: no condition is called {pattern!r}; names are like {names[0]}"
-            )
-    return [c for c in conditions if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
-
-
 def write_plans(folder: Path, conditions: Sequence[Condition]) -> None:
     """A plan's file each, as `eqknobs compress --plan` takes it, and `index.csv`: part, plan, budget, seed, file."""
     rows = []
@@ -340,12 +342,24 @@ def write_plans(folder: Path, conditions: Sequence[Condition]) -> None:
         write_csv(temporary / "index.csv", pd.DataFrame(rows))
 
 
+def played(conditions: Sequence[Condition], spoken: Sequence[Mapping[str, Any]], budget: float) -> list[Condition]:
+    """The intact model and, at a budget, the temporal transformer's uniform plan, that by layers' probes and its
+    inverse, as far as they have spoken. spoken: records of answers."""
+    names = [Condition(TEMPORAL, plan, budget) for plan in PLAYED]
+    heard = {tuple(row[key] for key in INTACT_MODEL.row()) for row in spoken}
+    return [INTACT_MODEL, *(c for one in names for c in conditions if c == one and tuple(c.row().values()) in heard)]
+
+
 def scored(bench: QuantBench, conditions: Sequence[Condition], nats: Mapping[str, float]) -> list[dict[str, Any]]:
     """One record an answer of the intact model and of the conditions that speak; `sure`: 1 where with every draw."""
     cfg = bench.cfg
     chosen = plans.best(conditions, nats, cfg["best"]["budget"], cfg["best"]["count"])
     sure = {c.name for c in chosen} | {Condition(TEMPORAL, UNIFORM, cfg["best"]["budget"]).name}
-    speaking = [c for c in conditions if c in matching(conditions, cfg["answered"]) or c.name in sure]
+    speaking = [
+        c
+        for c in conditions
+        if c in matching(conditions, cfg["answered"], "lm_quantisation.answered") or c.name in sure
+    ]
     records = [{**row, "sure": 1} for row in bench.hear_intact(cfg["draws"])]
     for condition in speaking:
         every = condition.name in sure
@@ -372,4 +386,8 @@ def quantise_and_score(cfg: QuantisationCfg, inputs: Inputs, out: Outputs, piece
     table = pd.DataFrame(screened).assign(nats=lambda t: t["nll_text"] + t["nll_audio"])
     keys = ["part", "plan", "budget", "seed"]
     means = {f"{a}:{b}:{c:g}:{d}": float(value) for (a, b, c, d), value in table.groupby(keys)["nats"].mean().items()}
-    write(out["answers"], scored(bench, conditions, means))
+    spoken = scored(bench, conditions, means)
+    write(out["answers"], spoken)
+    shown = ((c, bench.sizes(c)["bits_mean"]) for c in played(conditions, spoken, cfg["best"]["budget"]))
+    takes = (t for c, bits in shown for t in bench.takes(c, {**c.row(), "bits_mean": bits}, cfg["listen"]))
+    write_takes(bench.judge, takes, Path(out["sounds"]))

@@ -8,6 +8,7 @@ import pandas as pd
 
 from eqknobs.evidence import display
 from eqknobs.evidence.drawing import FAINT, HUES, INK, Look, figure, legend, look
+from eqknobs.evidence.listening import side_by_side
 from eqknobs.evidence.spoken import MARGIN
 from eqknobs.evidence.stage import Context
 from eqknobs.stages.lm_quantisation.tables import PARTS, PLANS, megabytes
@@ -116,8 +117,14 @@ def figures(at: Context, rows: pd.DataFrame) -> list[dict[str, str]]:
     return drawn + ([drifts(sensitivity)] if (sensitivity["kind"] == "block").any() else [])
 
 
+def _take(row: dict[str, Any]) -> str:
+    if row["plan"] == "intact":
+        return "intact"
+    return f"{row['bits_mean']:.2f} bits, {PLANS[row['plan']]} ({PARTS[row['part']]})"
+
+
 def show(at: Context) -> dict[str, Any]:
-    """Figures and tables."""
+    """Figures, tables, and answers to listen to side by side."""
 
     def read(name: str) -> pd.DataFrame:
         found = at.inputs.csv(f"tables/{name}.csv")
@@ -159,5 +166,6 @@ def show(at: Context) -> dict[str, Any]:
         "small": display.laid_out(read("lm_quantisable").assign(seed=np.nan), small),
         "rows": display.laid_out(rows, columns),
         "drawn": figures(at, rows),
+        "answers": side_by_side(at, "quantised", _take),
         "notes": NOTES,
     }

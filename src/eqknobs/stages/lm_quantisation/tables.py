@@ -9,17 +9,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eqknobs.evidence.comparisons import compare
-from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.evidence.estimates import Measure, groups, records, table
 from eqknobs.evidence.spoken import (
+    DELTAS,
+    DNSMOS,
     MARGIN,
     NATS,
+    NLL_INTACT,
+    SILENT_SHARE,
     SIMILARITY_INTACT,
     SIMILARITY_PROMPT,
     WORDS,
-    by_prompt,
+    bounds_of,
     counted_prompts,
+    measurable,
     paired,
+    screened,
+    versus,
 )
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import difference, headline, listed, number, said
@@ -31,21 +37,19 @@ COSINE = Measure("cosine", "cosine", None, "higher", "cosine of the last layer")
 SCREENED = (*NATS, COSINE)
 MEASURES = (
     *WORDS,
-    Measure("nll_intact", "nll_intact", None, "lower"),
-    Measure("silent_share", "silent", None, "lower"),
+    NLL_INTACT,
+    SILENT_SHARE,
     SIMILARITY_PROMPT,
     SIMILARITY_INTACT,
-    Measure("dnsmos", "dnsmos", None, "higher"),
+    DNSMOS,
 )
-DELTAS = [f"delta_{m.name}{end}" for m in WORDS for end in ("", "_low", "_high")]
-BOUNDS = [f"{m.name}{end}" for m in (*MEASURES, *SCREENED) for end in ("_low", "_high")]
 COLUMNS = {
     "lm_quantisation": " ".join(
         [
             "model split part plan seed budget bits_mean bytes bytes_resident answers prompts speakers clips",
             *(m.name for m in (*MEASURES, *SCREENED)),
             *DELTAS,
-            *BOUNDS,
+            *bounds_of((*MEASURES, *SCREENED)),
         ]
     ),
     "lm_quantisable": "model split part plan measure bits_mean bytes bound tested answers prompts speakers",
@@ -70,22 +74,8 @@ TURNED = {"layer": "inverted", "head": "head_inverted"}  # a plan -> its inverse
 
 def quantisation_table(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """One row a plan, the intact model first; answers are counted, and measures given, of those that speak."""
-    intact, found = answers[answers["plan"] == "intact"], []
-    spoken = {tuple(key.values()): rows for key, rows in groups(answers, CONDITION)}
-    for key, clips in groups(nats, [*CONDITION, *SIZES, "model", "split"]):
-        row = {**key, "clips": len(clips), "answers": 0, "prompts": 0, "speakers": clips["speaker"].nunique()}
-        for measure in SCREENED:
-            row |= estimate(by_prompt(clips), measure, at.cfg)
-        mine = spoken.get(tuple(key[name] for name in CONDITION))
-        if mine is not None:
-            row |= {"answers": len(mine), "prompts": mine["id"].nunique(), "speakers": mine["speaker"].nunique()}
-            for measure in MEASURES:
-                row |= estimate(by_prompt(mine), measure, at.cfg)
-            for measure in WORDS if key["plan"] != "intact" else ():
-                if record := paired(intact, mine, measure, at.cfg):
-                    name = f"delta_{measure.name}"
-                    row |= {name: record["difference"], f"{name}_low": record["low"], f"{name}_high": record["high"]}
-        found.append(row)
+    measures = (SCREENED, MEASURES)
+    found = screened(nats, answers, CONDITION, [*SIZES, "model", "split"], measures, at.cfg)
     return table(found, COLUMNS["lm_quantisation"])
 
 
@@ -105,10 +95,7 @@ def quantisable_table(at: Context, sizes: pd.DataFrame, answers: pd.DataFrame) -
     row of a measure by which the intact model itself is above `tables.unmeasurable_wer`."""
     intact, packed = answers[answers["plan"] == "intact"], answers[answers["plan"] != "intact"]
     mean, found = sizes.groupby(["part", "plan", "budget"])[["bits_mean", "bytes"]].mean(), []
-    for measure in WORDS:
-        words = estimate(intact, measure, at.cfg, interval=False)[measure.name]
-        if not words <= at.cfg["unmeasurable_wer"]:  # nothing was told, or the intact model itself is not understood
-            continue
+    for measure in measurable(intact, at.cfg):
         for key, rows in groups(packed, ["model", "split", "part", "plan"]):
             tried = {budget: paired(intact, mine, measure, at.cfg) for budget, mine in rows.groupby("budget")}
             bounds = {float(budget): record["high"] for budget, record in tried.items() if record}
@@ -135,13 +122,8 @@ def compared(at: Context, nats: pd.DataFrame, answers: pd.DataFrame) -> list[dic
             for plan in [name for name in CLAIMED if name in set(mine["plan"])]:
                 for rival in ("uniform", "random", *([TURNED[plan]] if plan in TURNED else [])):
                     sides = [same[same["plan"] == name] for name in (plan, rival)]
-                    draws = set(sides[0]["draw"]) & set(sides[1]["draw"])
-                    parts = [by_prompt(side[side["draw"].isin(draws)]) for side in sides]
-                    for measure in measures if draws else ():
-                        if record := compare(parts[0], parts[1], measure, at.cfg):
-                            about = {"property": None, "binning": None, "a": plan, "b": rival, "part": part}
-                            about |= {"budget": float(budget), "speakers": sides[0]["speaker"].nunique()}
-                            found.append({**record, **about, "family": f"lm_quantisation, {measure.name}"})
+                    about = {"family": STAGE, "a": plan, "b": rival, "part": part, "budget": float(budget)}
+                    found += versus(sides[0], sides[1], measures, at.cfg, about)
     return found
 
 

@@ -13,11 +13,10 @@ from typing import Any, NotRequired, TypedDict
 
 import pandas as pd
 
-from eqknobs.audio import write_flac
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence.comparisons import compare
 from eqknobs.evidence.estimates import IntervalsCfg, Measure
-from eqknobs.io import atomic_path, read_csv, write_csv, write_json
+from eqknobs.io import read_csv, write_csv, write_json
 from eqknobs.models import ModelCfg
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.checkpoint import save_net
@@ -29,6 +28,7 @@ from eqknobs.speaking.bench import Bench, PromptsCfg, Speech, SpokenCfg
 from eqknobs.speaking.clips import encode_speech, read_clips
 from eqknobs.speaking.prompts import Asked, Sentences
 from eqknobs.speaking.scores import Judge, JudgeCfg
+from eqknobs.speaking.takes import write_takes
 from eqknobs.stages.lm_recipe import plan
 from eqknobs.stages.lm_recipe.nets import Nets, Pace, PackingCfg, TrainingCfg, told
 from eqknobs.stages.lm_recipe.plan import INTACT, Condition
@@ -230,21 +230,9 @@ def played(conditions: Sequence[Condition], name: str) -> list[Condition]:
 
 
 def write_sounds(bench: RecipeBench, conditions: Sequence[Condition], name: str, listen: int, folder: Path) -> None:
-    """The first answers of what is `played`: FLACs and `index.csv`."""
-    rows: list[dict[str, Any]] = []
-    with atomic_path(folder) as audio:
-        audio.mkdir()
-        for condition in played(conditions, name):
-            for asked, answer in zip(bench.speech["asked"][:listen], bench.answers(condition, 0), strict=False):
-                wav = bench.judge.sound(answer)
-                heard = bench.judge.transcriber.transcribe(bench.judge.at_judges_rate(wav))
-                row = {"condition": condition.name, **condition.row(), "chosen": int(condition.name == name)}
-                row |= {"id": asked.id, "speaker": asked.speaker, "text": asked.told or ""}
-                row |= {"said": bench.model.monologue(answer.text), "heard": heard}
-                file = f"{condition.name.replace(':', '_')}_{asked.id}.flac"
-                write_flac(audio / file, wav, bench.model.sample_rate)
-                rows.append(row | {"file": file})
-        write_csv(audio / "index.csv", pd.DataFrame(rows))
+    """The first answers of what is `played`."""
+    shown = [(c, {**c.row(), "chosen": int(c.name == name)}) for c in played(conditions, name)]
+    write_takes(bench.judge, (take for c, columns in shown for take in bench.takes(c, columns, listen)), folder)
 
 
 def recover_and_score(cfg: RecipeCfg, inputs: Inputs, out: Outputs, pieces: Pieces | None = None) -> None:

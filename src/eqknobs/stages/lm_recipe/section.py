@@ -4,14 +4,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import soundfile as sf
 
 from eqknobs.evidence import display
 from eqknobs.evidence.drawing import HUES, INK, Look, figure, legend, look
-from eqknobs.evidence.listening import data_uri, mp3
+from eqknobs.evidence.listening import side_by_side
 from eqknobs.evidence.stage import Context
-from eqknobs.io import require_renders
-from eqknobs.stages.lm_recipe.tables import INTACT, described, megabytes
+from eqknobs.stages.lm_recipe.tables import DATA, INTACT, ORDERS, described, megabytes
 
 STAGE, TITLE, SOUNDS = "lm_recipe", "Recovered speech LM", False
 ABOUT = "How much a short training gives back to a pruned speech LM, and the smallest model that still says its words."
@@ -67,25 +65,29 @@ def sizes(rows: pd.DataFrame, measure: str, unit: str, margin: float) -> dict[st
     return figure(f"Size and {unit}", draw, "Test prompts, paired. Dotted: the margin.", height=4.0)
 
 
-def side_by_side(at: Context) -> list[dict[str, Any]]:
-    """Answers to the same prompts side by side: [{told, speaker, takes: [{name, said, heard, sound}]}]."""
-    name = f"renders/{at.target}/recipe/index.csv"
-    index, folder = at.inputs.csv(name), at.inputs.path(name).parent
-    require_renders(folder / "index.csv", index["file"])
-    found = []
-    for _, rows in index.groupby("id", sort=False):
-        takes = []
-        for row in rows.to_dict("records"):
-            wav, rate = sf.read(folder / row["file"], dtype="float32")
-            most = 99  # told apart by `kept`: 0 where all are left
-            title = described({**row, "codebooks": row["kept"] or most}, most)
-            title += " (the recipe)" if row["chosen"] and row["condition"] != INTACT else ""
-            said, heard = ("" if pd.isna(row[key]) else row[key] for key in ("said", "heard"))
-            sound = data_uri("audio/mpeg", mp3(wav, rate))
-            takes.append({"name": title, "said": said, "heard": heard, "sound": sound})
-        told = "" if pd.isna(rows["text"].iloc[0]) else rows["text"].iloc[0]
-        found.append({"told": told, "speaker": rows["speaker"].iloc[0], "takes": takes})
-    return found
+def _take(row: dict[str, Any]) -> str:
+    most = 99  # told apart by `kept`: 0 where all are left
+    title = described({**row, "codebooks": row["kept"] or most}, most)
+    return title + (" (the recipe)" if row["chosen"] and row["condition"] != INTACT else "")
+
+
+def recovery(at: Context) -> dict[str, Any]:
+    """What training gives back, and by which pace that was chosen."""
+    rows = at.inputs.csv("tables/lm_recovery.csv")
+    rows = rows[rows["model"] == at.target]
+    about: dict[str, Any] = {
+        "heads out": lambda r: f"{r['share']:.0%}, {ORDERS[r['order']]}" if r["share"] else "none",
+        "trained on": lambda r: DATA[r["trained"]],
+        "by": lambda r: "heard against monologue" if r["measure"] == "wer_monologue" else "monologue against prompt",
+    }
+    changed = {"before": ("before", 3), "after": ("after", 3), "change": ("change", 3)}
+    net = {"intact model's change": ("control", 3), "net": ("net", 3), "verdict": "verdict"}
+    pace = {"steps": "steps", "learning rate": "learning_rate", "taken": lambda r: "→" if r["chosen"] else ""}
+    count = {"prompts / answers": lambda r: f"{r['prompts']} / {r['answers']}"}
+    return {
+        "net": display.laid_out(rows[rows["split"] == "test"], about | changed | net | count),
+        "paces": display.laid_out(rows[rows["split"] == "val"], about | pace | changed | count),
+    }
 
 
 def show(at: Context) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def show(at: Context) -> dict[str, Any]:
         "drawn": drawn,
         "test": display.laid_out(test, columns),
         "val": display.laid_out(rows[rows["split"] == "val"], columns),
-        "answers": side_by_side(at),
+        **recovery(at),
+        "answers": side_by_side(at, "recipe", _take),
         "folder": f"lm/{at.target}/recipe",
     }

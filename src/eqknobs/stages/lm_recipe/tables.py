@@ -10,14 +10,18 @@ from typing import Any
 import pandas as pd
 
 from eqknobs.evidence.comparisons import compare, compare_changes
-from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.evidence.estimates import Measure, groups, records, table
 from eqknobs.evidence.spoken import (
+    DELTAS,
+    NLL_INTACT,
+    SILENT_SHARE,
     SIMILARITY_INTACT,
     SIMILARITY_PROMPT,
     WORDS,
+    answered,
+    bounds_of,
     by_prompt,
     counted_prompts,
-    paired,
 )
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import difference, headline, number, said
@@ -27,16 +31,19 @@ INTACT = "none:0:0:none:0:0"
 MADE = "state order seed share trained heads_removed codebooks bits bits_mean bytes bytes_resident step_ratio"
 MEASURES = (
     *WORDS,
-    Measure("nll_intact", "nll_intact", None, "lower"),
-    Measure("silent_share", "silent", None, "lower"),
+    NLL_INTACT,
+    SILENT_SHARE,
     SIMILARITY_PROMPT,
     SIMILARITY_INTACT,
 )
-DELTAS = [f"delta_{m.name}{end}" for m in WORDS for end in ("", "_low", "_high")]
-BOUNDS = [f"{m.name}{end}" for m in MEASURES for end in ("_low", "_high")]
 COLUMNS = {
     "lm_recipe": " ".join(
-        [f"model split {MADE} chosen answers prompts speakers", *(m.name for m in MEASURES), *DELTAS, *BOUNDS]
+        [
+            f"model split {MADE} chosen answers prompts speakers",
+            *(m.name for m in MEASURES),
+            *DELTAS,
+            *bounds_of(MEASURES),
+        ]
     ),
     "lm_recovery": "model split measure order seed share trained steps learning_rate chosen answers prompts speakers "
     "before after change change_low change_high control control_low control_high net net_low net_high p verdict",
@@ -70,14 +77,7 @@ def recipe_table(at: Context, answers: pd.DataFrame, recipe: str) -> pd.DataFram
     for key, mine in groups(answers, ["split", "condition", "model", *MADE.split()]):
         intact = answers[(answers["condition"] == INTACT) & (answers["split"] == key["split"])]
         row = {**key, "chosen": int(key["condition"] == recipe)}
-        row |= {"answers": len(mine), "prompts": mine["id"].nunique(), "speakers": mine["speaker"].nunique()}
-        for measure in MEASURES:
-            row |= estimate(by_prompt(mine), measure, at.cfg)
-        for measure in WORDS if key["condition"] != INTACT else ():
-            if record := paired(intact, mine, measure, at.cfg):
-                name = f"delta_{measure.name}"
-                row |= {name: record["difference"], f"{name}_low": record["low"], f"{name}_high": record["high"]}
-        found.append(row)
+        found.append(row | answered(mine, None if key["condition"] == INTACT else intact, MEASURES, at.cfg))
     return table(found, COLUMNS["lm_recipe"])
 
 
@@ -121,17 +121,23 @@ def _changed(at: Context, split: str, key: dict[str, Any], parts: list[pd.DataFr
     """Rows of one training: answers after, before and, where there is one, of the control after and before."""
     after, parts = parts[0], [by_prompt(part) for part in parts]
     for measure in WORDS:
-        own = compare(*parts[:2], measure, at.cfg)
+        own = compare(parts[0], parts[1], measure, at.cfg)
         if own is None:
             continue
         row = {"model": at.target, "split": split, "measure": measure.name, **key, "answers": len(after)}
         row |= {"prompts": after["id"].nunique(), "speakers": after["speaker"].nunique()}
         row |= {"before": own["value_b"], "after": own["value_a"], **_ends("change", own)}
         if len(parts) == 4:
-            control, net = compare(*parts[2:], measure, at.cfg), compare_changes(*parts, measure, at.cfg)
+            control, net = compare(parts[2], parts[3], measure, at.cfg), _net(at, parts, measure)
             if control is not None and net is not None:
                 row |= {**_ends("control", control), **_ends("net", net), "p": net["p"], "verdict": net["verdict"]}
         yield row
+
+
+def _net(at: Context, parts: list[pd.DataFrame], measure: Measure) -> dict[str, Any] | None:
+    """The change of a training less the control's."""
+    after, before, control_after, control_before = parts
+    return compare_changes(after, before, control_after, control_before, measure, at.cfg)
 
 
 def _ends(name: str, record: dict[str, Any]) -> dict[str, float]:
@@ -147,7 +153,7 @@ def compared(at: Context, answers: pd.DataFrame) -> list[dict[str, Any]]:
         about = {"a": "trained", "b": "untrained", "order": key["order"], "data": key["trained"]}
         about |= {"share": float(key["share"]), "order_seed": int(key["seed"])}
         for measure in WORDS:
-            if record := compare_changes(*map(by_prompt, parts), measure, at.cfg):
+            if record := _net(at, [by_prompt(part) for part in parts], measure):
                 found.append(_record(record, about, measure, parts[0]))
     first = next((order for order in whole["order"] if order != "none"), None)
     for (order, seed, share), mine in whole.groupby(["order", "seed", "share"], sort=False):

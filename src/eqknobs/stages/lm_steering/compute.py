@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from eqknobs.audio import read_clip, write_flac
+from eqknobs.audio import read_clip
 from eqknobs.errors import EqknobsError, counted
-from eqknobs.io import array_hash, atomic_path, read_csv, write_csv
+from eqknobs.io import array_hash, read_csv, write_csv
 from eqknobs.models import ModelCfg
 from eqknobs.models.moshi.adapter import Moshi
 from eqknobs.models.moshi.generate import Sampling
@@ -37,6 +37,7 @@ from eqknobs.speaking.clips import Sequences, encode_speech, read_clips
 from eqknobs.speaking.grammar import drawn
 from eqknobs.speaking.prompts import Asked, Sentences, Talk, conversations
 from eqknobs.speaking.scores import Judge, JudgeCfg
+from eqknobs.speaking.takes import Take, write_takes
 from eqknobs.stages.lm_layers.turns import read_index
 from eqknobs.stages.lm_steering.directions import VOICE, DirectionsCfg, Files, find, two_voices
 
@@ -507,23 +508,15 @@ def conditions_of(
 
 def write_sounds(bench: SteerBench, conditions: Sequence[Condition], folder: Path) -> None:
     """The first answers of the intact model, of directions at their α, of one random direction and of what is not
-    steered: FLACs and `index.csv`."""
+    steered."""
     played = [INTACT] + [c for c in conditions if c.matched in ("reached", "unreached", "plain")]
     randoms = {c.what: c for c in reversed(conditions) if c.matched == "same_length"}
-    rows: list[dict[str, Any]] = []
-    with atomic_path(folder) as audio:
-        audio.mkdir()
-        for condition in [*played, *randoms.values()]:
-            answers = bench.answers(condition)[: bench.cfg["listen"]]
-            for asked, answer in zip(bench.asked, answers, strict=False):
-                wav = bench.sound(condition, answer)
-                heard = bench.judge.transcriber.transcribe(bench.judge.at_judges_rate(wav))
-                file = f"{condition.name.replace(':', '_')}_{len(rows)}.flac"
-                write_flac(audio / file, wav, bench.model.sample_rate)
-                row = {"condition": condition.name, **condition.row(), "id": asked.id, "speaker": asked.speaker}
-                row |= {"text": asked.told or "", "said": bench.model.monologue(answer.text), "heard": heard}
-                rows.append(row | {"file": file})
-        write_csv(audio / "index.csv", pd.DataFrame(rows))
+    takes = (
+        Take(c.name, c.row(), asked, answer, bench.sound(c, answer))
+        for c in [*played, *randoms.values()]
+        for asked, answer in zip(bench.asked[: bench.cfg["listen"]], bench.answers(c), strict=False)
+    )
+    write_takes(bench.judge, takes, folder)
 
 
 def steer_and_score(cfg: SteeringCfg, inputs: Inputs, out: Outputs, pieces: Pieces | None = None) -> None:

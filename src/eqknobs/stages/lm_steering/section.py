@@ -4,13 +4,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import soundfile as sf
 
 from eqknobs.evidence import display
 from eqknobs.evidence.drawing import FAINT, HUES, INK, Look, figure, legend, look
-from eqknobs.evidence.listening import data_uri, mp3
+from eqknobs.evidence.listening import side_by_side
 from eqknobs.evidence.stage import Context
-from eqknobs.io import require_renders
 from eqknobs.stages.lm_steering.tables import DIRECTIONS, OWN, PROPERTIES, UNITS, amount
 
 STAGE, TITLE, SOUNDS = "lm_steering", "Steered speech LM", False
@@ -92,24 +90,9 @@ def tries(name: str, rows: pd.DataFrame, layer: float, wanted: float) -> dict[st
     return figure(f"{PROPERTIES[name].capitalize()}: α on val, layer {layer:g}", draw, "Dotted: asked for.", height=3.2)
 
 
-def side_by_side(at: Context) -> list[dict[str, Any]]:
-    """Answers to the same prompts side by side: [{told, speaker, takes: [{name, said, heard, sound}]}]."""
-    name = f"renders/{at.target}/steered/index.csv"
-    index, folder = at.inputs.csv(name), at.inputs.path(name).parent
-    require_renders(folder / "index.csv", index["file"])
-    found = []
-    for _, rows in index.groupby("id", sort=False):
-        takes = []
-        order = {"none": -1} | {name: i for i, name in enumerate(OWN)}
-        for row in sorted(rows.to_dict("records"), key=lambda row: order.get(row["property"], 0)):
-            wav, rate = sf.read(folder / row["file"], dtype="float32")
-            said, heard = ("" if pd.isna(row[key]) else row[key] for key in ("said", "heard"))
-            takes.append(
-                {"name": _take(row), "said": said, "heard": heard, "sound": data_uri("audio/mpeg", mp3(wav, rate))}
-            )
-        told = "" if pd.isna(rows["text"].iloc[0]) else rows["text"].iloc[0]
-        found.append({"told": told, "speaker": rows["speaker"].iloc[0], "takes": takes})
-    return found
+def _place(row: dict[str, Any]) -> int:
+    """The intact model first, then properties."""
+    return {"none": -1, **{name: i for i, name in enumerate(OWN)}}.get(row["property"], 0)
 
 
 def _take(row: dict[str, Any]) -> str:
@@ -162,5 +145,5 @@ def show(at: Context) -> dict[str, Any]:
         "drawn": drawn,
         "test": display.laid_out(test, steered | measured),
         "val": display.laid_out(val, steered | words | {"prompts": "prompts"}),
-        "answers": side_by_side(at),
+        "answers": side_by_side(at, "steered", _take, _place),
     }

@@ -10,14 +10,19 @@ import numpy as np
 import pandas as pd
 
 from eqknobs.evidence.comparisons import compare
-from eqknobs.evidence.estimates import Measure, estimate, groups, records, table
+from eqknobs.evidence.estimates import Measure, groups, records, table
 from eqknobs.evidence.spoken import (
+    DELTAS,
+    SILENT_SHARE,
     SIMILARITY_INTACT,
     SIMILARITY_PROMPT,
     WORDS,
+    WORDS_PER_SECOND,
+    answered,
+    bounds_of,
     by_prompt,
     counted_prompts,
-    paired,
+    measurable,
 )
 from eqknobs.evidence.stage import Context, Tabulated
 from eqknobs.evidence.wording import difference, ends, headline, listed, number, said
@@ -31,13 +36,12 @@ SHIFTS = (
     Measure("voice_shift", "voice_shift"),
 )
 OTHERS = (
-    Measure("silent_share", "silent", None, "lower"),
-    Measure("words_per_second", "words_heard", "active_seconds"),
+    SILENT_SHARE,
+    WORDS_PER_SECOND,
     SIMILARITY_PROMPT,
     SIMILARITY_INTACT,
 )
 MEASURES = (SHIFT, *WORDS, *SHIFTS, *OTHERS)
-DELTAS = [f"delta_{m.name}{end}" for m in WORDS for end in ("", "_low", "_high")]
 COLUMNS = {
     "lm_steering": " ".join(
         [
@@ -46,7 +50,7 @@ COLUMNS = {
             "answers prompts speakers",
             *(m.name for m in MEASURES),
             *DELTAS,
-            *(f"{m.name}{end}" for m in MEASURES for end in ("_low", "_high")),
+            *bounds_of(MEASURES),
         ]
     )
 }
@@ -94,14 +98,8 @@ def steering_table(at: Context, tried: pd.DataFrame, answers: pd.DataFrame) -> p
         # of the intact model a draw is a row: the second one's shift is the null
         rows = rows.assign(seed=rows["seed"].where(rows["direction"] != "intact", rows.get("draw", 0)))
         for key, mine in groups(rows, ["model", *CONDITION]):
-            row = {**key, "answers": len(mine), "prompts": mine["id"].nunique(), "speakers": mine["speaker"].nunique()}
-            for measure in MEASURES:
-                row |= estimate(by_prompt(mine), measure, at.cfg)
-            for measure in WORDS if key["split"] == "test" and key["direction"] != "intact" else ():
-                if record := paired(intact, mine, measure, at.cfg):
-                    name = f"delta_{measure.name}"
-                    row |= {name: record["difference"], f"{name}_low": record["low"], f"{name}_high": record["high"]}
-            found.append(row)
+            beside = intact if key["split"] == "test" and key["direction"] != "intact" else None
+            found.append({**key, **answered(mine, beside, MEASURES, at.cfg)})
     return table(found, COLUMNS["lm_steering"])
 
 
@@ -109,8 +107,7 @@ def compared(at: Context, answers: pd.DataFrame) -> list[dict[str, Any]]:
     """Directions at the α of val: how far they shift against random ones of their length (all seeds pooled); words
     against the intact model and, where both reach the shift, against the difference in means."""
     found, intact = [], answers[answers["direction"] == "intact"]
-    # Where the intact model itself is not understood, or nothing was told, words say nothing.
-    words = [m for m in WORDS if estimate(intact, m, at.cfg, interval=False)[m.name] <= at.cfg["unmeasurable_wer"]]
+    words = measurable(intact, at.cfg)
     intact = intact[intact["draw"].isin(answers.loc[answers["direction"] != "intact", "draw"])]
     for name, rows in answers.groupby("property"):
         at_alpha = rows[rows["matched"].isin(["reached", "unreached"])]

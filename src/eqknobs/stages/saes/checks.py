@@ -61,7 +61,7 @@ def _check_splicing(config: dict[str, Any]) -> None:
     for target in stage_targets(config, "splicing") if "targets" in config["splicing"] else ():
         if config["models"][parse_target(target)[0]]["kind"] != TRANSCRIBING:
             raise EqknobsError(f"config: splicing.targets: {target!r} is of no model that transcribes; leave it out")
-    if not spliced_saes(config):
+    if "targets" not in config["splicing"] and not spliced_saes(config):
         raise EqknobsError(f"config: splicing: no target of kind {TRANSCRIBING} has an SAE; set splicing: null")
 
 
