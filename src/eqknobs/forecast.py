@@ -23,8 +23,8 @@ MEASURED = Path("benchmarks/results/full_size.csv")
 CLIP_SECONDS = 12.3  # mean length of LibriSpeech's utterances; shorter corpora are overestimated
 ASSUMPTIONS = (
     "a job's imports cost what the quickest job took; above that, time and disk grow in proportion to a stage's work "
-    "(clips, seconds of sound, epochs, features), memory does not; where a part does not grow (a ridge of all features), "
-    "hours are an upper bound",
+    "(clips, seconds of sound, epochs, features), memory does not; where a part does not grow (a ridge of all "
+    "features), hours are an upper bound",
     f"a clip lasts {CLIP_SECONDS} s (LibriSpeech's mean), all together max_minutes at most",
     "one job at a time with one thread, on the machine that was measured; nothing is known of a GPU's speed",
 )
