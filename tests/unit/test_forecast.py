@@ -127,7 +127,7 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path, monkeypatch, cap
     main(["plan", "--config", "config/librispeech-mimi.yaml"])
     said = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in said}
-    assert rows["sae"][0] == "8" and rows["sae_grid"][1:] == ["-", "-", "-"] and float(rows["activations"][3]) > 0
+    assert int(rows["sae"][0]) > 1 and rows["sae_grid"][1:] == ["-", "-", "-"] and float(rows["activations"][3]) > 0
     assert int(rows["total"][0]) == sum(int(cells[0]) for stage, cells in rows.items() if stage in forecast.WORK)
     assert (set((ROOT / "results").glob("*")) if (ROOT / "results").is_dir() else set()) == before
 
