@@ -286,6 +286,20 @@ def model_files(wildcards):
     return files_of(parse_target(wildcards.target)[0])
 
 
+def reference_files(wildcards):
+    """The files of the model whose transcripts stand for texts in `splicing`, where one does."""
+    reference = config["splicing"].get("reference")
+    return files_of(reference) if reference else []
+
+
+def splicing_slice(wildcards):
+    """The slice of what is lost downstream of a target's SAEs, with the model whose transcripts stand for texts."""
+    splicing = but(config["splicing"], "targets", "saes", "seeds", "reference")
+    if reference := config["splicing"].get("reference"):
+        splicing["reference"] = model_config(config, reference)
+    return {**opened(wildcards), **splicing}
+
+
 def files_of(name):
     """The code of a model's kind, and what is read of it in a local folder, and of its codec: other weights, other
     activations."""

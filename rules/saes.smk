@@ -126,6 +126,7 @@ rule splicing:
         ],
         cache=f"{RUN}/activations/{{target}}.h5",
         model=model_files,
+        reference=reference_files,
         saes=lambda wildcards: expand(
             f"{RUN}/saes/{{target}}/{{sae}}/seed{{seed}}/{{file}}",
             target=wildcards.target,
@@ -148,11 +149,9 @@ rule splicing:
     params:
         cfg=cfg(
             "splicing",
-            lambda wildcards: {
-                **opened(wildcards),
-                **but(config["splicing"], "targets", "saes", "seeds"),
-            },
+            splicing_slice,
             model=model_files,
+            reference=reference_files,
         ),
     message:
         "Let {wildcards.target} go on from what its SAEs reconstruct"

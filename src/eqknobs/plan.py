@@ -211,7 +211,8 @@ def models_used(config: dict[str, Any]) -> list[str]:
     used = {parse_target(target)[0] for target in config["run"]["targets"]}
     stages = (config.get(stage) or {} for stage in ("speech_lm", "lm_layers"))
     accent = (config.get("accent") or {}).get("codecs", {})
-    return sorted(used.union(accent, *(stage.get("models", []) for stage in stages)))
+    reference = (config.get("splicing") or {}).get("reference")
+    return sorted(used.union(accent, [reference] if reference else [], *(stage.get("models", []) for stage in stages)))
 
 
 def bundled_models(config: dict[str, Any]) -> list[str]:

@@ -38,6 +38,7 @@ from eqknobs.stages.stability.compute import StabilityCfg
 from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 
 JOB = {"seed", "device", "content"}  # what a job may have besides
+PLANNED_SPLICES = {"targets", "saes", "non_speech", "seeds", "reference"}
 OPENED = {"model", "site"}
 OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
@@ -61,7 +62,7 @@ TYPED = [
     (SAECfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed"}),
     (GridCfg, ["saes.*"], {"grid", "targets", "corpus"}, {"seed", "grid"}),
     (StabilityCfg, ["stability"], PLANNED | {"saes"}, {"homes", "seed", "content"}),
-    (SplicingCfg, ["splicing"], {"targets", "saes", "non_speech", "seeds"}, {"model", "site", "content"}),
+    (SplicingCfg, ["splicing"], PLANNED_SPLICES, {"model", "site", "reference", "content"}),
     (DomainsCfg, ["domains"], {"targets", "corpus", "saes"}, {"seed", "content"}),
     (PhonesCfg, ["phones"], PLANNED | {"saes"}, {"seed", "content"}),
     (LabelSearchCfg, ["label_search"], PLANNED | {"saes"}, {"seed", "content"}),

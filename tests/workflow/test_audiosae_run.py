@@ -1,8 +1,8 @@
 """config/audiosae-whisper.yaml and config/audiosae-hubert.yaml, shrunk, on tiny random models of the hub's format.
 
 A job costs more than what it computes here, so each runs what the other does not: Whisper is spliced and has its
-features told apart by domain and named after phones, HuBERT has two seeds compared. Searches, pages: the small
-workflow. What edits of these stages invalidate is here too, as the small workflow (test_rerun.py) has no Whisper.
+features told apart by domain and named after phones, HuBERT has two seeds compared. Searches and pages: test_rerun.py.
+What edits of these stages invalidate is here too, as the small workflow has no Whisper.
 """
 
 import os

@@ -47,7 +47,10 @@ def test_a_configs_dag_holds_its_own_targets_and_no_others(name: str) -> None:
 @pytest.mark.parametrize(
     ("over", "gone"),
     [
-        ({"saes": None, "steering": {"saes": []}, "importance": None}, {"saes", "importance"}),
+        (
+            {"saes": None, "steering": {"saes": []}, "importance": None, "hallucination": None},
+            {"saes", "importance"},
+        ),
         ({"probes": None, "steering": None, "importance": None}, {"probes", "steering", "importance", "labels"}),
         ({"codec": None}, {"renders/{target}/codec"}),
         ({"quantisation": None}, {"quantisation", "renders/{target}/quantisation"}),

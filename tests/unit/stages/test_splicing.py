@@ -96,7 +96,7 @@ def raw_rows() -> pd.DataFrame:
             said = {"errors": place, "words": 8, "nats": 10.0 * (1 + place) + i, "tokens": 10}
             said = said if speech else dict.fromkeys(said, np.nan)
             no_speech = (0.1 if speech else 0.9) if place < 3 else 0.5
-            rows.append(keys | said | {"transcript": "", "no_speech_prob": no_speech})
+            rows.append(keys | said | {"transcript": "", "no_speech_prob": no_speech, "reference": "text"})
     return pd.DataFrame(rows)
 
 
@@ -148,6 +148,19 @@ def test_speech_needs_texts_and_other_sound_gets_none(tmp_path) -> None:
     write_csv(tmp_path / "m.csv", pd.DataFrame([row | {"text": ""}]))
     with pytest.raises(EqknobsError, match="has no text"):
         _clips(tmp_path / "m.csv", "", 16000, cfg)
+    heard: list[int] = []
+
+    def transcribe(clips):
+        heard.append(len(clips[0]))
+        return [answer]
+
+    other = SimpleNamespace(name="base", sample_rate=8000, transcribe=transcribe)
+    answer = " la la la "
+    assert _clips(tmp_path / "m.csv", "", 16000, cfg, other)[0].text == "la la la" and heard == [800]  # at its rate
+    assert _clips(tmp_path / "m.csv", "music", 16000, cfg, other)[0].text == "" and heard == [800]
+    answer = ""
+    with pytest.raises(EqknobsError, match="a says nothing to base; or set"):
+        _clips(tmp_path / "m.csv", "", 16000, cfg, other)
 
 
 def config(**splicing) -> dict:
@@ -166,6 +179,8 @@ def test_models_that_transcribe_are_spliced_where_their_saes_lie() -> None:
     assert spliced_saes(config()) == {"w.layer.1": ["topk"], "w.layer.1@mix": ["wide"]}
     assert spliced_saes(config(saes=["wide"])) == {"w.layer.1@mix": ["wide"]}
     assert spliced_saes({**config(), "splicing": None}) == {}
+    check(config(targets=["other.*"]))  # fits nothing, as in another run's configuration
+    check(config(reference="w"))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +190,8 @@ def test_models_that_transcribe_are_spliced_where_their_saes_lie() -> None:
         ({"saes": ["none"]}, "not under saes"),
         ({"non_speech": ["rain"]}, "rain"),
         ({"non_speech": ["speech"]}, "speech itself"),
+        ({"reference": "m"}, "'m' is no model of kind whisper"),
+        ({"reference": "base"}, "'base' is no model of kind whisper"),
     ],
 )
 def test_what_splicing_names_must_be_there(splicing, said) -> None:
@@ -189,6 +206,9 @@ def test_few_clips_decide_nothing(clips: int, verdict: str) -> None:
     rows = records(spliced_rows(raw_rows(), "w.layer.2", CFG))
     (row,) = (row for row in rows if row["arm"] == "sae")
     found = _spliced_finding({**row, "clips": clips}, rows)
+    assert "hears" not in found["detail"]
+    others = _spliced_finding({**row, "reference": "base"}, rows)
+    assert "; the text is what base hears" in others["detail"]
     assert found["verdict"] == verdict and ("decide nothing" in found["detail"]) == (verdict == "undecided")
     worse = {**row, "clips": LEAST_CLIPS, "wer_text_over_untrained_low": 0.1, "wer_text_over_untrained_high": 0.2}
     assert _spliced_finding(worse, rows)["verdict"] == "negative"  # fewer nats do not make up for words

@@ -61,6 +61,11 @@ def _check_splicing(config: dict[str, Any]) -> None:
     for target in stage_targets(config, "splicing") if "targets" in config["splicing"] else ():
         if config["models"][parse_target(target)[0]]["kind"] != TRANSCRIBING:
             raise EqknobsError(f"config: splicing.targets: {target!r} is of no model that transcribes; leave it out")
+    reference = config["splicing"].get("reference")
+    if reference is not None and config["models"].get(reference, {}).get("kind") != TRANSCRIBING:
+        raise EqknobsError(
+            f"config: splicing.reference: {reference!r} is no model of kind {TRANSCRIBING} under models; add it there"
+        )
     if "targets" not in config["splicing"] and not spliced_saes(config):
         raise EqknobsError(f"config: splicing: no target of kind {TRANSCRIBING} has an SAE; set splicing: null")
 

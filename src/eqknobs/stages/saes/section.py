@@ -126,7 +126,14 @@ def show(at: Context) -> dict[str, Any]:
         "dictionaries": display.laid_out(rows, columns),
         "cross_seed": found["cross_seed"],
         "spliced": _spliced(at),
+        "spliced_reference": _reference(at),
     }
+
+
+def _reference(at: Context) -> str:
+    """What the words are held against downstream: `text`, or a model."""
+    rows = at.inputs.csv("tables/splicing.csv")
+    return next(iter(rows.loc[rows["target"] == at.target, "reference"]), "text")
 
 
 def _spliced(at: Context) -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """What is lost downstream: a Whisper that goes on from an SAE's reconstruction of one of its layers.
 
+Words and likelihood are of the clip's text, or of what a reference model hears in the untouched clip (`reference`).
+
 Arms: `unspliced`; `mean` (every frame is the train frames' mean: all of the layer lost); `sae` (reconstructions);
 `untrained` (the same dictionary before its training, the k·n largest activations of a clip: what any of that width and
 sparsity keeps). The model transcribes, tells the probability of no speech, and the likelihood of the text. Frames that
@@ -38,6 +40,7 @@ class SplicingCfg(TypedDict):
     site: str
     split: str
     clips: int  # of speech, and of each corpus of other sound
+    reference: NotRequired[ModelCfg]  # whose transcript stands for the text
     content: NotRequired[dict[str, str]]
 
 
@@ -109,19 +112,32 @@ def _spliced(model: Any, site: str, edit: Edit | None) -> AbstractContextManager
     return nullcontext() if edit is None else model.editing(site, edit, clip_only=True)
 
 
-def _clips(manifest_csv: str | Path, corpus: str, rate: int, cfg: SplicingCfg) -> list[Spoken]:
+def _clips(
+    manifest_csv: str | Path, corpus: str, rate: int, cfg: SplicingCfg, reference: Any | None = None
+) -> list[Spoken]:
     """Clips of a corpus; corpus: "" for speech, whose clips must have a text, else the name of one that has no words.
 
-    Raises EqknobsError for speech without texts.
+    reference: a loaded Whisper whose transcripts are the texts. Raises EqknobsError for speech without texts.
     """
     found = []
     for row in pick_clips(read_csv(manifest_csv), cfg["split"], cfg["clips"]).itertuples():
-        text = "" if corpus else str(row.text).strip()
+        text = "" if corpus else _text(row, rate, reference)
         if not text and not corpus:
-            raise EqknobsError(f"splicing: {row.id} has no text in {manifest_csv}; give texts, or set splicing: null")
+            lacks = f"has no text in {manifest_csv}; give texts, name a splicing.reference"
+            raise EqknobsError(
+                f"splicing: {row.id} {'says nothing to ' + reference.name if reference else lacks}; "
+                "or set splicing: null"
+            )
         name, speaker = (f"{corpus}-{value}" if corpus else str(value) for value in (row.id, row.speaker))
         found.append(Spoken(name, speaker, cfg["split"], read_clip(row, rate), text))
     return found
+
+
+def _text(row: Any, rate: int, reference: Any | None) -> str:
+    """What is said in a clip."""
+    if reference is None:
+        return str(row.text).strip()
+    return str(reference.transcribe([read_clip(row, reference.sample_rate)])[0]).strip()
 
 
 def score_splicing(
@@ -132,7 +148,8 @@ def score_splicing(
     out_csv: str | Path,
     cfg: SplicingCfg,
 ) -> None:
-    """Splice the SAEs of a target into the model as it transcribes; out_csv: see `spliced_scores`.
+    """Splice the SAEs of a target into the model as it transcribes; out_csv: see `spliced_scores`, and `reference`, the
+    model whose transcripts the words are held against, or `text`.
 
     speech_csv, others: manifests of speech with texts and, by corpus, of sound without words; cache_h5: whose train
     mean is the arm `mean`; sae_dirs: (name, seed) -> folder. Raises EqknobsError as `spliced_scores`, and for speech
@@ -143,7 +160,11 @@ def score_splicing(
         mean = np.array(cache.mean)
     with gpu_lock(pick_device(cfg["model"].get("device") or "auto")):
         model = load_model(cfg["model"])
-        clips = _clips(speech_csv, "", model.sample_rate, cfg)
+        reference = None
+        if "reference" in cfg:
+            reference = load_model({**cfg["reference"], "device": cfg["model"].get("device", "auto")})
+        clips = _clips(speech_csv, "", model.sample_rate, cfg, reference)
         for corpus, manifest in sorted(others.items()):
             clips += _clips(manifest, corpus, model.sample_rate, cfg)
-        write_csv(out_csv, spliced_scores(model, cfg["site"], saes, mean, clips))
+        rows = spliced_scores(model, cfg["site"], saes, mean, clips)
+        write_csv(out_csv, rows.assign(reference=reference.name if reference else "text"))

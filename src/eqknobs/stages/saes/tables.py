@@ -17,11 +17,12 @@ COLUMNS = {
     "sae": "target sae variant seed d_in d_sae split l0 fvu dead_share layer input_scale clips speakers fvu_low "
     "fvu_high cosine wer_text_spliced wer_text_spliced_low wer_text_spliced_high nll_spliced nll_spliced_low "
     "nll_spliced_high no_speech_auc no_speech_auc_low no_speech_auc_high",
-    "splicing": "target layer arm sae seed split clips speakers non_speech wer_text wer_text_low wer_text_high nll "
-    "nll_low nll_high no_speech_auc no_speech_auc_low no_speech_auc_high wer_text_difference wer_text_difference_low "
-    "wer_text_difference_high nll_difference nll_difference_low nll_difference_high no_speech_auc_difference "
-    "no_speech_auc_difference_low no_speech_auc_difference_high nll_over_untrained nll_over_untrained_low "
-    "nll_over_untrained_high wer_text_over_untrained wer_text_over_untrained_low wer_text_over_untrained_high",
+    "splicing": "target layer arm sae seed reference split clips speakers non_speech wer_text wer_text_low "
+    "wer_text_high nll nll_low nll_high no_speech_auc no_speech_auc_low no_speech_auc_high "
+    "wer_text_difference wer_text_difference_low wer_text_difference_high nll_difference "
+    "nll_difference_low nll_difference_high no_speech_auc_difference no_speech_auc_difference_low "
+    "no_speech_auc_difference_high nll_over_untrained nll_over_untrained_low nll_over_untrained_high "
+    "wer_text_over_untrained wer_text_over_untrained_low wer_text_over_untrained_high",
 }
 NOTHING: dict[str, Any] = {"sae": []}
 FVU = Measure("fvu", "sq_error", "sq_total", "lower")
@@ -69,7 +70,9 @@ def spliced_rows(scores: pd.DataFrame, target: str, cfg: IntervalsCfg) -> pd.Dat
     """`splicing.csv` of a target: one row a (arm, SAE, seed), the first one unspliced; speech is what has a text."""
     arms = [
         (key, own[own["tokens"].notna()], own[own["tokens"].isna()])
-        for key, own in groups(scores.assign(sae=scores["sae"].fillna("")), ["arm", "sae", "seed", "split"])
+        for key, own in groups(
+            scores.assign(sae=scores["sae"].fillna("")), ["arm", "sae", "seed", "reference", "split"]
+        )
     ]
     untrained = {(key["sae"], key["seed"]): speech for key, speech, _ in arms if key["arm"] == "untrained"}
     (_, whole, silent), *_ = arms
@@ -180,6 +183,8 @@ def _spliced_finding(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[st
         f"{number(untrained['nll'])} nats, WER {number(untrained['wer_text'])}; the train mean {number(mean['nll'])} "
     )
     detail += f"nats, WER {number(mean['wer_text'])}; {sample(row)}"
+    if row["reference"] != "text":
+        detail += f"; the text is what {row['reference']} hears"
     if row["clips"] < LEAST_CLIPS:
         detail += f"; fewer than {LEAST_CLIPS} clips decide nothing"
     cell = (f"SAE {row['sae']} spliced in", "words and nats, against the same SAE untrained")
