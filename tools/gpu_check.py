@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / part) for part in ("tests", "tools", "benchmarks")]
 
 import rehearse  # noqa: E402
 from eqknobs.errors import EqknobsError, one_line_errors  # noqa: E402
-from eqknobs.io import output_file, write_csv  # noqa: E402
+from eqknobs.io import output_file, read_csv, write_csv  # noqa: E402
 
 GIB = 1 << 30
 CAP_GIB = 12  # a hard limit of the allocator while the 7B model works
@@ -360,7 +360,7 @@ def compare(one: Path, other: Path) -> Iterator[tuple[str, float, float]]:
     """Of every CSV in two folders: its name, the share of its numbers that are not close (all of them where texts or
     shapes differ), the largest relative difference. Seconds that were measured are left out."""
     for file in sorted(one.glob("*.csv")):
-        a, b = pd.read_csv(file), pd.read_csv(other / file.name)
+        a, b = read_csv(file), read_csv(other / file.name)
         if list(a.columns) != list(b.columns) or len(a) != len(b):
             yield file.name, 1.0, math.inf
             continue

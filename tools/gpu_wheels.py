@@ -21,7 +21,7 @@ from eqknobs.errors import EqknobsError, one_line_errors  # noqa: E402
 from eqknobs.io import output_folder  # noqa: E402
 
 LIMIT = 64 << 20  # bytes that travel, the checkout's files and the wheels together
-NEEDED = ("bitsandbytes", "soundfile", "soxr", "librosa", "audioread", "pooch", "jiwer", "rapidfuzz")
+NEEDED = ("bitsandbytes", "soundfile", "soxr", "librosa", "audioread", "pooch")
 PLATFORMS = [f"manylinux{tag}_x86_64" for tag in ("_2_31", "_2_28", "_2_27", "_2_24", "_2_17", "2014", "1")]
 KEPT = re.compile(r"libbitsandbytes_(cpu|cuda130)\.so")  # CUDA 13.0 serves drivers from 580 on
 

@@ -242,7 +242,7 @@ CASES = {
         "whisper-small",
         "whisper",
         write_whisper,
-        ("whisper-small.layer.10", "whisper-small.layer.11"),
+        ("whisper-small.layer.7", "whisper-small.layer.11"),
         24,
         change=AUDIOSAE,
     ),
@@ -287,7 +287,7 @@ def rehearsed(case: Case, shipped: dict[str, Any], models: Path, threads: int) -
     for corpus in config.get("corpora", {}).values():
         if corpus["source"] == "librispeech":
             corpus |= speech
-        if corpus["source"] != "union":
+        if "max_utterances" in corpus:  # else made of others
             corpus["max_utterances"] = case.clips
     own = next(iter(shipped["models"].values()))
     model = {**own, "kind": case.kind, "path": str(models / case.model), "revision": None}

@@ -2,7 +2,7 @@
 
 `benchmarks/results/full_size.csv` (`tools/rehearse.py`) has what each stage took on a few clips at full size, and how
 much `work` that was. Work is counted here, from a configuration alone; time and disk are taken to grow with it in
-proportion, on top of a fixed cost a job (what the manifest's takes: Python and its imports), memory not to grow.
+proportion, on top of a fixed cost a job (Python and its imports: what the quickest one takes), memory not to grow.
 """
 
 import re
@@ -22,10 +22,14 @@ from eqknobs.plan import SPEECH, corpus_config, models_used
 MEASURED = Path("benchmarks/results/full_size.csv")
 CLIP_SECONDS = 12.3  # mean length of LibriSpeech's utterances; shorter corpora are overestimated
 ASSUMPTIONS = (
-    "time and disk grow in proportion to a stage's work (clips, seconds of sound, epochs, features), memory does not",
+    "a job's imports cost what the quickest job took; above that, time and disk grow in proportion to a stage's work "
+    "(clips, seconds of sound, epochs, features), memory does not; where a part does not grow (a ridge of all "
+    "features), hours are an upper bound",
     f"a clip lasts {CLIP_SECONDS} s (LibriSpeech's mean), all together max_minutes at most",
     "one job at a time with one thread, on the machine that was measured; nothing is known of a GPU's speed",
 )
+# Stages that do not tell what a job costs before it works: these import no model, or one job works for all.
+NO_START = ("manifest", "tables", "report", "activations", "talk")
 Config = Mapping[str, Any]
 
 
@@ -165,8 +169,8 @@ def sound_seconds(config: dict[str, Any], corpora: Iterable[str]) -> float:
     total = 0.0
     for name in corpora:
         data = corpus_config(config, name)
-        if data["source"] == "union":
-            total += sound_seconds(config, data["of"])
+        if "max_utterances" not in data:  # made of others
+            total += sound_seconds(config, [data["of"]] if isinstance(data["of"], str) else data["of"])
         else:
             total += min(data["max_utterances"] * CLIP_SECONDS, 60 * data["max_minutes"])
     return total
@@ -220,7 +224,8 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
     measured: full_size.csv. Of several rehearsals the one of the run's own model is taken, else one of its kind.
     """
     rows = _like(config, measured).set_index("stage")
-    start = rows.loc["manifest", "cpu_seconds"] / rows.loc["manifest", "jobs"] if "manifest" in rows.index else 0.0
+    jobwise = rows["cpu_seconds"] / rows["jobs"]
+    start = jobwise.drop([name for name in NO_START if name in jobwise]).min()  # NaN: of none
     audio = sound_seconds(config, jobs.corpora)
     found = []
     for stage, count in jobs.by_stage.items():
@@ -228,12 +233,13 @@ def forecast(config: dict[str, Any], jobs: Jobs, measured: pd.DataFrame) -> pd.D
         if stage in rows.index:
             row = rows.loc[stage]
             more = amount(config, stage, audio, count)[0] / row["work"] if row["work"] else 0.0
-            busy = max(0.0, row["cpu_seconds"] - start * row["jobs"])
+            fixed = min(jobwise[stage], start) if start == start else 0.0
+            busy = row["cpu_seconds"] - fixed * row["jobs"]
             share = count / row["jobs"]
             by = WORK.get(stage, WORK["report"]).disk
             grown = {"work": more, "jobs": share, "sound": share * audio / row["audio_seconds"]}[by]
             record["disk_gib"], record["peak_memory_gib"] = row["disk_gib"] * grown, row["peak_memory_gib"]
-            record["hours"] = (start * count + busy * more) / 3600
+            record["hours"] = (fixed * count + busy * more) / 3600
         found.append(record)
     return pd.DataFrame(found, columns=["stage", "jobs", "disk_gib", "peak_memory_gib", "hours"])
 

@@ -30,7 +30,7 @@ LOCK_POLL_SECONDS = 0.2
 # Every column of every table of ours that holds text; a new one belongs here, or `read_csv` refuses it.
 TEXT_COLUMNS = frozenset(
     "a accent arm b beside binning calibrated cell clip codec codec_training condition config derived_from device "
-    "direction domain edit file format gate granularity group half heard id input_scale judged kind label labels "
+    "direction domain edit file format gate granularity group half heard id input_scale kind label labels "
     "level machine map matched measure measured_or_computed method mode model name noise order part path penalty "
     "phase phone plan property reading reason recipe reference repair rounding sae said sex sha256 site source "
     "space speaker split stage state stream tag target task tensor text top_clips trained transcript unit variant "

@@ -915,7 +915,7 @@ def check_erasing(run: Path, target: str, cfg: dict[str, Any]) -> int:
 
     def scores(rows: pd.DataFrame, task: str) -> float:
         true = clips.loc[(clips["sae"] == rows["sae"].iloc[0]) & (clips["task"] == task), "true"].to_numpy()
-        told = [np.array(text.split(), int) for text in rows.loc[rows["judged"] == task, "said"]]
+        told = [np.array(text.split(), int) for text in rows.loc[rows["property"] == task, "said"]]
         vowel = task.startswith("vowel ")
         return float(np.mean([matthews_corrcoef(true, one) if vowel else (true == one).mean() for one in told]))
 
@@ -935,7 +935,7 @@ def check_erasing(run: Path, target: str, cfg: dict[str, Any]) -> int:
             own = pick(own, row | {"count": row["removed"]}, ["sae", "task", "space", "order", "penalty", "count"])
             told.append(scores(own, task))
             same(row["score"], told[-1], where)
-            others = sorted(set(own["judged"]) - {task})
+            others = sorted(set(own["property"]) - {task})
             after = np.mean([scores(own, one) for one in others]) if others else math.nan
             before = np.mean([scores(whole[whole["task"] == one], one) for one in others]) if others else math.nan
             same(row["off_target"], after, f"{where} off_target")

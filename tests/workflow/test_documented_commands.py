@@ -76,6 +76,7 @@ WAYS = {
     "eqknobs talk": HELP,
     "eqknobs explore": HELP,
     "eqknobs explore --run results/demo --target tiny-mimi.encoder_transformer --sae topk --audio my.wav": HELP,
+    "eqknobs transcribe": HELP,
     "eqknobs transcribe --run results/demo --model whisper-tiny-en --audio my.wav --steer sae": HELP,
     "eqknobs vram": HELP,
     "eqknobs compress": HELP,

@@ -47,7 +47,7 @@ def test_a_part_that_fails_leaves_a_row_and_the_next_one_runs(tmp_path, monkeypa
     rows = read_csv(tmp_path / "x.csv")
     assert status == 1 and rows["part"].tolist() == ["broken", "broken", "broken", "fine", "fine"]
     assert rows["measure"][1] == "failed: RuntimeError: out of memory"
-    assert rows["passed"].fillna("").tolist() == ["", False, "", False, ""]
+    assert rows["passed"].fillna("").astype(str).tolist() == ["", "False", "", "False", ""]
 
 
 def test_tables_are_compared_number_by_number(tmp_path):
@@ -102,4 +102,4 @@ def test_what_travels_is_locked_and_small_enough():
     known = gpu_wheels.versions((ROOT / "requirements.txt").read_text())
     assert set(gpu_wheels.NEEDED) <= set(known)
     if (ROOT / ".git").exists():
-        assert gpu_wheels.tree_bytes(ROOT) < gpu_wheels.LIMIT - (9 << 20)  # wheels take 8.3 MiB
+        assert gpu_wheels.tree_bytes(ROOT) < gpu_wheels.LIMIT - (5 << 20) - (1 << 18)  # wheels take 5.2 MiB

@@ -189,7 +189,7 @@ def scored(world):
     rows = read_csv(written.probes)
     clips = read_csv(written.clips)
     true = {task: own["true"].to_numpy() for task, own in clips.groupby("task")}
-    rows["score"] = [(np.array(str(row.said).split(), int) == true[row.judged]).mean() for row in rows.itertuples()]
+    rows["score"] = [(np.array(str(row.said).split(), int) == true[row.property]).mean() for row in rows.itertuples()]
     return world, rows.assign(order=rows["order"].fillna("")), read_csv(written.swaps), read_json(written.found)
 
 
@@ -203,7 +203,7 @@ def score(rows: pd.DataFrame, **wanted) -> float:
 def test_a_label_is_told_from_the_one_feature_that_carries_it(scored) -> None:
     _, rows, _, found = scored
     assert found["saes"]["x"]["sex"]["first"][0] == SEX and found["saes"]["x"]["accent"]["first"][0] == PLACE
-    own = {"task": "sex", "judged": "sex", "edit": "kept", "count": 1, "labels": "true"}
+    own = {"task": "sex", "property": "sex", "edit": "kept", "count": 1, "labels": "true"}
     for space in ("features", "reconstruction"):
         assert score(rows, space=space, order="fisher", **own) == 1
     assert score(rows, space="features", order="random", **own) < 0.8
@@ -215,11 +215,11 @@ def test_a_label_is_told_from_the_one_feature_that_carries_it(scored) -> None:
 def test_a_removed_feature_takes_its_label_along_and_leaves_the_other(scored) -> None:
     _, rows, _, found = scored
     gone = {"task": "sex", "edit": "removed", "space": "reconstruction", "order": "fisher", "count": 2}
-    assert score(rows, judged="sex", **gone) < 0.75 and score(rows, judged="accent", **gone) == 1
+    assert score(rows, property="sex", **gone) < 0.75 and score(rows, property="accent", **gone) == 1
     # One of three random orders begins with it.
-    assert score(rows, task="sex", judged="sex", edit="removed", space="features", order="random") > 0.75
+    assert score(rows, task="sex", property="sex", edit="removed", space="features", order="random") > 0.75
     leace = {"task": "sex", "space": "raw", "order": "leace"}
-    assert score(rows, judged="sex", **leace) == 0.5 and score(rows, judged="accent", **leace) == 1
+    assert score(rows, property="sex", **leace) == 0.5 and score(rows, property="accent", **leace) == 1
     assert set(rows.loc[rows["order"] == "leace", "count"]) == {1}
     assert found["saes"]["x"]["sex"]["others"] == ["accent"]
 
@@ -307,7 +307,7 @@ def test_vowels_are_judged_beside_each_other_and_not_swapped(world, tmp_path) ->
     score_erasing(read_of(world, True), written, CFG | {"tasks": ["vowels"]})
     rows, found = read_csv(written.probes), read_json(written.found)["saes"]["x"]
     assert found["vowel aa"]["others"] == ["vowel iy", "vowel oy"] and read_csv(written.swaps).empty
-    erased = rows[(rows["order"] == "leace") & (rows["task"] == "vowel iy") & (rows["judged"] == "vowel iy")]
+    erased = rows[(rows["order"] == "leace") & (rows["task"] == "vowel iy") & (rows["property"] == "vowel iy")]
     assert set(erased["said"].iloc[0].split()) == {"0"}
 
 

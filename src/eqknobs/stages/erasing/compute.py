@@ -41,7 +41,7 @@ from eqknobs.stages.erasing.samples import (
 from eqknobs.stages.erasing.spaces import Space, living_features, principal_axes, random_order, spaces_of
 from eqknobs.stages.erasing.swaps import SWAP_COLUMNS, swap_features
 
-COLUMNS = "sae task judged space order seed edit count width penalty labels converged said".split()
+COLUMNS = "sae task property space order seed edit count width penalty labels converged said".split()
 NAMED = 20  # first features of an order that the JSON names
 
 
@@ -114,7 +114,7 @@ class Bench:
     ) -> None:
         """Fit on the task's train rows with labels codes, keep what is said of test."""
         penalty = None if about["penalty"] == "none" else self.cfg["c"]
-        about = {**about, "judged": task.name}
+        about = {**about, "property": task.name}
         whole = about["edit"] == "all"  # for which task makes no difference
         key = "|".join(f"{name} {about[name]}" for name in sorted(about) if not (whole and name == "task"))
         self.keys.add(key)
@@ -186,7 +186,7 @@ class Bench:
     def nulls(self, task: Task) -> None:
         """The most frequent label of train, and features in Fisher order with shuffled labels."""
         most = int(np.bincount(task.codes["train"]).argmax())
-        about = {"task": task.name, "judged": task.name, "space": "majority", "order": "", "seed": 0}
+        about = {"task": task.name, "property": task.name, "space": "majority", "order": "", "seed": 0}
         about |= {"edit": "all", "count": 0, "width": 0, "penalty": "l2", "labels": "true", "converged": True}
         self.rows.append(about | {"said": " ".join([str(most)] * len(task.rows["test"]))})
         space = self.spaces(task.samples)["features"]

@@ -122,7 +122,7 @@ class Probes:
     def own(self, **wanted: Any) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
         """Probes of an edit that tell the edit's own task, seeds together: (keys, rows)."""
         rows = self.pick(**wanted)
-        rows = rows[(rows["judged"] == rows["task"]) & (rows["space"] != "majority")]
+        rows = rows[(rows["property"] == rows["task"]) & (rows["space"] != "majority")]
         for keys, own in rows.groupby([*CURVE, "count"], sort=False):
             yield dict(zip([*CURVE, "count"], keys, strict=True)), own
 
@@ -176,12 +176,12 @@ def gone_at(shares: np.ndarray, excess: np.ndarray, tolerance: float) -> np.ndar
 def _off_target(probes: Probes, keys: dict[str, Any]) -> dict[str, float]:
     """Mean score of the other tasks after an edit, and its change."""
     rows = probes.pick(edit="removed", **keys)
-    rows = rows[rows["judged"] != keys["task"]]
+    rows = rows[rows["property"] != keys["task"]]
     if rows.empty:
         return _cells("off_target", None) | _cells("off_change", None)
-    told = [(probes.told(keys["sae"], row.judged), row) for row in rows.itertuples()]
+    told = [(probes.told(keys["sae"], row.property), row) for row in rows.itertuples()]
     after = np.mean([one.scores(_labels(row.said)) for one, row in told], axis=0)
-    whole = [one.scores(probes.intact(keys["sae"], row.judged, keys["space"])) for one, row in told]
+    whole = [one.scores(probes.intact(keys["sae"], row.property, keys["space"])) for one, row in told]
     return _cells("off_target", after) | _cells("off_change", after - np.mean(whole, axis=0))
 
 
@@ -272,7 +272,7 @@ def _side_effects(probes: Probes, row: dict[str, Any]) -> list[dict[str, Any]]:
         told = probes.told(sae, other)
         changed = []
         for space, rows in sides:
-            after = _labels(rows.loc[rows["judged"] == other, "said"].iloc[0])
+            after = _labels(rows.loc[rows["property"] == other, "said"].iloc[0])
             changed.append(told.by_clip(after, probes.intact(sae, other, space)))
         found.setdefault("other vowels" if told.mcc else other, []).append(tuple(changed))
     made = []
