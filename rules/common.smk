@@ -149,6 +149,14 @@ def probes_slice(wildcards):
     }
 
 
+def of_homes(homes, path):
+    """A file of each of the targets that `homes` lists for a model, of the SAE that steers against hallucination."""
+    return lambda wildcards: [
+        path.format(home=home, seed=FIRST_SEED, sae=config["hallucination"]["sae"])
+        for home in homes[wildcards.model]
+    ]
+
+
 def first_saes(names):
     """The files of the first seed of each SAE that `names`, a function of the target, names."""
     return lambda wildcards: [

@@ -13,22 +13,11 @@ TABLE_INPUTS += expand(f"{RUN}/hallucination/{{model}}.json", model=HALLUCINATIN
 REPORT_INPUTS += expand(
     f"{RUN}/renders/{{model}}/hallucination/index.csv", model=HALLUCINATING
 )
-
-
-def homes_of(model):
-    """The layers at which a model is edited, on what their SAEs hear, in the order of the configuration."""
-    return list(hallucination_layers(config, model).values())
-
-
-def of_layers(path):
-    """A file of each of them."""
-    return lambda wildcards: [
-        path.format(home=home, seed=FIRST_SEED, sae=config["hallucination"]["sae"])
-        for home in homes_of(wildcards.model)
-    ]
-
-
-LISTENING += [home for model in HALLUCINATING for home in homes_of(model)]
+# The layers at which a model is edited, on what their SAEs hear, in the order of the configuration.
+HOMES = {
+    model: list(hallucination_layers(config, model).values()) for model in HALLUCINATING
+}
+LISTENING += [home for model in HALLUCINATING for home in HOMES[model]]
 
 
 rule hallucination:
@@ -37,11 +26,13 @@ rule hallucination:
         non_speech=[
             manifest_file(corpus) for corpus in config["hallucination"]["non_speech"]
         ],
-        heard=lambda wildcards: manifest_file(corpus_of(homes_of(wildcards.model)[0])),
-        caches=of_layers(f"{RUN}/activations/{{home}}.h5"),
+        heard=lambda wildcards: manifest_file(corpus_of(HOMES[wildcards.model][0])),
+        caches=of_homes(HOMES, f"{RUN}/activations/{{home}}.h5"),
         model=lambda wildcards: files_of(wildcards.model),
-        saes=of_layers(f"{RUN}/saes/{{home}}/{{sae}}/seed{{seed}}/config.json"),
-        weights=of_layers(f"{RUN}/saes/{{home}}/{{sae}}/seed{{seed}}/sae.safetensors"),
+        saes=of_homes(HOMES, f"{RUN}/saes/{{home}}/{{sae}}/seed{{seed}}/config.json"),
+        weights=of_homes(
+            HOMES, f"{RUN}/saes/{{home}}/{{sae}}/seed{{seed}}/sae.safetensors"
+        ),
         script=code("hallucination.py"),
     output:
         scores=f"{RUN}/scores/{{model}}.hallucination.csv",

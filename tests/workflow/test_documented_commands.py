@@ -39,6 +39,11 @@ WAYS = {
     "bash tools/gpu_check.sh --pack": "python tools/gpu_wheels.py --help",
     ".venv/bin/python tools/rehearse.py --work rehearsal mimi": "test -f tools/rehearse.py",  # test_rehearse.py
     ".venv/bin/python tools/rehearse.py --work rehearsal moshiko": "test -f tools/rehearse.py",
+    ".venv/bin/pip install --no-deps -r requirements-slurm.txt": "pip --version",
+    ".venv/bin/snakemake --workflow-profile profiles/slurm --configfile config/librispeech-mimi.yaml "
+    "--default-resources slurm_account=me slurm_partition=gpu mem_mb=2000 runtime=120": (
+        "test -f profiles/slurm/config.yaml"  # test_slurm.py
+    ),
     "eqknobs plan": HELP,
     "eqknobs plan --config …": REAL,
     "make test-kernels": DRY,
