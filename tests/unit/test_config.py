@@ -291,8 +291,8 @@ OFF = {
     "steering": {"steering": None},
     "importance": {"importance": None},
     "quantisation": {"quantisation": None},
-    "saes, all that can go on": {"saes": None, "steering": {"saes": []}, "importance": None},
-    "saes and sound": {"saes": None, "codec": None, "steering": None, "importance": None},
+    "saes, all that can go on": {"saes": None, "steering": {"saes": []}, "importance": None, "hallucination": None},
+    "saes and sound": dict.fromkeys(("saes", "codec", "steering", "importance", "hallucination")),
 }
 MOSHI = {
     "run": {"targets": ["m.residual.1"]},
@@ -319,7 +319,7 @@ def test_null_switches_a_stage_off(over):
 )
 def test_what_a_run_has_no_target_for_does_not_bother_it(over):
     settle(merge(merge(default(), MOSHI), over))
-    off = {"steering": None, "importance": None, "codec": None, "quantisation": None}
+    off = dict.fromkeys(("steering", "importance", "codec", "quantisation", "hallucination"))
     settle(merge(merge(default(), over), off))
 
 
