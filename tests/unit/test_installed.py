@@ -66,7 +66,10 @@ def test_defaults_are_a_copy_of_the_one_source_and_nothing_is_left_out(site):
 
 def test_no_subcommand_is_left_out_below(site, tmp_path):
     commands = re.findall(r"^    ([a-z]\S*)", eqknobs(site, tmp_path, "--help"), re.M)
-    assert sorted(commands) == "clean compress convert-whisper explore export-sae import-sae talk unpack vram".split()
+    known = "clean compress convert-whisper explore export-sae import-sae plan talk transcribe unpack vram"
+    assert sorted(commands) == known.split()
+    for command in ("plan", "transcribe"):  # which work on a checkout, or on a run of one
+        assert f"usage: eqknobs {command}" in eqknobs(site, tmp_path, command, "--help")
 
 
 def test_explore(site, tmp_path):
