@@ -28,20 +28,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
     return folder, write_tiny(folder)
 
 
+def near(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Equal but for what another processor's sums differ by, of the largest value."""
+    return np.shape(ours) == np.shape(theirs) and np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
 def test_it_does_what_the_authors_package_does(tiny: tuple[Path, np.ndarray]) -> None:
     folder, wav = tiny
     model = load(folder)
     site = model.site("encoder")
     assert (site.hop, site.width, model.sample_rate, model.n_codebooks, model.decodes) == (8, 8, 16000, 3, True)
     acts = model.encode(wav, "encoder")
-    assert np.allclose(acts, EXPECTED["encoded"], atol=2e-6)
+    assert near(acts, EXPECTED["encoded"])
     assert len(np.unique(EXPECTED["codes"], axis=1).T) > 4  # or the codes would show nothing
     assert np.array_equal(model.tokens(acts, "encoder"), EXPECTED["codes"])
-    assert np.allclose(model.decoder_input(acts, "encoder", 2), EXPECTED["dequantised"], atol=2e-6)
+    assert near(model.decoder_input(acts, "encoder", 2), EXPECTED["dequantised"])
     for n in (2, 3):
         sound = model.decode(acts, "encoder", len(wav), n)
-        assert np.allclose(sound, EXPECTED[f"sound_{n}"], atol=2e-6) and sound.std() > 1e-3
-    assert np.allclose(model.decode_tokens(EXPECTED["codes"], len(wav)), EXPECTED["sound_3"], atol=2e-6)
+        assert near(sound, EXPECTED[f"sound_{n}"]) and sound.std() > 1e-3
+    assert near(model.decode_tokens(EXPECTED["codes"], len(wav)), EXPECTED["sound_3"])
 
 
 def test_chunks_are_exact(tiny: tuple[Path, np.ndarray]) -> None:
