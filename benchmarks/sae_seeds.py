@@ -29,7 +29,7 @@ def write_cache(path: Path, frames: int) -> None:
     acts = codes @ rng.normal(size=(DIRECTIONS, WIDTH)).astype(np.float32)
     parts = [frames - 2 * (frames // 20), frames // 20, frames // 20]
     with h5py.File(path, "w") as file:
-        file["activations"], file["frame_times"], file["done"] = acts, np.arange(frames) / 50, np.array([3])
+        file["activations"], file["frame_times"], file["done"] = acts, np.arange(frames) / 50, np.ones(3, np.uint8)
         for name, values in (("id", "abc"), ("speaker", "abc"), ("split", ("train", "val", "test")), ("sha256", "abc")):
             file.create_dataset(f"utterances/{name}", data=list(values), dtype=h5py.string_dtype("utf-8"))
         file["utterances/start"], file["utterances/frames"] = np.cumsum(parts) - parts, parts

@@ -15,6 +15,7 @@ rule codec_renders:
         saes=first_saes(lambda target: stage_saes(config, "codec", target)),
         model=model_files,
         script=code("codec_renders.py"),
+        shards=renders_in_shards("codec"),
     output:
         index=f"{RUN}/renders/{{target}}/codec/index.csv",
         signal=f"{RUN}/scores/{{target}}.codec.signal.csv",
@@ -41,3 +42,21 @@ rule codec_renders:
         "Render the codec round trips of {wildcards.target}"
     script:
         "../workflow/scripts/codec_renders.py"
+
+
+# Some of its clips beforehand, where they are many (hardware.shard_clips).
+use rule codec_renders as codec_renders_shard with:
+    input:
+        manifest=manifest_of,
+        cache=f"{RUN}/activations/{{target}}.h5",
+        saes=first_saes(lambda target: stage_saes(config, "codec", target)),
+        model=model_files,
+        script=code("codec_renders.py"),
+    output:
+        shard_of("renders/{target}/codec"),
+    log:
+        f"{RUN}/logs/codec_renders.{{target}}.{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/codec_renders.{{target}}.{{shard}}-of-{{shards}}.tsv"
+    message:
+        "Render the codec round trips of {wildcards.target}: shard {wildcards.shard} of {wildcards.shards}"

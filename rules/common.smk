@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import IOFile
 from snakemake.logging import logger
 from snakemake.resources import Resource
 
@@ -45,6 +46,7 @@ from eqknobs.stages.phones.checks import phone_targets
 from eqknobs.stages.saes.checks import spliced_saes
 from eqknobs.stages.stability.pairs import compared_targets, pairs_of, sae_folder
 from eqknobs.provenance import DIGESTS, code_inputs, corpus_files, module_inputs
+from eqknobs.shards import MARK, most_clips, shards
 from eqknobs.strict_yaml import read_yaml
 
 try:
@@ -94,6 +96,8 @@ wildcard_constraints:
     property="|".join(REGISTERED),
     sae="[A-Za-z0-9][A-Za-z0-9_-]*",
     seed="[0-9]+",
+    shard="[0-9]+",
+    shards="[0-9]+",
 
 
 def script_of(rule):
@@ -238,6 +242,72 @@ def importance_maps(wildcards):
         if wildcards.target in mapped
         else []
     )
+
+
+def shard_of(job):
+    """The mark of a shard of a job (`eqknobs.shards`), which goes when the job is done."""
+    return temp(f"{RUN}/{job}{MARK}{{shard}}-of-{{shards}}")
+
+
+def in_shards(job, output, clips, job_of=lambda wildcards: wildcards):
+    """An input function: the marks of the shards in which a job's clips are done beforehand, where they are many.
+
+    job: what the marks are called after, with wildcards. output: the job's first file. clips: a function from the
+    wildcards to how many there are. job_of: one that gives the wildcards of another job, whose shards do this one's
+    clips too.
+    A file that is there keeps the shards that it was made with, so that another number is no other set of inputs.
+    """
+
+    def marks(wildcards):
+        file = IOFile(f"{RUN}/{output.format(**dict(wildcards.items()))}")
+        if Path(file).exists():
+            return ancient(
+                [
+                    name
+                    for name in workflow.persistence.input(file) or []
+                    if MARK in name
+                ]
+            )
+        number = shards(clips(wildcards), config["hardware"]["shard_clips"])
+        name = f"{RUN}/{job.format(**dict(job_of(wildcards).items()))}{MARK}"
+        found = [f"{name}{shard}-of-{number}" for shard in range(number)]
+        return ancient(found) if number > 1 else []
+
+    return marks
+
+
+def renders_in_shards(sound):
+    """As `in_shards`, of the renders of a stage."""
+    folder = f"renders/{{target}}/{sound}"
+    return in_shards(
+        folder, f"{folder}/index.csv", lambda wildcards: config[sound]["clips"]
+    )
+
+
+def heard_clips(wildcards):
+    """The most clips that a target hears."""
+    return most_clips(config, corpus_of(wildcards.target))
+
+
+def transcribed_clips(wildcards):
+    """The most clips of a corpus of which untouched test clips are transcribed."""
+    return most_clips(config, wildcards.get("corpus", SPEECH))
+
+
+def judged_clips(wildcards):
+    """The most clips of all renders that are judged, however many sounds are made of each."""
+    return sum(
+        config[sound]["clips"] * len(targets) for sound, targets in SOUNDS.items()
+    )
+
+
+def first_sibling(wildcards):
+    """The first target of a target's model on its corpus: one pass serves all of them."""
+    model, corpus = parse_target(wildcards.target)[0], corpus_of(wildcards.target)
+    for target in WORKED_ON:
+        if (parse_target(target)[0], corpus_of(target)) == (model, corpus):
+            return {"target": target}
+    return wildcards
 
 
 def manifest_of(wildcards):

@@ -81,6 +81,7 @@ rule importance_renders:
         maps=f"{RUN}/importance/{{target}}.json",
         model=model_files,
         script=code("importance_renders.py"),
+        shards=renders_in_shards("importance"),
     output:
         index=f"{RUN}/renders/{{target}}/importance/index.csv",
         signal=f"{RUN}/scores/{{target}}.importance.signal.csv",
@@ -104,3 +105,21 @@ rule importance_renders:
         "Ablate {wildcards.target} by its importance maps"
     script:
         "../workflow/scripts/importance_renders.py"
+
+
+# Some of its clips beforehand, where they are many (hardware.shard_clips).
+use rule importance_renders as importance_renders_shard with:
+    input:
+        manifest=manifest_of,
+        cache=f"{RUN}/activations/{{target}}.h5",
+        maps=f"{RUN}/importance/{{target}}.json",
+        model=model_files,
+        script=code("importance_renders.py"),
+    output:
+        shard_of("renders/{target}/importance"),
+    log:
+        f"{RUN}/logs/importance_renders.{{target}}.{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/importance_renders.{{target}}.{{shard}}-of-{{shards}}.tsv"
+    message:
+        "Ablate {wildcards.target} by its importance maps: shard {wildcards.shard} of {wildcards.shards}"

@@ -16,6 +16,9 @@ rule originals:
         manifest=f"{RUN}/manifest/manifest.csv",
         asr=asr_files,
         script=code("originals.py"),
+        shards=in_shards(
+            "scores/originals.csv", "scores/originals.csv", transcribed_clips
+        ),
     output:
         f"{RUN}/scores/originals.csv",
     log:
@@ -39,12 +42,33 @@ rule originals:
         "../workflow/scripts/originals.py"
 
 
+# Some of its clips beforehand, where they are many (hardware.shard_clips).
+use rule originals as originals_shard with:
+    input:
+        manifest=f"{RUN}/manifest/manifest.csv",
+        asr=asr_files,
+        script=code("originals.py"),
+    output:
+        shard_of("scores/originals.csv"),
+    log:
+        f"{RUN}/logs/originals.{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/originals.{{shard}}-of-{{shards}}.tsv"
+    message:
+        "Transcribe the untouched test clips: shard {wildcards.shard} of {wildcards.shards}"
+
+
 # Of a corpus beside the speech (`corpora`).
 use rule originals as corpus_originals with:
     input:
         manifest=f"{RUN}/manifest/{{corpus}}/manifest.csv",
         asr=asr_files,
         script=code("originals.py"),
+        shards=in_shards(
+            "scores/originals.{corpus}.csv",
+            "scores/originals.{corpus}.csv",
+            transcribed_clips,
+        ),
     output:
         f"{RUN}/scores/originals.{{corpus}}.csv",
     log:
@@ -53,6 +77,21 @@ use rule originals as corpus_originals with:
         f"{RUN}/benchmarks/originals.{{corpus}}.tsv"
     message:
         "Transcribe the untouched test clips of {wildcards.corpus}"
+
+
+use rule corpus_originals as corpus_originals_shard with:
+    input:
+        manifest=f"{RUN}/manifest/{{corpus}}/manifest.csv",
+        asr=asr_files,
+        script=code("originals.py"),
+    output:
+        shard_of("scores/originals.{corpus}.csv"),
+    log:
+        f"{RUN}/logs/originals.{{corpus}}.{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/originals.{{corpus}}.{{shard}}-of-{{shards}}.tsv"
+    message:
+        "Transcribe the untouched test clips of {wildcards.corpus}: shard {wildcards.shard} of {wildcards.shards}"
 
 
 # One job for all renders: the judges are loaded once, and what they know of a sound already costs them nothing.
@@ -71,6 +110,11 @@ if JUDGED:
             originals=[originals_file(corpus_of(target)) for _, target in JUDGED],
             asr=asr_files,
             script=code("judgements.py"),
+            shards=in_shards(
+                "scores/judgements",
+                f"scores/{JUDGED[0][1]}.{JUDGED[0][0]}.words.csv",
+                judged_clips,
+            ),
         output:
             [f"{RUN}/scores/{target}.{sound}.words.csv" for sound, target in JUDGED],
         log:
@@ -95,3 +139,25 @@ if JUDGED:
             "Judge words and voice of all renders"
         script:
             "../workflow/scripts/judgements.py"
+
+    # Some of its sounds beforehand, where clips are many (hardware.shard_clips).
+    use rule judgements as judgements_shard with:
+        input:
+            manifests=[manifest_file(corpus_of(target)) for _, target in JUDGED],
+            indexes=[
+                f"{RUN}/renders/{target}/{sound}/index.csv" for sound, target in JUDGED
+            ],
+            signals=[
+                f"{RUN}/scores/{target}.{sound}.signal.csv" for sound, target in JUDGED
+            ],
+            originals=[originals_file(corpus_of(target)) for _, target in JUDGED],
+            asr=asr_files,
+            script=code("judgements.py"),
+        output:
+            shard_of("scores/judgements"),
+        log:
+            f"{RUN}/logs/judgements.{{shard}}-of-{{shards}}.log",
+        benchmark:
+            f"{RUN}/benchmarks/judgements.{{shard}}-of-{{shards}}.tsv"
+        message:
+            "Judge words and voice of all renders: shard {wildcards.shard} of {wildcards.shards}"

@@ -66,6 +66,7 @@ rule quantisation_renders:
         plans=f"{RUN}/quantisation/{{target}}/index.csv",
         model=model_files,
         script=code("quantisation_renders.py"),
+        shards=renders_in_shards("quantisation"),
     output:
         index=f"{RUN}/renders/{{target}}/quantisation/index.csv",
         signal=f"{RUN}/scores/{{target}}.quantisation.signal.csv",
@@ -90,3 +91,21 @@ rule quantisation_renders:
         "Pack {wildcards.target} by every plan and hear what is left"
     script:
         "../workflow/scripts/quantisation_renders.py"
+
+
+# Some of its clips beforehand, where they are many (hardware.shard_clips).
+use rule quantisation_renders as quantisation_renders_shard with:
+    input:
+        manifest=manifest_of,
+        cache=f"{RUN}/activations/{{target}}.h5",
+        plans=f"{RUN}/quantisation/{{target}}/index.csv",
+        model=model_files,
+        script=code("quantisation_renders.py"),
+    output:
+        shard_of("renders/{target}/quantisation"),
+    log:
+        f"{RUN}/logs/quantisation_renders.{{target}}.{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/quantisation_renders.{{target}}.{{shard}}-of-{{shards}}.tsv"
+    message:
+        "Pack {wildcards.target} by every plan and hear what is left: shard {wildcards.shard} of {wildcards.shards}"

@@ -80,6 +80,7 @@ rule steering_renders:
         probes=probe_files(STEERED_PROPERTIES, config["steering"]["saes"]),
         calibration=f"{RUN}/steering/{{target}}/calibration.json",
         script=code("steering_renders.py"),
+        shards=renders_in_shards("steering"),
     output:
         index=f"{RUN}/renders/{{target}}/steering/index.csv",
         signal=f"{RUN}/scores/{{target}}.steering.signal.csv",
@@ -112,3 +113,24 @@ rule steering_renders:
         "Render steered sound from {wildcards.target}"
     script:
         "../workflow/scripts/steering_renders.py"
+
+
+# Some of its clips beforehand, where they are many (hardware.shard_clips).
+use rule steering_renders as steering_renders_shard with:
+    input:
+        manifest=manifest_of,
+        cache=f"{RUN}/activations/{{target}}.h5",
+        labels=f"{RUN}/labels/{{target}}.h5",
+        saes=first_saes(lambda target: config["steering"]["saes"]),
+        model=model_files,
+        probes=probe_files(STEERED_PROPERTIES, config["steering"]["saes"]),
+        calibration=f"{RUN}/steering/{{target}}/calibration.json",
+        script=code("steering_renders.py"),
+    output:
+        shard_of("renders/{target}/steering"),
+    log:
+        f"{RUN}/logs/steering_renders.{{target}}.{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RUN}/benchmarks/steering_renders.{{target}}.{{shard}}-of-{{shards}}.tsv"
+    message:
+        "Render steered sound from {wildcards.target}: shard {wildcards.shard} of {wildcards.shards}"

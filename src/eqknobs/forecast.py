@@ -211,7 +211,7 @@ def parse_jobs(said: str) -> Jobs:
     found: dict[str, int] = {}
     for name, count in re.findall(r"^(\w+) +(\d+)$", rest.partition("total")[0], re.M):
         stage = name.removeprefix("corpus_")
-        if stage != "all":
+        if stage != "all" and not stage.endswith("_shard"):  # what these do is counted with the whole job
             found[stage] = found.get(stage, 0) + int(count)
     drawn = re.findall(r"Draw the manifest(?: of ([\w-]+))?$", said, re.M)  # the messages of rules/data.smk
     return Jobs(found, tuple(dict.fromkeys(sorted(name or SPEECH for name in drawn))))

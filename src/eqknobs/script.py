@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from eqknobs.errors import one_line_errors, printable
 from eqknobs.plan import SPEECH, corpus_config, corpus_of, parse_target
+from eqknobs.shards import whole
 
 
 def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -75,7 +76,8 @@ def run(main: Callable[..., None], snakemake: Any) -> None:
 def _with_circumstances(snakemake: Any) -> dict[str, Any]:
     """The job's slice of the configuration, and what is no part of it as it does not decide what is made: the device
     that it is to run on, how speech is downloaded, a limit of the draw that may not bind (`plan.as_drawn`), and for a
-    job that caches a target its siblings (sites of the same model on the same corpus) with their outputs."""
+    job that caches a target its siblings (sites of the same model on the same corpus) with their outputs; for one that
+    does a shard of a job's clips, which."""
     cfg = dict(snakemake.params.cfg)
     device = snakemake.config["hardware"]["device"]
     if "source" in cfg.get("data", {}):  # the speech of a run; a training's `data` is its folders
@@ -84,8 +86,11 @@ def _with_circumstances(snakemake: Any) -> dict[str, Any]:
         cfg["data"] = cfg["data"] | {key: value for key, value in data.items() if key in free}
     if "kind" in cfg.get("model", {}):  # the model of a target; a training's `model` is its sizes
         cfg["model"] = {**cfg["model"], "device": device}
-    if getattr(snakemake, "rule", "") == "activations":
-        cfg["siblings"] = _siblings(snakemake.wildcards.target, snakemake.output[0], snakemake.config["worked_on"])
+    if (shard := getattr(getattr(snakemake, "wildcards", None), "shard", None)) is not None:
+        cfg["shard"] = (int(shard), int(snakemake.wildcards.shards))
+    if getattr(snakemake, "rule", "") in ("activations", "activations_shard"):
+        output = str(whole(snakemake.output[0]))
+        cfg["siblings"] = _siblings(snakemake.wildcards.target, output, snakemake.config["worked_on"])
     return {**cfg, "device": device}
 
 
@@ -103,7 +108,10 @@ def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None
     try:
         with one_line_errors():
             try:
-                main(snakemake.input, snakemake.output, _with_circumstances(snakemake))
+                cfg = _with_circumstances(snakemake)
+                main(snakemake.input, snakemake.output, cfg)
+                if "shard" in cfg:
+                    Path(snakemake.output[0]).touch()  # all that a shard declares
             except OSError:
                 traceback.print_exc(file=file)
                 raise

@@ -24,7 +24,7 @@ def write_cache(
         file["utterances/samples"] = frames * 640
         for name, values in columns.items():
             file[f"utterances/{name}"] = values
-        file["done"] = np.array([len(ids)])
+        file["done"] = np.ones(len(ids), np.uint8)
         file.attrs.update(
             model="synthetic",
             revision="0",

@@ -40,6 +40,7 @@ from eqknobs.stages.steering.compute import CalibrationCfg, SteeringRendersCfg
 JOB = {"seed", "device", "content"}  # what a job may have besides
 PLANNED_SPLICES = {"targets", "saes", "non_speech", "seeds", "reference"}
 OPENED = {"model", "site"}
+SOUNDING = OPENED | {"shard"}
 OPENED_LM = {"models", "corpus", "lead", "frames", "properties", "tokens", "bins", "lags", "sae", "l2", "epochs"}
 PLANNED = {"targets", "corpora"}  # which jobs there are
 MAPPED = {"sae", "maps", "gradient_clips", "oracle_clips", "segment_seconds", "val_clips"}  # of importance, by now
@@ -77,13 +78,13 @@ TYPED = [
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
     (HallucinationCfg, ["hallucination"], {"models", "sae"}, {"model", "seed", "content"}),
     (RivalsCfg, ["hallucination.rivals"], set(), set()),
-    (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
-    (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),
-    (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, OPENED | {"seed"}),
-    (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, OPENED | JOB),
-    (ImportanceCfg, ["importance"], PLANNED | MAPPED, OPENED | JOB),
-    (PlansCfg, ["quantisation"], PLANNED | HEARD, OPENED | JOB),
-    (RendersCfg, ["quantisation"], PLANNED | MIXED, OPENED | JOB),
+    (CodecCfg, ["codec"], PLANNED | {"saes"}, SOUNDING),
+    (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, SOUNDING | {"seed"}),
+    (SteeringRendersCfg, ["steering"], PLANNED | {"val_clips", "shift", "tolerance", "alpha_max"}, SOUNDING | {"seed"}),
+    (MapsCfg, ["importance"], PLANNED | {"clips", "random_sets", "word_removed", "modes"}, SOUNDING | JOB),
+    (ImportanceCfg, ["importance"], PLANNED | MAPPED, SOUNDING | JOB),
+    (PlansCfg, ["quantisation"], PLANNED | HEARD, SOUNDING | JOB),
+    (RendersCfg, ["quantisation"], PLANNED | MIXED, SOUNDING | JOB),
     (JudgesCfg, ["judges"], {"answer_window"}, {"device", "window"}),
     (AnswersCfg, ["speech_lm", "judges"], {"models", "answer_window"}, {"model"}),
     (LmLayersCfg, ["lm_layers"], OPENED_LM - {"properties", "bins", "lags"}, JOB),

@@ -158,3 +158,13 @@ def test_a_job_that_caches_a_target_knows_its_siblings(tmp_path):
     folder = "results/r/activations"
     assert seen[0]["siblings"] == {"layer.10": f"{folder}/m.layer.10.h5", "layer.0": f"{folder}/m.layer.0.h5"}
     assert "siblings" not in seen[1] and made.params.cfg == {}
+
+
+def test_a_shard_knows_which_it_is_and_leaves_a_mark(tmp_path):
+    made, seen = job(tmp_path), []
+    made.rule, made.config["worked_on"] = "activations_shard", ["m.layer.1", "m.layer.0"]
+    made.wildcards = SimpleNamespace(target="m.layer.1", shard="0", shards="3")
+    made.output = [str(tmp_path / "m.layer.1.h5.shard-0-of-3")]
+    run(lambda inputs, outputs, cfg: seen.append(cfg), made)
+    assert seen[0]["shard"] == (0, 3) and seen[0]["siblings"] == {"layer.0": str(tmp_path / "m.layer.0.h5")}
+    assert Path(made.output[0]).read_bytes() == b""

@@ -194,7 +194,7 @@ CASES: dict[str, tuple[Callable[[Path], None], set[tuple[str, str]]]] = {
         ),
         set(),
     ),
-    "the machine": (edit_config(lambda c: c["hardware"].update(device="auto", vram_gb=24)), set()),
+    "the machine": (edit_config(lambda c: c["hardware"].update(device="auto", vram_gb=24, shard_clips=5)), set()),
     "SAE width": (
         edit_config(lambda c: c["saes"]["topk"].update(d_sae=384)),
         {("sae", "topk")} | GRID | SCORED_SAES | TOPK_PROBES | STEERING | IMPORTANCE | TABLES,

@@ -11,7 +11,8 @@ from eqknobs.sound.judging import judge_originals
 
 def main(inputs: Any, outputs: Any, cfg: dict[str, Any]) -> None:
     judges: JudgesCfg = cfg["judges"] | {"device": cfg["device"]}
-    judge_originals(inputs.manifest, outputs[0], judges, Pieces(), workers=int(os.environ["OMP_NUM_THREADS"]))
+    workers = int(os.environ["OMP_NUM_THREADS"])
+    judge_originals(inputs.manifest, outputs[0], judges, Pieces(), workers, cfg.get("shard"))
 
 
 if __name__ == "__main__":

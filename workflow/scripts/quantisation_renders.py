@@ -5,12 +5,13 @@ from typing import Any
 
 import eqknobs.script
 from eqknobs.pieces import Pieces
+from eqknobs.shards import sound_outputs
 from eqknobs.stages.quantisation.compute import RendersCfg, render_plans
 
 
 def main(inputs: Any, outputs: Any, cfg: RendersCfg) -> None:
-    plans, folder = Path(inputs.plans).parent, Path(outputs.index).parent
-    render_plans(inputs.manifest, inputs.cache, plans, folder, outputs.signal, outputs.time, cfg, Pieces())
+    plans, (folder, signal) = Path(inputs.plans).parent, sound_outputs(outputs)
+    render_plans(inputs.manifest, inputs.cache, plans, folder, signal, outputs.get("time"), cfg, Pieces())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Activation caches: one HDF5 file a target, exact, resumable by utterance after a kill -9.
 
 The work file gets its whole layout first (every frame count is known before encoding). After that only raw
-bytes at known offsets change: the frames of one utterance, then the counter of finished utterances. So HDF5's
+bytes at known offsets change (`eqknobs.corpus.inplace`): the frames of one utterance, then its mark as done. So HDF5's
 metadata is never half-written, and on one machine the finished file has the same bytes however often work was
-interrupted.
+interrupted, and however many jobs (`eqknobs.shards`) filled it.
 
 One pass of a model serves all of a run's targets at it: whichever target's job comes first reads the others' sites too,
 and leaves their finished caches in the store of pieces, from which their jobs take them without loading the model.
@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,11 +32,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip
+from eqknobs.corpus.inplace import contiguous, disk_full, lay_out_done, write_at
 from eqknobs.device import gpu_lock, pick_device
 from eqknobs.errors import EqknobsError
 from eqknobs.io import atomic_path, file_sha256, read_csv, require_free_disk, writer_lock
 from eqknobs.models import Model, ModelCfg, load_model
 from eqknobs.pieces import Pieces
+from eqknobs.shards import Shard, of_shard
 
 # A row of the manifest and sites -> activations [frames, width] at each.
 Encode = Callable[[Any, list[str]], dict[str, np.ndarray]]
@@ -71,8 +73,8 @@ def cache_activations(
 
     HDF5: `activations` float32 [N, width] (contiguous), `frame_times` seconds [N] (centre of the hop),
     `utterances/{id,speaker,split,sha256,start,frames,samples}`, under a budget also `utterances/{first,clip_frames}`
-    (where in the clip its frames begin, how many the clip has), `done` (finished utterances); attributes model,
-    revision, site, module_path, frame_rate (Hz), hop (samples), sample_rate, device, manifest_sha256, versions
+    (where in the clip its frames begin, how many the clip has), `done` (1 of each finished utterance); attributes
+    model, revision, site, module_path, frame_rate (Hz), hop (samples), sample_rate, device, manifest_sha256, versions
     (JSON), identity (hash of all that decides how a clip is encoded), train_frames, mean and std (float64 [width],
     over the train frames); of a moshi also codec_revision.
 
@@ -80,9 +82,7 @@ def cache_activations(
     activations (naming the utterance), no train frames, a budget too small, full disk. Finished utterances stay in
     `<out>.part-<hash>.h5`; neither they nor those of an earlier cache of the same identity are encoded again.
     """
-    cfg, device, manifest = cfg or {}, pick_device(cfg_model.get("device") or "auto"), read_csv(manifest_csv)
-    if not (manifest["split"] == "train").any():
-        raise EqknobsError(f"{manifest_csv} has no utterance in split train; the normaliser needs some")
+    cfg, device, manifest = cfg or {}, pick_device(cfg_model.get("device") or "auto"), _manifest(manifest_csv)
     store = _Store(pieces, cfg_model, cfg, device, file_sha256(manifest_csv))
     with store.one_pass():
         out = Path(out_h5)
@@ -90,9 +90,41 @@ def cache_activations(
             print(f"{out.name}: taken from the pass that cached its siblings")
             return
         with gpu_lock(device):
-            wanted = {target_site: out, **({} if store.folder is None else siblings or {})}
-            _one_pass(manifest, wanted, cfg_model, cfg, store)
+            _one_pass(manifest, store.wanted(target_site, out, siblings), cfg_model, cfg, store)
         _keep(out)
+
+
+def cache_shard(
+    manifest_csv: str | Path,
+    out_h5: str | Path,
+    cfg: ActivationsCfg,
+    shard: Shard,
+    siblings: Mapping[str, str | Path] | None = None,
+    pieces: str | Path | None = None,
+) -> None:
+    """Encode the utterances of one shard into the work files of `cfg["site"]` and its siblings, for `cache_activations`
+    with the same arguments to finish. Raises EqknobsError as that does.
+    """
+    device, manifest = pick_device(cfg["model"].get("device") or "auto"), _manifest(manifest_csv)
+    store = _Store(pieces, cfg["model"], cfg, device, file_sha256(manifest_csv))
+    with ExitStack() as stack:
+        with store.one_pass():  # one shard lays out, the others find that
+            stack.enter_context(gpu_lock(device))  # kept: in this order, so that none has it and waits for the pass
+            model = load_model(cfg["model"])
+            works = _works(model, store.wanted(cfg["site"], Path(out_h5), siblings), cfg["model"], cfg, store)
+            works = [work for work in works if not work.is_done() and not store.has(work.site)]
+            if not works:
+                return
+            stack.enter_context(disk_full(works[0].path))
+            _lay_out(works, manifest, model, cfg)
+        _fill(works, manifest, model, _heard_by(model), clips=of_shard(range(len(manifest)), shard))
+
+
+def _manifest(path: str | Path) -> pd.DataFrame:
+    manifest = read_csv(path)
+    if not (manifest["split"] == "train").any():
+        raise EqknobsError(f"{path} has no utterance in split train; the normaliser needs some")
+    return manifest
 
 
 def cache_sites(
@@ -116,7 +148,7 @@ def cache_sites(
         return
     for work in works:
         work.known = {}  # a clip may be there twice, heard and said: its sound does not tell what was made of it
-    with _disk_full(works[0].path):
+    with disk_full(works[0].path):
         _lay_out(works, manifest, model, cfg)
         _fill(works, manifest, model, encode or _heard_by(model), strict=True)
         for work in works:
@@ -125,31 +157,14 @@ def cache_sites(
             _keep(work.out)
 
 
-@contextmanager
-def _disk_full(path: Path) -> Iterator[None]:
-    """A full disk becomes one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise EqknobsError(
-            f"disk full while writing {path}: free some space and run again; finished utterances are kept"
-        ) from error
-
-
 def _one_pass(
     manifest: pd.DataFrame, wanted: Mapping[str, str | Path], cfg_model: ModelCfg, cfg: ActivationsCfg, store: "_Store"
 ) -> None:
     """Cache the first of the wanted sites, and in the same pass those others that are nowhere yet."""
     model = load_model(cfg_model)
-    asked, *more = wanted
-    own, *others = (
-        _Work(site, Path(wanted[site]), _attributes(model, site), cfg_model, _of_site(cfg, site), store.manifest_sha256)
-        for site in (asked, *(site for site in more if site in model.sites))  # of a bad one, its own job will say so
-    )
-    works = [own, *(work for work in others if not work.is_done() and not store.piece(work.site).exists())]
-    with _disk_full(own.path):
+    own, *others = _works(model, wanted, cfg_model, cfg, store)
+    works = [own, *(work for work in others if not work.is_done() and not store.has(work.site))]
+    with disk_full(own.path):
         _lay_out(works, manifest, model, cfg)
         _fill(works, manifest, model, _heard_by(model))
         for work in works[1:]:
@@ -157,6 +172,16 @@ def _one_pass(
             store.put(work.site, work.path)
         _write_normaliser(own.path)
         os.replace(own.path, own.out)
+
+
+def _works(
+    model: Model, wanted: Mapping[str, str | Path], cfg_model: ModelCfg, cfg: ActivationsCfg, store: "_Store"
+) -> list["_Work"]:
+    asked, *more = wanted
+    return [
+        _Work(site, Path(wanted[site]), _attributes(model, site), cfg_model, _of_site(cfg, site), store.manifest_sha256)
+        for site in (asked, *(site for site in more if site in model.sites))  # of a bad one, its own job will say so
+    ]
 
 
 def _keep(out: Path) -> None:
@@ -199,6 +224,13 @@ class _Store:
         ]
         return Pieces(self.folder).path("activations", [site, *made_of], ".h5")
 
+    def has(self, site: str) -> bool:
+        return self.folder is not None and self.piece(site).is_file()
+
+    def wanted(self, site: str, out: Path, siblings: Mapping[str, str | Path] | None) -> Mapping[str, str | Path]:
+        """What one pass caches, by site: what was asked for, and if there is a store its siblings."""
+        return {site: out, **({} if self.folder is None else siblings or {})}
+
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """One process at a time makes this pass; the next one then finds what it made."""
@@ -228,9 +260,9 @@ class _Store:
         By a hard link, unless another run's output is one already: Snakemake touches its outputs, and one run must not
         touch another's.
         """
-        if self.folder is None or not (piece := self.piece(site)).is_file():
+        if not self.has(site):
             return False
-        kept = _kept(out)
+        piece, kept = self.piece(site), _kept(out)
         if kept.exists() and kept.samefile(piece):
             kept.unlink()
         with atomic_path(out) as temporary:
@@ -302,7 +334,7 @@ def _parts(out: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Header:
-    """What is needed to read a cache's frames without HDF5: `done` utterances are in."""
+    """What is needed to read a cache's frames without HDF5."""
 
     identity: str
     sha256: list[str]
@@ -311,7 +343,7 @@ class _Header:
     samples: np.ndarray
     first: np.ndarray  # of the clip's frames, the first one that is kept
     clip_frames: np.ndarray
-    done: int
+    done: np.ndarray  # bool: which utterances are in
     offset: int  # bytes
     done_offset: int  # bytes
     width: int
@@ -325,9 +357,9 @@ def _header(path: Path) -> _Header | None:
     try:
         with h5py.File(path, "r", locking=False) as file:
             table, acts, done = file["utterances"], file["activations"], file["done"]
-            if "std" not in file.attrs or acts.id.get_offset() is None:
-                return None
             frames = table["frames"][:]
+            if "std" not in file.attrs or acts.id.get_offset() is None or done.shape != frames.shape:
+                return None
             part = (table["first"][:], table["clip_frames"][:]) if "first" in table else (np.zeros_like(frames), frames)
             return _Header(
                 file.attrs["identity"],
@@ -336,7 +368,7 @@ def _header(path: Path) -> _Header | None:
                 frames,
                 table["samples"][:],
                 *part,
-                int(done[0]),
+                done[:].astype(bool),
                 acts.id.get_offset(),
                 done.id.get_offset(),
                 acts.shape[1],
@@ -371,7 +403,7 @@ def _known_clips(paths: list[Path], identity: str) -> dict[str, _KnownClip]:
         header = _header(path)
         if header is None or header.identity != identity:
             continue
-        for i in range(header.done):
+        for i in np.flatnonzero(header.done):
             frames, row = int(header.frames[i]), 4 * header.width
             place = header.offset + int(header.start[i]) * row
             clip = _KnownClip(path, place, frames * row, int(header.first[i]), frames, int(header.samples[i]))
@@ -460,16 +492,6 @@ def kept_frames(
     return (np.array(places) * (clip_frames - frames + 1)).astype(np.int64), frames
 
 
-def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """An HDF5 dataset with its place in the file fixed at once and not filled."""
-    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    settings.set_layout(h5py.h5d.CONTIGUOUS)
-    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    settings.set_obj_track_times(False)
-    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), dcpl=settings)
-
-
 def _lay_out(works: list[_Work], manifest: pd.DataFrame, model: Model, cfg: ActivationsCfg) -> None:
     """Write those work files that are not there, with everything but activations and the normalisers' values.
 
@@ -477,9 +499,8 @@ def _lay_out(works: list[_Work], manifest: pd.DataFrame, model: Model, cfg: Acti
     """
     new, needed = [work for work in works if work.begun is None], 0
     for work in works:
-        if work.begun is not None and work.begun.done < len(manifest):  # sparse: its room is not taken yet
-            left = int(work.begun.frames.sum()) - int(work.begun.start[work.begun.done])
-            needed += 4 * left * work.begun.width
+        if work.begun is not None:  # sparse: its room is not taken yet
+            needed += 4 * int(work.begun.frames[~work.begun.done].sum()) * work.begun.width
     if new:
         samples = _lengths(new, manifest, model.sample_rate)
         clip_frames = np.array([model.frames(int(n), new[0].site) for n in samples], dtype=np.int64)
@@ -511,9 +532,8 @@ def _lay_out_one(work: _Work, manifest: pd.DataFrame, model: Model, columns: dic
     frames, place = columns["frames"], model.site(work.site)
     first = columns.get("first", np.zeros_like(frames))
     with atomic_path(work.path) as temporary, h5py.File(temporary, "w") as file:
-        _contiguous(file, "activations", (int(frames.sum()), place.width), np.dtype("<f4"))
-        _contiguous(file, "done", (1,), np.dtype("<i8"))
-        file["done"][:] = 0
+        contiguous(file, "activations", (int(frames.sum()), place.width), np.dtype("<f4"))
+        lay_out_done(file, len(frames))
         times = np.concatenate([np.arange(begin, begin + n) + 0.5 for begin, n in zip(first, frames)])
         file["frame_times"] = times * place.hop / model.sample_rate
         text = h5py.string_dtype("utf-8")
@@ -527,29 +547,30 @@ def _lay_out_one(work: _Work, manifest: pd.DataFrame, model: Model, columns: dic
             file.attrs[name] = np.zeros(place.width)
 
 
-def _write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all bytes at an offset. Not a memory map: on a full disk that would end in SIGBUS."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model, encode: Encode, strict: bool = False) -> None:
+def _fill(
+    works: list[_Work],
+    manifest: pd.DataFrame,
+    model: Model,
+    encode: Encode,
+    strict: bool = False,
+    clips: Sequence[int] | None = None,
+) -> None:
     """Encode the utterances that are not in the work files yet, each once for all of them, or copy what is known.
 
-    The first work is what was asked for, with `strict` every one is. Another one whose activations are not finite is
-    given up, and taken off the list: it is for its own job to say so.
+    clips: which rows of the manifest, by default all. The first work is what was asked for, with
+    `strict` every one is. Another one whose activations are not finite is given up, and taken off the list: it is for
+    its own job to say so.
     """
-    clips, begun = list(manifest.itertuples()), min(work.header.done for work in works)
+    rows, clips = list(manifest.itertuples()), range(len(manifest)) if clips is None else clips
+    todo = [i for i in clips if not all(work.header.done[i] for work in works)]
     name = f"activations {model.name}.{works[0].site}" + (f" and {len(works) - 1} more" if works[1:] else "")
     with ExitStack() as stack:
         files = {work: os.open(work.path, os.O_WRONLY) for work in works}
         for descriptor in files.values():
             stack.callback(os.close, descriptor)
-        progress = tqdm(clips[begun:], desc=name, total=len(clips), initial=begun, unit="utt")
-        for i, clip in enumerate(progress, start=begun):
-            waiting = {work: work.reusable(i, clip.sha256) for work in works if work.header.done <= i}
+        for i in tqdm(todo, desc=name, total=len(clips), initial=len(clips) - len(todo), unit="utt"):
+            clip = rows[i]
+            waiting = {work: work.reusable(i, clip.sha256) for work in works if not work.header.done[i]}
             fresh = _encoded(clip, encode, [work.site for work, known in waiting.items() if known is None])
             for work, known in waiting.items():
                 header = work.header
@@ -569,8 +590,8 @@ def _fill(works: list[_Work], manifest: pd.DataFrame, model: Model, encode: Enco
                     data = known.read()
                 if len(data) != header.frames[i] * 4 * header.width:
                     raise EqknobsError(f"utterance {clip.id}: {clip.path} changed while it was being cached; run again")
-                _write_at(files[work], data, header.offset + int(header.start[i]) * 4 * header.width)
-                _write_at(files[work], np.array(i + 1, "<i8").tobytes(), header.done_offset)
+                write_at(files[work], data, header.offset + int(header.start[i]) * 4 * header.width)
+                write_at(files[work], b"\1", header.done_offset + i)
 
 
 def _heard_by(model: Model) -> Encode:

@@ -30,7 +30,7 @@ class ActivationCache:
                 self.utterances = pd.DataFrame({k: v.asstr()[:] for k, v in columns.items()} | numbers)
                 self.frame_times = file["frame_times"][:]
                 acts = file["activations"]
-                shape, offset, done = acts.shape, acts.id.get_offset(), int(file["done"][0])
+                shape, offset, done = acts.shape, acts.id.get_offset(), int(file["done"][:].sum())
         except (OSError, KeyError) as error:
             raise EqknobsError(f"{path} is not an activation cache: {error}; make it again") from error
         if done != len(self.utterances):

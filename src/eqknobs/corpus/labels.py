@@ -6,6 +6,9 @@ samples there. Only CREPE, which was trained at 16 kHz, hears a 16 kHz copy, thr
 around the same centre.
 """
 
+import hashlib
+import json
+import os
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -22,10 +25,12 @@ import soxr
 from tqdm import tqdm
 
 from eqknobs.audio import read_clip
+from eqknobs.corpus.inplace import Filling, contiguous, disk_full, filling, lay_out_done
 from eqknobs.corpus.phones import phone_codes, read_phones
 from eqknobs.device import gpu_lock
 from eqknobs.errors import EqknobsError
-from eqknobs.io import atomic_path, read_csv
+from eqknobs.io import atomic_path, file_sha256, read_csv, writer_lock
+from eqknobs.shards import Shard, of_shard
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +39,7 @@ SILENCE_DB = -100.0  # what digital silence is given instead of −∞
 CREPE_RATE = 16000
 CREPE_WINDOW = 1024
 _BLOCK = 2048  # windows held in memory at a time
+_ROWS = ("centroid", "rms", "pitch", "periodicity", "energetic", "voiced", "logmel")  # datasets, a row a frame
 
 Hop = int | float | Fraction
 
@@ -237,50 +243,101 @@ def write_labels(manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | P
     Writes HDF5 with the datasets of `label_utterance` [N] and `logmel` [N, cfg["n_mels"]], aligned row by row
     with the cache's `activations`, and a copy of its utterance table. Where cfg["phones"] names what phones are read
     from, by what the ids of its clips begin with (of a union, its part), also `phone`, int16 codes of its attribute
-    `names`, −1 where none is known. Raises EqknobsError when the cache
+    `names`, −1 where none is known. What a killed process labelled stays in `<out>.part-<hash>.h5` (see
+    `eqknobs.corpus.inplace`), and so does what shards did. Raises EqknobsError when the cache
     names an utterance that the manifest lacks, or of which it or the file holds another sound now.
     """
-    clips = {clip.id: clip for clip in read_csv(manifest_csv).itertuples()}
-    with (
-        gpu_lock(),  # CREPE runs on the card where there is one
-        h5py.File(cache_h5, "r", locking=False) as source,
-        atomic_path(out_h5) as temporary,
-        h5py.File(temporary, "w") as out,
-    ):
-        rate, hop = int(source.attrs["sample_rate"]), int(source.attrs["hop"])
-        table = source["utterances"]
-        source.copy(table, out)
-        out.attrs.update({"sample_rate": rate, "hop": hop, "crepe": cfg["crepe"] or ""})
-        total = source["activations"].shape[0]
-        for name in ("centroid", "rms", "pitch", "periodicity"):
-            out.create_dataset(name, (total,), np.float32, fillvalue=np.nan)
-        for name in ("energetic", "voiced"):
-            out.create_dataset(name, (total,), bool)
-        out.create_dataset("logmel", (total, cfg["n_mels"]), np.float32, fillvalue=np.nan)
-        frames = table["frames"][:]
-        # A cache may keep a run of each clip's frames: what is measured on the whole clip is cut alike.
-        first = table["first"][:] if "first" in table else np.zeros_like(frames)
-        whole = table["clip_frames"][:] if "first" in table else frames
-        columns = (table["id"].asstr()[:], table["sha256"].asstr()[:], table["start"][:], frames, first, whole)
-        for key, sha256, start, kept, skipped, count in tqdm(
-            list(zip(*columns, strict=True)), desc="labels", unit="clip"
+    job = _Labelling(manifest_csv, cache_h5, Path(out_h5), cfg)
+    with gpu_lock():  # CREPE runs on the card where there is one
+        job.lay_out()
+        job.fill()
+    if cfg.get("phones"):
+        job.write_phones(cfg["phones"])
+    os.replace(job.work, job.out)
+    for stale in job.out.parent.glob(f"{job.out.name}.part-*.h5"):
+        stale.unlink()
+
+
+def label_shard(
+    manifest_csv: str | Path, cache_h5: str | Path, out_h5: str | Path, cfg: LabelsCfg, shard: Shard
+) -> None:
+    """Label the clips of one shard in the work file that `write_labels` with the same arguments finishes."""
+    job = _Labelling(manifest_csv, cache_h5, Path(out_h5), cfg)
+    with gpu_lock():
+        with writer_lock(job.work):  # one shard lays out, the others find that
+            job.lay_out()
+        job.fill(shard)
+
+
+class _Labelling:
+    """Labels of a cache in the making, in a work file beside where they are to be."""
+
+    def __init__(self, manifest_csv: str | Path, cache_h5: str | Path, out: Path, cfg: LabelsCfg):
+        self.manifest_csv, self.cache_h5, self.out, self.cfg = manifest_csv, cache_h5, out, cfg
+        with h5py.File(cache_h5, "r", locking=False) as cache:
+            self.rate, self.hop = int(cache.attrs["sample_rate"]), int(cache.attrs["hop"])
+            self.frames_in_all, table = cache["activations"].shape[0], cache["utterances"]
+            self.ids, self.sha256 = table["id"].asstr()[:], table["sha256"].asstr()[:]
+            self.start, self.frames = table["start"][:], table["frames"][:]
+            # A cache may keep a run of each clip's frames: what is measured on the whole clip is cut alike.
+            self.first = table["first"][:] if "first" in table else np.zeros_like(self.frames)
+            self.clip_frames = table["clip_frames"][:] if "first" in table else self.frames
+            made_of = {key: value for key, value in cfg.items() if key not in ("device", "phones")}
+            layout = [self.start, self.frames, self.first, self.clip_frames]
+            made_of |= {"sound": list(self.sha256), "layout": [a.tolist() for a in layout]}
+            made_of |= {"rate": [self.rate, self.hop], "manifest": file_sha256(manifest_csv)}
+        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        self.work = out.with_name(f"{out.name}.part-{digest[:12]}.h5")
+
+    def lay_out(self) -> None:
+        """Write the work file, if it is not there, with everything but labels."""
+        if self.work.exists():
+            return
+        with (
+            h5py.File(self.cache_h5, "r", locking=False) as source,
+            atomic_path(self.work) as temporary,
+            h5py.File(temporary, "w") as out,
         ):
-            if key not in clips:
-                raise EqknobsError(f"{cache_h5}: utterance {key} is not in {manifest_csv}; delete the cache and rerun")
-            if clips[key].sha256 != sha256:
-                raise EqknobsError(
-                    f"{clips[key].path}: {cache_h5} was made from another sound; delete that file and rerun"
-                )
-            wav = read_clip(clips[key], rate)
-            rows, cut = slice(int(start), int(start + kept)), slice(int(skipped), int(skipped + kept))
-            for name, values in label_utterance(wav, rate, Fraction(hop, rate), int(count), cfg).items():
-                out[name][rows] = values[cut]
-            out["logmel"][rows] = logmel(wav, rate, hop, int(count), cfg["n_mels"])[cut]
-        if cfg.get("phones"):
-            middles = [
-                (start + np.arange(count) + 0.5) * hop / rate for start, count in zip(first, frames, strict=True)
-            ]
-            _write_phones(out, columns[0], middles, cfg["phones"])
+            source.copy(source["utterances"], out)
+            out.attrs.update({"sample_rate": self.rate, "hop": self.hop, "crepe": self.cfg["crepe"] or ""})
+            for name in _ROWS:
+                shape = (self.frames_in_all, self.cfg["n_mels"]) if name == "logmel" else (self.frames_in_all,)
+                contiguous(out, name, shape, bool if name in ("energetic", "voiced") else np.float32)
+            lay_out_done(out, len(self.ids))
+
+    def fill(self, shard: Shard | None = None) -> None:
+        """Label the clips, of a shard or all, that are not labelled yet."""
+        clips = {clip.id: clip for clip in read_csv(self.manifest_csv).itertuples()}
+        with disk_full(self.work), filling(self.work, _ROWS) as rows:
+            chosen = of_shard(range(len(self.ids)), shard)
+            todo = [i for i in chosen if not rows.done[i]]
+            for i in tqdm(todo, desc="labels", total=len(chosen), initial=len(chosen) - len(todo), unit="clip"):
+                self._label(i, clips, rows)
+
+    def _label(self, i: int, clips: dict[str, Any], rows: Filling) -> None:
+        key = self.ids[i]
+        if key not in clips:
+            raise EqknobsError(
+                f"{self.cache_h5}: utterance {key} is not in {self.manifest_csv}; delete the cache and rerun"
+            )
+        if clips[key].sha256 != self.sha256[i]:
+            raise EqknobsError(
+                f"{clips[key].path}: {self.cache_h5} was made from another sound; delete that file and rerun"
+            )
+        wav, count, cfg = read_clip(clips[key], self.rate), int(self.clip_frames[i]), self.cfg
+        found = label_utterance(wav, self.rate, Fraction(self.hop, self.rate), count, cfg)
+        found["logmel"] = logmel(wav, self.rate, self.hop, count, cfg["n_mels"])
+        cut = slice(int(self.first[i]), int(self.first[i] + self.frames[i]))
+        rows.write(i, int(self.start[i]), {name: values[cut] for name, values in found.items()})
+
+    def write_phones(self, sources: dict[str, str]) -> None:
+        """Add the phones to the work file."""
+        middles = [
+            (start + np.arange(count) + 0.5) * self.hop / self.rate
+            for start, count in zip(self.first, self.frames, strict=True)
+        ]
+        with h5py.File(self.work, "r+", locking=False) as out:
+            _write_phones(out, self.ids, middles, sources)
 
 
 def _write_phones(out: h5py.File, ids: np.ndarray, middles: list[np.ndarray], sources: dict[str, str]) -> None:
@@ -288,5 +345,7 @@ def _write_phones(out: h5py.File, ids: np.ndarray, middles: list[np.ndarray], so
     codes, names = phone_codes(phones, list(ids), middles)
     if not names:
         raise EqknobsError(f"data.phones: {next(iter(sources.values()))} names no clip of this corpus by its id")
+    if "phone" in out:  # of a process that was killed
+        del out["phone"]
     out["phone"] = np.concatenate(codes)
     out["phone"].attrs["names"] = names

@@ -21,6 +21,7 @@ from eqknobs.device import gpu_lock
 from eqknobs.errors import EqknobsError
 from eqknobs.io import read_csv, require_renders, write_csv
 from eqknobs.pieces import Pieces
+from eqknobs.shards import Shard, of_shard
 from eqknobs.sound.judges import RATE, JudgesCfg, SpeakerEncoder, Transcriber, similarity, text_errors, word_errors
 from eqknobs.sound.quality import Quality
 
@@ -40,15 +41,21 @@ class Renders:
 
 
 def judge_originals(
-    manifest_csv: str | Path, out_csv: str | Path, cfg: JudgesCfg, pieces: Pieces | None = None, workers: int = 1
+    manifest_csv: str | Path,
+    out_csv: str | Path,
+    cfg: JudgesCfg,
+    pieces: Pieces | None = None,
+    workers: int = 1,
+    shard: Shard | None = None,
 ) -> None:
-    """Transcribe the untouched test clips, `workers` at a time. cfg, pieces: see `Transcriber`.
+    """Transcribe the untouched test clips, `workers` at a time. cfg, pieces: see `Transcriber`. With `shard` only some
+    of them, for the pieces.
 
     CSV: id, speaker, split, transcript, text, words_text, errors_text (of the transcript against the corpus text; empty
     where there is none).
     """
     manifest = read_csv(manifest_csv)
-    clips = list(manifest[manifest["split"] == "test"].sort_values("id").itertuples())
+    clips = of_shard(list(manifest[manifest["split"] == "test"].sort_values("id").itertuples()), shard)
     transcriber = Transcriber(cfg, pieces, workers)
 
     def judge(clip: Any) -> tuple:
@@ -58,17 +65,25 @@ def judge_originals(
 
     with _pool(transcriber.device, workers) as pool:
         rows = _each(pool, judge, clips, "transcribe originals")
-    write_csv(out_csv, pd.DataFrame(rows, columns=ORIGINALS))
+    if shard is None:
+        write_csv(out_csv, pd.DataFrame(rows, columns=ORIGINALS))
 
 
-def judge_renders(renders: Sequence[Renders], cfg: JudgesCfg, pieces: Pieces | None = None, workers: int = 1) -> None:
-    """Judge renders with judges that are loaded once, `workers` at a time. cfg, pieces: see `Transcriber`.
+def judge_renders(
+    renders: Sequence[Renders],
+    cfg: JudgesCfg,
+    pieces: Pieces | None = None,
+    workers: int = 1,
+    shard: Shard | None = None,
+) -> None:
+    """Judge renders with judges that are loaded once, `workers` at a time. cfg, pieces: see `Transcriber`. With `shard`
+    only some of each, for the pieces.
 
     CSV: id, speaker, split, condition, transcript, words, errors (against the transcript of the untouched clip),
     words_text, errors_text (against the corpus text), speaker_similarity (to the untouched clip), and dnsmos where it
     is asked for (see `Quality`). Raises EqknobsError if a render is gone, or its clip has no transcript.
     """
-    tables = [(one, _sounds(one)) for one in renders]  # what is missing ends the job before the work
+    tables = [(one, of_shard(_sounds(one), shard)) for one in renders]  # what is missing ends the job before the work
     transcriber, encoder = Transcriber(cfg, pieces, workers), SpeakerEncoder(pieces, workers)
     quality = Quality(pieces, workers) if any(one.quality for one in renders) else None
     voices: dict[str, np.ndarray] = {}  # of untouched clips, by the hash of their file
@@ -90,6 +105,8 @@ def judge_renders(renders: Sequence[Renders], cfg: JudgesCfg, pieces: Pieces | N
             clips = {sound.clip.sha256: sound.clip for sound in sounds if sound.clip.sha256 not in voices}
             voices |= zip(clips, _each(pool, hear, clips.values(), "hear untouched clips"))
             rows = _each(pool, judge, sounds, f"judge {Path(one.out).name}")
+            if shard:
+                continue
             table = pd.DataFrame(rows, columns=[*WORDS, "dnsmos"])
             write_csv(one.out, table if one.quality else table[WORDS])
 

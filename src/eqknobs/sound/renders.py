@@ -6,14 +6,15 @@ Judging words and voices is a job of its own (`eqknobs.sound.judges`), so that a
 import hashlib
 import inspect
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from eqknobs.io import atomic_path, file_sha256, unused_name, write_csv
 from eqknobs.models import Model, ModelCfg, load_model
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import code_inputs, content
+from eqknobs.shards import Shard, of_shard
 from eqknobs.sound import metrics
 
 Edit = Callable[[np.ndarray], np.ndarray]
@@ -38,6 +40,7 @@ class OpenedCfg(TypedDict):
 
     model: ModelCfg
     site: str
+    shard: NotRequired[Shard]  # only these clips are rendered, for the whole job to find (`Sounds`)
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,41 @@ def _digest(acts: np.ndarray) -> str:
     return hashlib.blake2b(acts.tobytes(), digest_size=32).hexdigest()
 
 
+class Sounds:
+    """The folder of a stage's sounds in the making, and where they may be already: `out_dir` as it was the last time,
+    and a folder beside it in which shards leave theirs.
+
+    The folder appears only when it is whole; that of a shard takes one sound after another.
+    """
+
+    def __init__(self, out_dir: str | Path, shard: Shard | None = None):
+        self.out_dir, self.shard = Path(out_dir), shard
+        self.beforehand = self.out_dir.with_name(f".{self.out_dir.name}.shards")
+        self.folder = self.beforehand
+
+    @contextmanager
+    def made(self) -> Iterator[Path]:
+        """The folder, for as long as it is made."""
+        with nullcontext(self.beforehand) if self.shard else atomic_path(self.out_dir) as self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield self.folder
+        if not self.shard:
+            shutil.rmtree(self.beforehand, ignore_errors=True)
+
+    def take(self, name: str, sha256: str) -> bool:
+        """Let a sound in the folder be one that is there already, if it has this hash."""
+        for last in (self.beforehand / name, self.out_dir / name):
+            if last.is_file() and file_sha256(last) == sha256:
+                file = self.folder / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(OSError):  # a file system without hard links
+                    os.link(last, file)
+                    return True
+                shutil.copyfile(last, file)
+                return True
+        return False
+
+
 class _Render:
     """A clip under a condition: decoded when something is to be known that `known`, pieces of this clip, has not."""
 
@@ -195,25 +233,22 @@ class _Render:
 
         return self._known("flips", count) if self.condition.tokens else {}
 
-    def write(self, file: Path, last: Path) -> None:
-        """The sound as FLAC: a copy of the `last` one where that is the same."""
+    def write(self, sounds: Sounds, name: str) -> None:
+        """The sound as FLAC, one of the last time or of a shard where that is the same."""
+        file = sounds.folder / name
 
         def make() -> str:
             write_flac(file, self.wav, self.model.sample_rate)
             return file_sha256(file)
 
         sha256 = self._known("flac", make)
-        if not file.exists():
-            if last.is_file() and file_sha256(last) == sha256:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(last, file)
-            else:
-                make()
+        if not file.exists() and not sounds.take(name, sha256):
+            make()
 
 
 def render_conditions(
     model: Model,
-    site: str,
+    cfg: OpenedCfg,
     clips: pd.DataFrame,
     cache: ActivationCache,
     conditions: Sequence[Condition],
@@ -231,7 +266,7 @@ def render_conditions(
     condition, the conditions' columns, seconds, `signal_metrics`, and the error in latent space as its two sums over
     frames and dimensions, latent_sq_error = Σ(edited − cached)²,
     latent_sq_total = Σ(cached − train mean)²; tokens_flipped of tokens for conditions that ask for it. The folder
-    appears only when it is whole.
+    appears only when it is whole. With `cfg["shard"]` nothing of that: it leaves sounds and pieces of its clips.
     """
     keys = [condition.key for condition in conditions]
     if len(set(keys)) != len(keys):
@@ -240,22 +275,22 @@ def render_conditions(
     signal: list[dict[str, Any]] = []
     index: list[dict[str, Any]] = []
     names: set[str] = set()
-    progress = tqdm(desc="renders", total=len(clips) * len(conditions), unit="render")
-    with progress, atomic_path(out_dir) as folder:
-        folder.mkdir()
-        for number, row in enumerate(clips.itertuples(index=False)):
-            sound = unused_name(f"{row.id}.flac", names)
+    rows = [(i, row, unused_name(f"{row.id}.flac", names)) for i, row in enumerate(clips.itertuples(index=False))]
+    rows, sounds = list(of_shard(rows, cfg.get("shard"))), Sounds(out_dir, cfg.get("shard"))
+    progress = tqdm(desc="renders", total=len(rows) * len(conditions), unit="render")
+    with progress, sounds.made() as folder:
+        for number, row, sound in rows:
             clip = load_clip(model, cache, row)
             total = float(np.square(clip.acts - cache.mean).sum())
             # Many conditions meet at alpha = 0: there, too, measure once.
             with store.pack("renders", [clip.sha256, _digest(clip.acts)]) as known:
                 for condition in conditions:
                     progress.update()
-                    render = _Render(model, site, clip, condition, known)
+                    render = _Render(model, cfg["site"], clip, condition, known)
                     about = {"id": clip.id, "condition": condition.key, **condition.columns}
                     if condition.keep or number < condition.listen:
                         file = f"{condition.key}/{sound}"
-                        render.write(folder / file, Path(out_dir) / file)
+                        render.write(sounds, file)
                         index.append({**about, "file": file, "judged": condition.keep})
                     signal.append(
                         {
@@ -269,6 +304,8 @@ def render_conditions(
                             **render.flips(),
                         }
                     )
+        if sounds.shard:
+            return
         columns = list(dict.fromkeys(name for condition in conditions for name in condition.columns))
         head = ["id", "condition", "file", "judged", *columns]
         write_csv(folder / "index.csv", pd.DataFrame(index, columns=head))

@@ -219,7 +219,7 @@ def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
     killed_after_3(world, out, {"target_site": SITE, "cfg": {"x": 1}})
     assert not out.exists() and len(work_files(tmp_path)) == 1  # nothing half-written is taken for whole
     with h5py.File(work_files(tmp_path)[0]) as file:
-        done = int(file["done"][0])
+        done = int(file["done"][:].sum())
     assert 2 <= done < 6
     with pytest.raises(EqknobsError, match=r"only \d of 6 utterances"):
         ActivationCache(work_files(tmp_path)[0])
@@ -232,6 +232,37 @@ def test_kill_9_and_resume_give_the_same_bytes(world, tmp_path, monkeypatch):
     assert len(again) == 6 - done  # finished utterances were not encoded again
     assert out.read_bytes() == (world / "whole.h5").read_bytes()
     assert work_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("order", [[0], [2, 0, 1], [1, 0]], ids=str)
+def test_shards_fill_one_file_which_the_job_finishes(world, tmp_path, monkeypatch, order):
+    """The same bytes, whatever number and order; a shard that never ran is done with the rest."""
+    from eqknobs.models.mimi import Mimi
+
+    out, encode, encoded = tmp_path / "cache.h5", Mimi.encode_sites, []
+    monkeypatch.setattr(Mimi, "encode_sites", lambda *args: encoded.append(1) or encode(*args))
+    model, shards = model_config(world / "mimi"), 3
+    cfg = {"x": 1, "model": model, "site": SITE}
+    for which in order:
+        for _ in range(2):  # again, and nothing is left to do
+            activations.cache_shard(world / "manifest.csv", out, cfg, (which, shards))
+        assert not out.exists()
+    assert len(encoded) == 2 * len(order)
+    cache_activations(world / "manifest.csv", out, model, SITE, cfg)
+    assert len(encoded) == 6 and not work_files(tmp_path)
+    monkeypatch.undo()
+    cache_activations(world / "manifest.csv", tmp_path / "unsharded.h5", model, SITE, cfg)
+    assert out.read_bytes() == (tmp_path / "unsharded.h5").read_bytes()
+
+
+def test_shards_serve_all_targets_of_a_model(world, alone, tmp_path, monkeypatch):
+    seen, cfg = passes(monkeypatch), job(tmp_path, SITE)
+    del cfg["target_site"]
+    wanted = {"siblings": cfg["siblings"], "pieces": cfg["pieces"]}
+    cfg = cfg["cfg"] | {"model": model_config(world / "mimi"), "site": SITE}
+    for which in range(2):
+        activations.cache_shard(world / "manifest.csv", tmp_path / f"{SITE}.h5", cfg, (which, 2), **wanted)
+    assert seen == [LAYERS] * 6 and len(work_files(tmp_path)) == 3
 
 
 class Stop(Exception):
@@ -462,7 +493,7 @@ def test_a_killed_pass_goes_on_for_all_targets(world, alone, tmp_path, monkeypat
     done = set()
     for path in work_files(tmp_path):
         with h5py.File(path) as file:
-            done.add(int(file["done"][0]))
+            done.add(int(file["done"][:].sum()))
     assert min(done) >= 2
     seen = passes(monkeypatch)
     run_job(world, tmp_path, LAYERS[1])
@@ -669,7 +700,7 @@ def test_disk_that_fills_up_meanwhile(world, tmp_path, monkeypatch):
         run(world, out)
     assert not out.exists()
     with h5py.File(work_files(tmp_path)[0]) as file:
-        assert int(file["done"][0]) == 2
+        assert int(file["done"][:].sum()) == 2
     run(world, out)
     assert out.read_bytes() == (world / "whole.h5").read_bytes()
 
@@ -678,7 +709,7 @@ def test_disk_full_while_laying_out(world, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(activations, "_contiguous", full)
+    monkeypatch.setattr(activations, "contiguous", full)
     with pytest.raises(EqknobsError, match="disk full while writing"):
         run(world, tmp_path / "cache.h5")
     assert list(tmp_path.iterdir()) == []

@@ -247,6 +247,26 @@ def test_write_labels_aligns_rows_with_the_cache(tmp_path):
         assert file["logmel"].shape == (22, 64)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["whole clips", "runs of frames"])
+def test_shards_label_into_one_file_and_what_a_killed_job_labelled_stays(tmp_path, monkeypatch, first):
+    clips = {name: tone(150 + 20 * i, 9600 + 700 * i) for i, name in enumerate("abcde")}
+    manifest, cache = make_cache(tmp_path, clips, 16000, 640)
+    if first:
+        with h5py.File(cache, "r+") as file:
+            frames = file["utterances/frames"][:]
+            file["utterances/first"], file["utterances/clip_frames"] = np.full(5, 2), frames + 2
+    labels.write_labels(manifest, cache, tmp_path / "whole.h5", CFG)
+    label, seen = labels.label_utterance, []
+    monkeypatch.setattr(labels, "label_utterance", lambda *args: seen.append(len(args[0])) or label(*args))
+    for which in (1, 0):
+        labels.label_shard(manifest, cache, tmp_path / "labels.h5", CFG, (which, 3))
+    assert len(seen) == 3 and not (tmp_path / "labels.h5").exists()  # the third never ran
+    labels.write_labels(manifest, cache, tmp_path / "labels.h5", CFG)
+    assert len(seen) == len(set(seen)) == 5
+    assert (tmp_path / "labels.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert not list(tmp_path.glob("*.part-*"))
+
+
 def test_write_labels_refuses_audio_that_changed_and_leaves_nothing(tmp_path):
     manifest, cache = make_cache(tmp_path, {"a": tone(150, 9600), "b": tone(150, 9600)}, 16000, 640)
     table = read_csv(manifest)

@@ -141,6 +141,31 @@ def test_one_job_judges_all_stages_alike_on_any_number_of_cores(
     assert (tmp_path / "soft.words.csv").read_bytes() != tables[0][1]
 
 
+def test_shards_leave_what_the_whole_job_then_finds(
+    clips: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renders, heard = two_stages(clips, tmp_path), []
+    judge_renders(renders, CFG)
+    tables = [Path(one.out).read_bytes() for one in (*renders, Renders("", "", "", tmp_path / "originals.csv"))]
+    for one in (*renders, Renders("", "", "", tmp_path / "originals.csv")):
+        Path(one.out).rename(tmp_path / f"{Path(one.out).name}.first")
+    pieces, manifest = Pieces(tmp_path / "pieces"), tmp_path / "manifest.csv"
+    for which in (1, 0):
+        judge_originals(manifest, tmp_path / "mark", CFG, pieces, shard=(which, 2))
+    assert not (tmp_path / "mark").exists()
+    judge = Transcriber._transcribe
+    monkeypatch.setattr(Transcriber, "_transcribe", lambda self, wav: heard.append(1) or judge(self, wav))
+    judge_originals(manifest, tmp_path / "originals.csv", CFG, pieces)
+    assert not heard
+    for which in (0, 1):
+        judge_renders(renders, CFG, pieces, shard=(which, 2))
+    assert heard and not any(Path(one.out).exists() for one in renders)
+    heard.clear()
+    judge_renders(renders, CFG, pieces)
+    assert not heard and [Path(one.out).read_bytes() for one in renders] == tables[:2]
+    assert (tmp_path / "originals.csv").read_bytes() == tables[2]
+
+
 def test_a_stage_that_asks_has_a_column_of_quality(clips: pd.DataFrame, tmp_path: Path) -> None:
     renders = two_stages(clips[:1], tmp_path, quality=True)
     judge_renders(renders, CFG)
@@ -173,7 +198,7 @@ def test_the_script_pairs_files_and_rates_the_stages_that_ask(monkeypatch: pytes
     monkeypatch.setitem(
         main.__globals__,
         "judge_renders",
-        lambda renders, cfg, pieces, workers: found.update(renders=renders, cfg=cfg, workers=workers),
+        lambda renders, cfg, pieces, workers, shard: found.update(renders=renders, cfg=cfg, workers=workers),
     )
     indexes = ["renders/a.b/codec/index.csv", "renders/a.b@c/steering/index.csv"]
     inputs = SimpleNamespace(indexes=indexes, originals=["o", "o.c"], manifests=["m", "c/m"])

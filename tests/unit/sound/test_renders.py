@@ -28,7 +28,7 @@ def render(world, folder, conditions, **kwargs):
     """Signal scores and index of some conditions on the test clips."""
     with world.open() as cache, open_codec(world.cfg, cache) as model:
         render_conditions(
-            model, SITE, world.clips("test"), cache, conditions, folder / "out", folder / "signal.csv", **kwargs
+            model, world.cfg, world.clips("test"), cache, conditions, folder / "out", folder / "signal.csv", **kwargs
         )
     return read_csv(folder / "signal.csv"), read_csv(folder / "out/index.csv")
 
@@ -150,7 +150,7 @@ def test_changed_audio_is_refused(world, tmp_path):
     drawn_again = swapped.assign(sha256=clips["sha256"].to_list()[::-1])
     for table, said in ((swapped, "changed since the manifest was drawn"), (drawn_again, "not what the cache holds")):
         with world.open() as cache, open_codec(world.cfg, cache) as model, pytest.raises(EqknobsError, match=said):
-            render_conditions(model, SITE, table, cache, [Condition("x", {})], tmp_path / "o", tmp_path / "s.csv")
+            render_conditions(model, world.cfg, table, cache, [Condition("x", {})], tmp_path / "o", tmp_path / "s.csv")
 
 
 def test_codec_stage(world, tmp_path):
@@ -189,7 +189,7 @@ def test_ids_that_differ_in_special_characters_get_files_of_their_own(world, tmp
     )
     with world.open() as cache, open_codec(world.cfg, cache) as model:
         files = (tmp_path / "out", tmp_path / "signal.csv")
-        render_conditions(model, SITE, renamed, cache, [Condition("x", {}, codec=False, keep=True)], *files)
+        render_conditions(model, world.cfg, renamed, cache, [Condition("x", {}, codec=False, keep=True)], *files)
     index = read_csv(tmp_path / "out/index.csv")
     assert index["file"].str.lower().nunique() == len(clips) > 1
     for row, clip in zip(index.itertuples(), clips.itertuples()):
@@ -216,7 +216,7 @@ def test_only_what_is_new_is_decoded_and_measured(world, tmp_path, monkeypatch):
             monkeypatch.setattr(model, "decode", lambda *args: decoded.append(1) or decode(*args))
             kept = renders.render_pieces(Pieces(tmp_path / "pieces"), model, world.cfg)
             files = (tmp_path / "out", tmp_path / "signal.csv")
-            render_conditions(model, SITE, world.clips("test"), cache, conditions, *files, pieces=kept)
+            render_conditions(model, world.cfg, world.clips("test"), cache, conditions, *files, pieces=kept)
         made = {f.relative_to(tmp_path): f.read_bytes() for f in sorted((tmp_path / "out").rglob("*.*"))}
         return {**made, "signal": files[1].read_bytes()}, len(measured), len(decoded)
 
@@ -233,3 +233,32 @@ def test_only_what_is_new_is_decoded_and_measured(world, tmp_path, monkeypatch):
     assert len(packs) == 4
     packs[0].write_text("{")
     assert run(0, 1) == (first, 2, 2)
+
+
+def test_shards_leave_what_the_whole_job_then_finds(world, tmp_path, monkeypatch):
+    """The same files, nothing decoded twice and no sound copied, also of two clips with one name."""
+    conditions = [
+        Condition(f"a{a}", {"alpha": a}, edit=lambda x, a=a: x * (1 + a), codebooks=4, tokens=True, **kept)
+        for a, kept in ((0, {"keep": True}), (1, {"listen": 3}), (2, {}))
+    ]
+
+    def run(folder, *shards):
+        decoded = []
+        with world.open() as cache, open_codec(world.cfg, cache) as model:
+            decode = model.decode
+            monkeypatch.setattr(model, "decode", lambda *args: decoded.append(1) or decode(*args))
+            kept = renders.render_pieces(Pieces(folder / "pieces"), model, world.cfg)
+            for shard in shards:
+                cfg, files = world.cfg | ({"shard": shard} if shard else {}), (folder / "out", folder / "signal.csv")
+                render_conditions(model, cfg, world.clips("test"), cache, conditions, *files, pieces=kept)
+        return len(decoded)
+
+    whole = run(tmp_path / "whole", None)
+    assert run(tmp_path / "split", (2, 3), (0, 3), (1, 3)) == whole and not (tmp_path / "split/out").exists()
+    assert run(tmp_path / "split", None) == 0
+    for name in (
+        "signal.csv",
+        *(f"out/{file}" for file in ["index.csv", *read_csv(tmp_path / "whole/out/index.csv")["file"]]),
+    ):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "split" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "split").iterdir()) == ["out", "pieces", "signal.csv"]

@@ -26,7 +26,7 @@ from eqknobs.sound.metrics import mel_distance
 from eqknobs.sound.renders import load_clip
 from eqknobs.stages.quantisation import checks
 from eqknobs.stages.quantisation import tables as quantisation
-from eqknobs.stages.quantisation.compute import Network, make_plans, part_state, render_plans
+from eqknobs.stages.quantisation.compute import Network, _Run, make_plans, part_state, render_plans
 from eqknobs.stages.quantisation.plans import in_decoder, latent_scores
 from helpers.tiny_world import SITE, WIDTH, make_world
 
@@ -286,6 +286,21 @@ def test_again_everything_is_the_same_and_nothing_is_packed(made, world, monkeyp
         assert (made / name).read_bytes() == (made / "again" / name).read_bytes()
     for file in read_csv(made / "renders/index.csv")["file"]:
         assert file_sha256(made / "renders" / file) == file_sha256(made / "again/renders" / file)
+
+
+def test_shards_leave_what_the_whole_job_then_finds(made, world, monkeypatch):
+    out = (made / "plans", made / "shards/renders", made / "shards/signal.csv", made / "shards/time.csv")
+    pieces = Pieces(made / "shards/pieces")
+    for which in (1, 0):
+        render_plans(world.manifest, world.cache, *out, world.cfg | TRYING | {"shard": (which, 2)}, pieces)
+    assert not out[1].exists() and not out[2].exists()
+    measured = []
+    monkeypatch.setattr(_Run, "measured", lambda self: measured.append(1))
+    render_plans(world.manifest, world.cache, *out, world.cfg | TRYING, pieces)
+    assert not measured and (made / "signal.csv").read_bytes() == out[2].read_bytes()
+    for file in ["index.csv", *read_csv(made / "renders/index.csv")["file"]]:
+        assert (made / "renders" / file).read_bytes() == (out[1] / file).read_bytes()
+    assert [path.name for path in out[1].parent.glob("*renders*")] == ["renders"]
 
 
 def test_the_parts_of_a_network_make_it_up(world):

@@ -54,4 +54,4 @@ def render_codec(
         saes = {name: SAE.load(folder) for name, folder in sae_dirs.items()}
         conditions = codec_conditions(cfg["codebooks"], saes)
         kept = render_pieces(pieces, model, cfg)
-        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, pieces=kept)
+        render_conditions(model, cfg, clips, cache, conditions, out_dir, signal_csv, pieces=kept)

@@ -80,4 +80,4 @@ def render_importance(
     with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model:
         conditions = importance_conditions(maps, found["chosen"], cache.mean, cfg)
         kept = render_pieces(pieces, model, cfg)
-        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, pieces=kept)
+        render_conditions(model, cfg, clips, cache, conditions, out_dir, signal_csv, pieces=kept)

@@ -4,12 +4,12 @@ One network is in memory, once. For a plan its packed file is written, read back
 in place: bit for bit the network that the file would load as.
 """
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NotRequired
@@ -30,8 +30,9 @@ from eqknobs.packing.plan import Plan, mean_bits, packable
 from eqknobs.packing.quantise import Packed
 from eqknobs.pieces import Pieces
 from eqknobs.provenance import code_inputs, content
+from eqknobs.shards import of_shard
 from eqknobs.sound.metrics import mel_distance
-from eqknobs.sound.renders import Clip, OpenedCfg, load_clip, open_codec, pick_clips, render_pieces
+from eqknobs.sound.renders import Clip, OpenedCfg, Sounds, load_clip, open_codec, pick_clips, render_pieces
 from eqknobs.stages.quantisation.plans import (
     NONE,
     RANDOM,
@@ -334,9 +335,9 @@ def conditions(plans_dir: Path, cfg: RendersCfg) -> list[_Condition]:
 class _Intact:
     """A clip and what the intact codec passes on of it; made before any weight is another."""
 
-    def __init__(self, model: Model, cache: ActivationCache, row: Any, cfg: RendersCfg, names: set[str]):
+    def __init__(self, model: Model, cache: ActivationCache, row: Any, cfg: RendersCfg, heard: str | None):
         self.clip = load_clip(model, cache, row)
-        self.sound = unused_name(f"{row.id}.flac", names)
+        self.sound = heard  # what its file is called, if it is one of those that are listened to
         self.made_of = f"{self.clip.sha256} {array_hash(self.clip.acts)}"
         self.total = float(np.square(self.clip.acts - cache.mean, dtype=np.float64).sum())
         self.tokens = model.tokens(self.clip.acts, cfg["site"], cfg["codebooks"])
@@ -412,17 +413,15 @@ class _Test:
     def plain_seconds(self) -> float:
         return self.network.decode_seconds(self.spoken, self.samples)
 
-    def signal(
-        self, one: _Condition, folder: Path, last: Path
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-        """Of each clip its row of scores and, where its sound was written to `folder`, of the index of sounds."""
+    def signal(self, one: _Condition, sounds: Sounds) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+        """Of each clip its row of scores and, where its sound was written, of the index of sounds."""
         made_of = [one.part, one.plan.to_json()]
         with self.pieces.pack("quantisation", made_of) as known, _Weights(self.network, one) as weights:
             if "bytes" not in known:
                 known["resident"] = self.network.bytes_resident(one.plan, one.part)
                 known["bytes"] = weights.load()
             sizes = {"bytes": known["bytes"], "bytes_resident": known["resident"], "heard": one.heard}
-            for number, at in enumerate(self.intact):
+            for at in self.intact:
                 run, name = _Run(self.network.model, self.cfg, one.part, at), at.made_of
                 if name not in known:
                     weights.load()
@@ -431,18 +430,16 @@ class _Test:
                 seconds = len(at.clip.wav) / self.network.model.sample_rate
                 row = {**clip, **one.about, **sizes, "seconds": seconds, **known[name], "latent_sq_total": at.total}
                 sound = None
-                if one.heard and number < self.cfg["heard_clips"]:
+                if one.heard and at.sound:
                     file = f"{one.about['condition']}/{at.sound}"
-                    self._write(run, folder / file, last / file, known, weights)
+                    self._write(run, sounds, file, known, weights)
                     sound = {"id": at.clip.id, **one.about, "file": file, "judged": True}
                 yield row, sound
 
-    def _write(self, run: _Run, file: Path, last: Path, known: dict[str, Any], weights: _Weights) -> None:
-        """The sound as FLAC: a copy of the `last` one where that is the same."""
-        name = f"flac {run.at.made_of}"
-        if name in known and last.is_file() and file_sha256(last) == known[name]:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(last, file)
+    def _write(self, run: _Run, sounds: Sounds, file_name: str, known: dict[str, Any], weights: _Weights) -> None:
+        """The sound as FLAC, one of the last time or of a shard where that is the same."""
+        name, file = f"flac {run.at.made_of}", sounds.folder / file_name
+        if name in known and sounds.take(file_name, known[name]):
             return
         weights.load()
         write_flac(file, run.wav, run.model.sample_rate)
@@ -483,16 +480,19 @@ def render_plans(
     chosen = conditions(Path(plans_dir), cfg)
     clips = pick_clips(read_csv(manifest_csv), "test", cfg["clips"])
     names: set[str] = set()
+    files = [unused_name(f"{id}.flac", names) for id in clips["id"][: cfg["heard_clips"]]]
+    chosen_clips = of_shard(list(zip_longest(clips.itertuples(index=False), files)), cfg.get("shard"))
     rows: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
-    times = []
-    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model, atomic_path(out_dir) as folder:
-        folder.mkdir()
-        loaded = [_Intact(model, cache, row, cfg, names) for row in clips.itertuples(index=False)]
+    times, sounds = [], Sounds(out_dir, cfg.get("shard"))
+    with ActivationCache(cache_h5) as cache, open_codec(cfg, cache) as model, sounds.made() as folder:
+        loaded = [_Intact(model, cache, row, cfg, heard) for row, heard in chosen_clips]
         test = _Test(Network(model), loaded, cfg, render_pieces(pieces, model, cfg))
         for one in tqdm(chosen, desc="plans", unit="plan"):
-            rows += test.signal(one, folder, Path(out_dir))
-            if one.heard and one.about["plan"] != NONE:
+            rows += test.signal(one, sounds)
+            if one.heard and one.about["plan"] != NONE and not sounds.shard:
                 times.append({**one.about, **test.seconds(one)})
+        if sounds.shard:
+            return
         _write_table(folder / "index.csv", [sound for _, sound in rows if sound], ["id", "condition", "file", "judged"])
     _write_table(signal_csv, [row for row, _ in rows], ["id", "speaker", "split", "condition"])
     columns = ["condition", "part", "plan", "seed", "rounding", "budget", "decode_seconds", "decode_seconds_full"]

@@ -618,4 +618,4 @@ def render_steering(
             others[name] = {arm: edit for arm, edit in found.items() if arm.partition(":")[0] in kinds}
         conditions = steering_conditions(arms, others, saes, calibration, cfg)
         kept = render_pieces(pieces, model, cfg)
-        render_conditions(model, cfg["site"], clips, cache, conditions, out_dir, signal_csv, kept)
+        render_conditions(model, cfg, clips, cache, conditions, out_dir, signal_csv, kept)
