@@ -109,8 +109,9 @@ def _run_logged(main: Callable[..., None], snakemake: Any, file: TextIO) -> None
         with one_line_errors():
             try:
                 cfg = _with_circumstances(snakemake)
+                shard = "shard" in cfg
                 main(snakemake.input, snakemake.output, cfg)
-                if "shard" in cfg:
+                if shard:
                     Path(snakemake.output[0]).touch()  # all that a shard declares
             except OSError:
                 traceback.print_exc(file=file)

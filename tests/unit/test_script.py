@@ -165,6 +165,6 @@ def test_a_shard_knows_which_it_is_and_leaves_a_mark(tmp_path):
     made.rule, made.config["worked_on"] = "activations_shard", ["m.layer.1", "m.layer.0"]
     made.wildcards = SimpleNamespace(target="m.layer.1", shard="0", shards="3")
     made.output = [str(tmp_path / "m.layer.1.h5.shard-0-of-3")]
-    run(lambda inputs, outputs, cfg: seen.append(cfg), made)
+    run(lambda inputs, outputs, cfg: seen.append({**cfg, "shard": cfg.pop("shard")}), made)
     assert seen[0]["shard"] == (0, 3) and seen[0]["siblings"] == {"layer.0": str(tmp_path / "m.layer.0.h5")}
     assert Path(made.output[0]).read_bytes() == b""

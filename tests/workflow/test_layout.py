@@ -96,6 +96,7 @@ def test_the_demo_has_at_most_71_jobs() -> None:
 
 # What the demo has off, so that every file is planned.
 ALL_ON = {
+    "hardware": {"shard_clips": 1},
     "corpora": {
         "again": {**DEFAULT["data"], "max_utterances": 20},
         "mix": {"source": "union", "of": ["speech", "again"]},
