@@ -37,13 +37,18 @@ def gpu_lock(device: str = "auto") -> Iterator[None]:
     if "SLURM_JOB_GPUS" in os.environ or (device != "cuda" and pick_device(device) != "cuda"):
         yield
         return
-    with open(Path(tempfile.gettempdir()) / f"eqknobs-gpu-{os.getuid()}.lock", "a") as file:
+    with open(Path(tempfile.gettempdir()) / f"eqknobs-gpu-{os.getuid()}.lock", "a+") as file:
         if _lock_depth == 0:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print("waiting for the GPU: another eqknobs process holds it", file=sys.stderr, flush=True)
+                file.seek(0)
+                owner = file.read() or "another process"
+                print(f"waiting for the GPU: {owner} holds it", file=sys.stderr, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} in {Path.cwd()}")
+            file.flush()
         _lock_depth += 1
         try:
             yield

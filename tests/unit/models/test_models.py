@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -695,6 +696,24 @@ def test_gpu_lock_excludes_other_processes(tmp_path):
     words = (tmp_path / "log").read_text().split()
     assert len(words) == 12
     assert all(words[i : i + 4] == [words[i], "in", words[i], "out"] for i in range(0, 12, 4))
+
+
+def test_who_waits_for_the_gpu_says_for_whom(tmp_path):
+    """Another run in another folder, say, which the `gpu` resource of Snakemake knows nothing of."""
+    pipes = {"env": os.environ | {"TMPDIR": str(tmp_path)}, "stderr": subprocess.PIPE, "text": True}
+    holds = HOLD_LOCK.replace("time.sleep(0.3)", "time.sleep(600)")
+    (tmp_path / "one").mkdir()
+    first = subprocess.Popen([sys.executable, "-c", holds, "a"], cwd=tmp_path / "one", **pipes)
+    try:
+        while not (tmp_path / "one/log").exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        second = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, "b"], cwd=tmp_path, **pipes)
+        said = second.stderr.readline()
+    finally:
+        first.kill()
+    assert said == f"waiting for the GPU: process {first.pid} in {tmp_path / 'one'} holds it\n"
+    assert second.wait(60) == 0  # the lock is gone with its process
 
 
 def test_gpu_lock_leaves_the_cpu_alone(tmp_path, monkeypatch):
