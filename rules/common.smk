@@ -37,6 +37,7 @@ from eqknobs.plan import (
     voice_records,
     word_codebooks,
 )
+from eqknobs.progress import StageProgress
 from eqknobs.stages.accent.checks import accent_models
 from eqknobs.stages.domains.checks import domain_targets
 from eqknobs.stages.erasing.checks import erased_targets, vowels_told
@@ -57,6 +58,8 @@ try:
     if workflow.is_main_process:
         logger.info(describe(config, corpus_files))
         check_memory(config)
+        if not any(isinstance(h, StageProgress) for h in logger.handlers):
+            logger.addHandler(StageProgress(logger))
 except EqknobsError as error:
     raise WorkflowError(str(error)) from None
 
