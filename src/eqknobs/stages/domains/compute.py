@@ -18,6 +18,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
+from tqdm import tqdm
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
@@ -153,7 +154,7 @@ def find_domains(
 
     over_sources = [null(permuted_domains(of, source, rng), source) for _ in range(cfg["permutations"])]
     over_clips = []
-    for _ in range(cfg["permutations"]):
+    for _ in tqdm(range(cfg["permutations"]), desc="permutations of clips", unit="draw"):
         order = rng.permutation(len(of))  # whole clips go to another domain, with that clip's source
         over_clips.append(null(of[order], source[order]))
     draws = np.zeros((cfg["resamples"], len(of)))

@@ -19,6 +19,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.io import array_hash, read_csv, write_csv, write_json
@@ -242,7 +243,7 @@ def run_sae(
     made_of += [decoder, sorted(_digest(task) for task in tasks)]
     bench.pack = stack.enter_context(pieces.pack("erasing", made_of))
     swapped, about = [], {}
-    for task in tasks:
+    for task in tqdm(tasks, desc="erasing", unit="task"):
         others = [one for one in tasks if one is not task and one.samples is task.samples and not nested(task, one)]
         living = living_features(task.samples)
         orders = bench.curves(task, others)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from eqknobs.audio import read_clip, write_flac
 from eqknobs.corpus.cache import ActivationCache
@@ -375,7 +376,8 @@ def _gather(
         mapped = set(strongest_first(peak, cfg["map_clips"]))
         pages.append(_Page(feature, top_clips(peak, speakers, cfg["clips"]), mapped, rng))
     rate = int(cache.attrs["sample_rate"])
-    for place in sorted({place for page in pages for place in (*page.shown, *page.mapped)}):
+    places = sorted({place for page in pages for place in (*page.shown, *page.mapped)})
+    for place in tqdm(places, desc="feature pages", unit="clip"):
         clip = activity.clips.iloc[place]
         rows = slice(int(clip.start), int(clip.start + clip.frames))
         code, times = sae.encode(np.array(cache.acts[rows])), cache.frame_times[rows]

@@ -16,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 import h5py
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.corpus.properties import PROPERTIES
@@ -257,7 +258,7 @@ def search_labels(
             "": None,
             **{name: SAE.load(folder) for name, folder in sorted(sae_dirs.items())},
         }
-        for name in sorted(cfg["properties"]):
+        for name in tqdm(sorted(cfg["properties"]), desc="label search", unit="property"):
             asked = _ask(cache, labels_h5, manifest, name, cfg)
             for sae, loaded in saes.items():
                 for label, samples, has, found in _searched(cache, loaded, asked, cfg):

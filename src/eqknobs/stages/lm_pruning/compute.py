@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 import pandas as pd
 from torch import Tensor
+from tqdm import tqdm
 
 from eqknobs.errors import counted
 from eqknobs.io import read_csv, write_csv
@@ -116,7 +117,7 @@ def scored(bench: PruningBench, conditions: Sequence[Condition]) -> list[dict[st
     answered = matching(conditions, cfg["answered"], "lm_pruning.answered")
     confirmed = matching(answered, cfg["confirmed"], "lm_pruning.confirmed")
     records = bench.hear_intact(cfg["draws"])
-    for condition in answered:
+    for condition in tqdm(answered, desc="answers", unit="condition"):
         sure = condition in confirmed
         for draw in range(cfg["draws"]) if sure else (0,):
             records += bench.score(condition, draw, rated=sure)
@@ -138,7 +139,11 @@ def prune_and_score(cfg: PruningCfg, inputs: Inputs, out: Outputs, pieces: Piece
         write_csv(path, pd.DataFrame([about | row for row in rows]) if rows else pd.DataFrame(columns=list(about)))
 
     write(out["orders"], order_rows(orders, values))
-    screened = [row for condition in (INTACT, *conditions) for row in bench.screen(condition)]
+    screened = [
+        row
+        for condition in tqdm((INTACT, *conditions), desc="nats", unit="condition")
+        for row in bench.screen(condition)
+    ]
     print(f"{counted(len(conditions), 'condition')} screened", flush=True)
     write(out["nats"], screened)
     write(out["answers"], scored(bench, conditions))

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from eqknobs.errors import EqknobsError, counted
 from eqknobs.io import atomic_path, read_csv, write_csv, write_json
@@ -361,7 +362,7 @@ def scored(bench: QuantBench, conditions: Sequence[Condition], nats: Mapping[str
         if c in matching(conditions, cfg["answered"], "lm_quantisation.answered") or c.name in sure
     ]
     records = [{**row, "sure": 1} for row in bench.hear_intact(cfg["draws"])]
-    for condition in speaking:
+    for condition in tqdm(speaking, desc="answers", unit="condition"):
         every = condition.name in sure
         for draw in range(cfg["draws"]) if every else (0,):
             records += [{**row, "sure": int(every)} for row in bench.score(condition, draw, rated=every)]
@@ -380,7 +381,11 @@ def quantise_and_score(cfg: QuantisationCfg, inputs: Inputs, out: Outputs, piece
     rows, conditions = made_plans(bench, inputs)
     write(out["sensitivity"], [{**row, "split": "val"} for row in rows])
     write_plans(Path(out["plans"]), conditions)
-    screened = [row for condition in (INTACT_MODEL, *conditions) for row in bench.screen(condition)]
+    screened = [
+        row
+        for condition in tqdm((INTACT_MODEL, *conditions), desc="nats", unit="condition")
+        for row in bench.screen(condition)
+    ]
     print(f"{counted(len(conditions), 'condition')} screened", flush=True)
     write(out["nats"], screened)
     table = pd.DataFrame(screened).assign(nats=lambda t: t["nll_text"] + t["nll_audio"])

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from eqknobs.audio import read_clip
 from eqknobs.errors import EqknobsError, counted
@@ -554,6 +555,7 @@ def steer_and_score(cfg: SteeringCfg, inputs: Inputs, out: Outputs, pieces: Piec
     draws = range(max(2, cfg["draws"]))
     bench.intact = {draw: bench.answers(INTACT, draw) for draw in draws}
     records = [row for draw in draws for row in bench.score(INTACT, draw)]
-    records += [row for c in conditions for draw in range(cfg["draws"]) for row in bench.score(c, draw)]
+    shown = tqdm(conditions, desc="answers", unit="condition")
+    records += [row for c in shown for draw in range(cfg["draws"]) for row in bench.score(c, draw)]
     write_csv(out["answers"], pd.DataFrame([about | {"split": "test"} | row for row in records]))
     write_sounds(bench, conditions, Path(out["sounds"]))

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
+from tqdm import tqdm
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
@@ -128,7 +129,7 @@ def name_features(
     fit_phone, test_phone = _of_clips(cache, phone, fit_clips), _of_clips(cache, phone, clips)
     rng = np.random.default_rng([cfg["seed"], 29])
     rows, names = [], np.full(code.shape[1], -1)
-    for shift in range(cfg["shifts"] + 1):
+    for shift in tqdm(range(cfg["shifts"] + 1), desc="phones", unit="shift"):
         labels = fit_phone if not shift else shifted_labels(fit_phone, fit_clips["frames"].to_numpy(), rng)
         given = named(fit_code, labels, len(phones), cfg["purity"], cfg["min_firings"])
         names = given if not shift else names

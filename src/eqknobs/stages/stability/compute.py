@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
+from tqdm import tqdm
 
 from eqknobs.corpus.cache import ActivationCache
 from eqknobs.errors import EqknobsError
@@ -264,7 +265,9 @@ def score_stability(
         return [hashes[source.cache], hashes[source.folder]]
 
     own = {key: value for key, value in cfg.items() if key not in ("pairs", "content", "device")}
-    for kind, (_, sae, target_a, seed_a, target_b, seed_b) in _listed(cfg["pairs"]):
+    for kind, (_, sae, target_a, seed_a, target_b, seed_b) in tqdm(
+        list(_listed(cfg["pairs"])), desc="pairs", unit="pair"
+    ):
         a, b = sources[target_a, sae, seed_a], sources[target_b, sae, seed_b]
         made_of = [cfg.get("content", {}).get("code"), own, kind == "untrained", identity(a), identity(b)]
         make = partial(_compared, reader, a, b, kind == "untrained", cfg)
