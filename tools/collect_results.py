@@ -1,4 +1,4 @@
-"""Copy a finished run's tables and report figures to docs/results/<run>, and write the README.md there from its summary:
+"""Copy a finished run's tables and report figures to docs/results/<run>, and write its summary as README.md:
 `python tools/collect_results.py bundled-full`.
 
 The figures are the pages' own drawings, with their light colours written in. With Chromium at hand the overview's head
@@ -24,18 +24,20 @@ the method's claim.
 
 {scope}
 """
-BUNDLED = """What they prove: the chain runs on a real trained codec, and its controls and nulls behave. What they do not
+BUNDLED = """\
+What they prove: the chain runs on a real trained codec, and its controls and nulls behave. What they do not
 prove: anything about kyutai's Mimi or about natural speech. The speech is synthetic, some voices are derived from one
 another, and the codec is small and was trained on part of the voices. With so few test speakers, intervals (95 %,
 speakers resampled, then utterances) are likely too narrow for voices in general."""
-WHISPER = """These are claims about OpenAI's Whisper tiny.en (and base, where it is named) on this data, not about the models of
+WHISPER = """\
+These are claims about OpenAI's Whisper tiny.en (and base, where it is named) on this data, not about the models of
 the paper, nor about its corpora: a few minutes of sound stand for its 2,800 hours. The words are judged by the model
 itself. {speech}"""
 SCOPES = {
     "audiosae-tiny.en": WHISPER.format(speech="The speech is synthetic."),
-    "audiosae-librispeech": WHISPER
-    + " The speech is LibriSpeech's; its words are held against another Whisper's transcript.",
-    "accent-bundled": """Synthetic accents of one synthesiser (espeak-ng), a small bundled codec and Whisper tiny.en: what
+    "audiosae-librispeech": WHISPER.format(speech="The speech is LibriSpeech."),
+    "accent-bundled": """\
+Synthetic accents of one synthesiser (espeak-ng), a small bundled codec and Whisper tiny.en: what
 the procedure and its controls do; no claim about the paper's codecs or about people's accents.""",
 }
 MARKS = {"positive": "▲ supports", "negative": "▼ against", "undecided": "◆ not shown", "measured": "● measured"}
