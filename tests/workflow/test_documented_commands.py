@@ -106,6 +106,7 @@ WAYS = {
     ".venv-peers/bin/python benchmarks/sae_training.py --quick": HELP,
     ".venv/bin/python benchmarks/sae_training.py --libraries eqknobs": HELP,
     ".venv/bin/python benchmarks/sae_seeds.py": HELP,
+    ".venv/bin/python benchmarks/growth.py": HELP,
     ".venv/bin/python benchmarks/moshi_speed.py": HELP,
     ".venv/bin/python benchmarks/moshi_speed.py --quick --out quick.csv": HELP,  # test_moshi_speed.py runs it
     "python tools/synthesise.py training work/speech --minutes 100": HELP,

@@ -23,7 +23,7 @@ def small(folder: Path, each: int | None, *more: str) -> subprocess.CompletedPro
     def change(config: dict) -> None:
         config["hardware"]["shard_clips"] = each
         config["run"]["targets"] = ["tiny-mimi.encoder_layer.0", "tiny-mimi.encoder_transformer"]
-        config["data"]["max_utterances"], config["codec"]["clips"] = 24, 3
+        config["data"]["max_utterances"], config["codec"]["clips"] = 24, 9
         config["saes"] = {"topk": {**config["saes"]["topk"], "epochs": 1}}
         del config["saes"]["topk"]["grid"]
         config |= dict.fromkeys(OFF)
@@ -51,29 +51,29 @@ def test_every_kind_of_job_is_planned_in_shards_of_at_most_so_many_clips(tmp_pat
     whole, split = (counts(small(folder, each, "-n")) for each in (None, 10))
     assert not [name for name in whole if "shard" in name]
     found = {name.removesuffix("_shard"): number for name, number in split.items() if name.endswith("_shard")}
-    # 24 clips are heard in one pass for both targets, and labelled for one; of 2 x 3 that are rendered there are few.
-    assert found == {"activations": 3, "labels": 3, "originals": 3}
+    # 24 clips are heard in one pass for both targets, and labelled for one; 2 x 9 are judged at most.
+    assert found == {"activations": 3, "labels": 3, "originals": 3, "judgements": 2}
     assert {name: number for name, number in split.items() if "shard" not in name} == whole
     few = counts(small(folder, 2, "-n"))
-    assert few["codec_renders_shard"] == 2 * 2 and few["judgements_shard"] == 3
+    assert few["codec_renders_shard"] == 2 * 5 and few["judgements_shard"] == 9
 
 
 @pytest.mark.slow
 def test_a_run_in_shards_has_the_same_bytes_and_another_number_reruns_nothing(tmp_path: Path) -> None:
     whole, split = (copy_workflow(tmp_path / name) for name in ("whole", "split"))
     small(whole, None, "--cores", "1")
-    ran = counts(small(split, 2, "--cores", "2"))
+    ran = counts(small(split, 8, "--cores", "2"))
     assert {f"{name}_shard" for name in SPLIT} <= set(ran)
     for part in ("activations", "labels", "renders", "scores", "saes", "tables"):
         here, there = (folder / "results/small" / part for folder in (whole, split))
         names = [str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()]
         assert sorted(names) == sorted(str(path.relative_to(there)) for path in there.rglob("*") if path.is_file())
         assert filecmp.cmpfiles(here, there, names, shallow=False)[1:] == ([], []), part
-    for each in (None, 5):
+    for each in (None, 7):
         assert "Nothing to be done" in small(split, each, "-n").stdout + small(split, each, "-n").stderr
     # What one job of shards left half-done, another number of shards goes on with.
     labels = split / "results/small/labels/tiny-mimi.encoder_layer.0.h5"
     before = labels.read_bytes()
     labels.unlink()
-    ran = counts(small(split, 8, "--cores", "2"))
-    assert ran["labels_shard"] == 3 and labels.read_bytes() == before
+    ran = counts(small(split, 12, "--cores", "2"))
+    assert ran["labels_shard"] == 2 and labels.read_bytes() == before

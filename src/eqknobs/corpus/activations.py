@@ -107,17 +107,16 @@ def cache_shard(
     """
     device, manifest = pick_device(cfg["model"].get("device") or "auto"), _manifest(manifest_csv)
     store = _Store(pieces, cfg["model"], cfg, device, file_sha256(manifest_csv))
-    with ExitStack() as stack:
-        with store.one_pass():  # one shard lays out, the others find that
-            stack.enter_context(gpu_lock(device))  # kept: in this order, so that none has it and waits for the pass
-            model = load_model(cfg["model"])
-            works = _works(model, store.wanted(cfg["site"], Path(out_h5), siblings), cfg["model"], cfg, store)
-            works = [work for work in works if not work.is_done() and not store.has(work.site)]
-            if not works:
-                return
-            stack.enter_context(disk_full(works[0].path))
-            _lay_out(works, manifest, model, cfg)
-        _fill(works, manifest, model, _heard_by(model), clips=of_shard(range(len(manifest)), shard))
+    with gpu_lock(device):
+        model = load_model(cfg["model"])
+        works = _works(model, store.wanted(cfg["site"], Path(out_h5), siblings), cfg["model"], cfg, store)
+        works = [work for work in works if not work.is_done() and not store.has(work.site)]
+        if not works:
+            return
+        with disk_full(works[0].path):
+            with writer_lock(works[0].path):  # one shard lays out, the others find that
+                _lay_out(works, manifest, model, cfg)
+            _fill(works, manifest, model, _heard_by(model), clips=of_shard(range(len(manifest)), shard))
 
 
 def _manifest(path: str | Path) -> pd.DataFrame:
