@@ -414,7 +414,16 @@ def speech_files(wildcards):
     source, path = data["source"], data.get("path")
     if source in ("librispeech", "union", "mixture"):
         return []
+    if source == "synthesis":
+        return [data["sentences"]]
     return corpus_files(path) if source == "folder" else [path]
+
+
+def made_sounds(wildcards):
+    """A mark of a synthetic corpus, which is made again when some of its clips are gone."""
+    if corpus_data(wildcards)["source"] != "synthesis":
+        return ""
+    return DIGESTS.of_sounds(manifest_file(wildcards.corpus), really_runs())
 
 
 def speech_lm_files(wildcards):

@@ -5,6 +5,7 @@ import pytest
 from eqknobs.corpus.activations import ActivationsCfg
 from eqknobs.corpus.labels import LabelsCfg
 from eqknobs.corpus.manifest import CorpusCfg
+from eqknobs.corpus.synthesis import SynthesisCfg
 from eqknobs.evidence.stage import TablesCfg
 from eqknobs.models import ModelCfg
 from eqknobs.sae.training import GridCfg, SAECfg
@@ -13,7 +14,6 @@ from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.accent.coding import SaeCfg
 from eqknobs.stages.accent.compute import AccentCfg, ClassifierCfg
 from eqknobs.stages.accent.compute import CodecCfg as AccentCodecCfg
-from eqknobs.stages.accent.speech import SynthesisCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
 from eqknobs.stages.domains.compute import DomainsCfg
