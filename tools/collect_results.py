@@ -1,4 +1,4 @@
-"""Copy a finished run's tables and report figures to docs/results, and write its README.md from the run's summary:
+"""Copy a finished run's tables and report figures to docs/results/<run>, and write its summary as README.md:
 `python tools/collect_results.py bundled-full`.
 
 The figures are the pages' own drawings, with their light colours written in. With Chromium at hand the overview's head
@@ -16,17 +16,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking"
 
-INTRODUCTION = """# Results of the bundled models
+INTRODUCTION = """# Results of `config/{run}.yaml`
 
-Written by `tools/collect_results.py {run}` from a finished run of `config/{run}.yaml`; do not edit. The sentences are
-the report's own, made from the numbers in [tables/](tables) ([what the columns mean](../tables.md)).
+Written by `tools/collect_results.py {run}` from a finished run; do not edit. The sentences are the report's own, made
+from the numbers in [tables/](tables) ([what the columns mean](../../tables.md)). A triangle down is a result against
+the method's claim.
 
-What they prove: the chain runs on a real trained codec, and its controls and nulls behave. What they do not prove:
-anything about kyutai's Mimi or about natural speech. The speech is synthetic, some voices are derived from one another,
-and the codec is small and was trained on part of the voices. With so few test speakers, intervals (95 %, speakers
-resampled, then utterances) are likely too narrow for voices in general. A triangle down is a result against the
-method's claim.
+{scope}
 """
+BUNDLED = """\
+What they prove: the chain runs on a real trained codec, and its controls and nulls behave. What they do not
+prove: anything about kyutai's Mimi or about natural speech. The speech is synthetic, some voices are derived from one
+another, and the codec is small and was trained on part of the voices. With so few test speakers, intervals (95 %,
+speakers resampled, then utterances) are likely too narrow for voices in general."""
+WHISPER = """\
+These are claims about OpenAI's Whisper tiny.en (and base, where it is named) on this data, not about the models of
+the paper, nor about its corpora: a few minutes of sound stand for its 2,800 hours. The words are judged by the model
+itself. {speech}"""
+SCOPES = {
+    "audiosae-tiny.en": WHISPER.format(speech="The speech is synthetic."),
+    "audiosae-librispeech": WHISPER.format(speech="The speech is LibriSpeech."),
+    "accent-bundled": """\
+Synthetic accents of one synthesiser (espeak-ng), a small bundled codec and Whisper tiny.en: what
+the procedure and its controls do; no claim about the paper's codecs or about people's accents.""",
+}
 MARKS = {"positive": "▲ supports", "negative": "▼ against", "undecided": "◆ not shown", "measured": "● measured"}
 
 
@@ -45,7 +58,7 @@ def findings(summary: dict) -> str:
 
 
 def main(run: str) -> None:
-    source, out = ROOT / "results" / run, ROOT / "docs/results"
+    source, out = ROOT / "results" / run, ROOT / "docs/results" / run
     page = (source / "report/index.html").read_text()
     stages = dict.fromkeys(re.findall(r'<a href="(\w+\.html)"', page))  # in the order of the navigation
     pages = "".join((source / "report" / name).read_text() for name in stages)
@@ -62,7 +75,13 @@ def main(run: str) -> None:
         (out / "figures" / f"{number:02d}-{name}.svg").write_text(drawing)
     pictures = [f"![{p.stem[3:].replace('-', ' ')}](figures/{p.name})" for p in sorted((out / "figures").iterdir())]
     summary = json.loads((out / "tables/summary.json").read_text())
-    text = INTRODUCTION.format(run=run) + findings(summary) + "\n## Figures\n\n" + "\n".join(pictures) + "\n"
+    text = (
+        INTRODUCTION.format(run=run, scope=SCOPES.get(run, BUNDLED))
+        + findings(summary)
+        + "\n## Figures\n\n"
+        + "\n".join(pictures)
+        + "\n"
+    )
     (out / "README.md").write_text(text)
     if shutil.which("chromium"):
         with tempfile.TemporaryDirectory() as profile:

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("speech", type=Path)
     parser.add_argument("codes", type=Path)
     parser.add_argument("--model", type=Path, default=Path("resources/models/tiny-moshi"))
-    parser.add_argument("--table", type=Path, default=Path("docs/results/tables/speech_lm.csv"))
+    parser.add_argument("--table", type=Path, default=Path("docs/results/bundled-full/tables/speech_lm.csv"))
     parser.add_argument("--out", type=output_file, default="docs/tiny-moshi.png")
     args = parser.parse_args()
     model = Moshi({"name": "tiny-moshi", "kind": "moshi", "path": str(args.model), "device": "cpu"})

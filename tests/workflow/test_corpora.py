@@ -39,6 +39,7 @@ def with_corpora(config: dict) -> None:
         "lm_quantisation",
         "lm_recipe",
         "lm_steering",
+        "splicing",
     )
     config.update(dict.fromkeys(off))
 

@@ -87,7 +87,7 @@ def test_talk_works_with_nothing_but_the_repository(tmp_path, monkeypatch, capsy
 
 
 def test_the_committed_table_has_its_conditions_and_intervals():
-    table = pd.read_csv(ROOT / "docs/results/tables/speech_lm.csv").set_index("condition")
+    table = pd.read_csv(ROOT / "docs/results/bundled-full/tables/speech_lm.csv").set_index("condition")
     assert {"intact", "sampled", "forced", "heads_zeroed_.1", "heads_zeroed_.25", "heads_zeroed_.5"} <= set(table.index)
     assert (table.loc[["intact", "sampled", "forced"], "answers"] >= 100).all() and (table["split"] == "test").all()
     for name in SHARES:
