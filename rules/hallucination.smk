@@ -6,6 +6,7 @@ SECTIONS["hallucination"] = {
     "non_speech": config["hallucination"]["non_speech"],
     "wer_margin": config["hallucination"]["wer_margin"],
     "tau": config["hallucination"]["tau"],
+    "held_out": config["hallucination"]["held_out"],
 }
 TABLES += ["hallucination"]
 TABLE_INPUTS += expand(f"{RUN}/scores/{{model}}.hallucination.csv", model=HALLUCINATING)

@@ -372,7 +372,7 @@ def world_run(tmp_path_factory: pytest.TempPathFactory):
 
 
 def context(run: Path) -> Context:
-    own = {"targets": ["w"], "non_speech": ["music"], "wer_margin": 0.1, "tau": 0.5}
+    own = {"targets": ["w"], "non_speech": ["music"], "wer_margin": 0.1, "tau": 0.5, "held_out": []}
     return Context("w", Declared.below(run), {"bootstrap": 50, "seed": 0}, own)
 
 

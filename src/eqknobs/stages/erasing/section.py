@@ -37,7 +37,7 @@ LOOKS = {
 }
 
 
-SHORT = {"fisher": "", "classifier": ", classifier's", "random": ", random"}
+SHORT = {"fisher": "", "classifier": ", by weight", "random": ", random"}
 
 
 def _name(space: str, order: str) -> str:
@@ -108,7 +108,7 @@ def _share(row: dict[str, Any]) -> str:
     if row["gone"] == 1:
         return "not before all"
     share, low, high = (100 * row[name] for name in ("gone", "gone_low", "gone_high"))
-    return f"{share:.3g} % [{low:.3g}, {high:.3g}]"
+    return f"{share:.2g} % [{low:.2g}, {high:.2g}]"
 
 
 def _ends_of_curves(rows: pd.DataFrame) -> pd.DataFrame:

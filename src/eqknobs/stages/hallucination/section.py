@@ -110,16 +110,16 @@ def show(at: Context) -> dict[str, Any]:
     rows = rows.assign(order=rows["arm"].map(place)).sort_values("order", kind="stable")
     named: dict[str, Any] = {"arm": lambda r: ARMS[r["arm"]], "setting": lambda r: setting(r) or "–"}
     sound: dict[str, Any] = {
-        "words written": ("hallucination_rate", 3),
-        "detected": ("detection_rate", 3),
-        "no_speech_prob": ("no_speech_prob", 3),
+        "words": ("hallucination_rate", 2),
+        "detected": ("detection_rate", 2),
+        "no_speech_prob": ("no_speech_prob", 2),
     }
     speech: dict[str, Any] = {
-        "WER": ("wer_text", 3),
-        "left out": ("deletions", 3),
-        "detected, of speech": ("detection_rate_speech", 3),
+        "WER": ("wer_text", 2),
+        "deleted": ("deletions", 2),
+        "speech detected": ("detection_rate_speech", 2),
     }
-    kept: dict[str, Any] = {"margin kept on val": lambda r: "yes" if r["within_margin"] else "no"}
+    kept: dict[str, Any] = {"margin kept": lambda r: "yes" if r["within_margin"] else "no"}
     number = {"clips / speakers": display.sample}
     test, val = rows[rows["split"] == "test"], rows[rows["split"] == "val"]
     domains = test[test["domain"] != "all"]
@@ -140,6 +140,8 @@ def show(at: Context) -> dict[str, Any]:
         "about": about,
         "tau": at.own["tau"],
         "wer_margin": at.own["wer_margin"],
+        "non_speech": ", ".join(at.own["non_speech"]).capitalize(),
+        "held_out": at.own["held_out"],
     }
 
 
