@@ -295,17 +295,21 @@ def model_files(wildcards):
 
 
 def reference_files(wildcards):
-    """The files of the model whose transcripts stand for texts in `splicing`, where one does."""
-    reference = config["splicing"].get("reference")
+    """The files of the model whose transcripts stand for texts, where one's do."""
+    reference = (config["splicing"] or {}).get("reference")
     return files_of(reference) if reference else []
+
+
+def reference_slice():
+    """That model, as a part of a slice."""
+    reference = (config["splicing"] or {}).get("reference")
+    return {"reference": model_config(config, reference)} if reference else {}
 
 
 def splicing_slice(wildcards):
     """The slice of what is lost downstream of a target's SAEs, with the model whose transcripts stand for texts."""
     splicing = but(config["splicing"], "targets", "saes", "seeds", "reference")
-    if reference := config["splicing"].get("reference"):
-        splicing["reference"] = model_config(config, reference)
-    return {**opened(wildcards), **splicing}
+    return {**opened(wildcards), **splicing, **reference_slice()}
 
 
 def files_of(name):

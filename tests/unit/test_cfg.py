@@ -75,7 +75,7 @@ TYPED = [
     (SynthesisCfg, ["accent.synthesis"], set(), {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
-    (HallucinationCfg, ["hallucination"], {"models", "sae"}, {"model", "seed", "content"}),
+    (HallucinationCfg, ["hallucination"], {"models", "sae"}, {"model", "reference", "seed", "content"}),
     (RivalsCfg, ["hallucination.rivals"], set(), set()),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, OPENED),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, OPENED | {"seed"}),

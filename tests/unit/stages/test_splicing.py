@@ -218,7 +218,9 @@ def test_few_clips_decide_nothing(clips: int, verdict: str) -> None:
 
 
 def test_sizes_and_sparsities_of_a_grid_are_drawn_and_listed(tmp_path) -> None:
-    grid = [{"k": k, "d_sae": d, "val_fvu": 5 / k, "val_l0": k, "dead_share": 0.25} for k in (50, 25) for d in (32, 128)]
+    grid = [
+        {"k": k, "d_sae": d, "val_fvu": 5 / k, "val_l0": k, "dead_share": 0.25} for k in (50, 25) for d in (32, 128)
+    ]
     write_csv(tmp_path / "saes/w.layer.2/front/grid/front.csv", pd.DataFrame(grid))
     write_csv(tmp_path / "saes/w.layer.2/other/grid/front.csv", pd.DataFrame([{"l0": 9} | grid[0]]).drop(columns="k"))
     found = fronts(Context("w.layer.2", Inputs.below(tmp_path), {}, {}), ["front", "other", "without"])
@@ -235,4 +237,6 @@ def test_sizes_and_sparsities_of_a_grid_are_drawn_and_listed(tmp_path) -> None:
     assert points({}) is None
     last = pd.DataFrame([{"val_l0": 30.0, "val_fvu": 0.2}])
     drawn = _front(found, {(sae, 0): last for sae in ("front", "other")}, ["front", "other"], 0)
-    assert all(f"{sae}, {width} features" in drawn["svg"] for sae, width in (("front", 32), ("front", 128), ("other", 32)))
+    assert all(
+        f"{sae}, {width} features" in drawn["svg"] for sae, width in (("front", 32), ("front", 128), ("other", 32))
+    )

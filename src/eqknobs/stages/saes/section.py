@@ -69,12 +69,14 @@ def fronts(at: Context, saes: list[str]) -> dict[str, pd.DataFrame]:
 
 def points(found: dict[str, pd.DataFrame]) -> dict[str, Any] | None:
     """The table of all points of all grids, in the order of the lists; found: see `fronts`."""
-    measured = {"val_l0", "val_fvu", "dead_share"}
-    rows = pd.concat([own.sort_index().assign(sae=sae) for sae, own in found.items()]) if found else None
-    keys = [key for key in ("d_sae", *rows) if key in rows and key not in {*measured, "sae"}] if found else []
-    columns: dict[str, Any] = {"SAE": "sae", **{key: key for key in dict.fromkeys(keys)}}
+    if not found:
+        return None
+    rows = pd.concat([own.sort_index().assign(sae=sae) for sae, own in found.items()])
+    measured = ["val_l0", "val_fvu", "dead_share", "sae"]
+    keys = sorted((key for key in rows if key not in measured), key=lambda key: key != "d_sae")
+    columns: dict[str, Any] = {"SAE": "sae", **{key: key for key in keys}}
     columns |= {"L0, val": ("val_l0", 1), "FVU, val": ("val_fvu", 3), "dead share": ("dead_share", 3)}
-    return display.laid_out(rows, columns) if found else None
+    return display.laid_out(rows, columns)
 
 
 def _front(
