@@ -2,7 +2,7 @@
 `python tools/collect_results.py bundled-full`.
 
 The figures are the pages' own drawings, with their light colours written in. With Chromium at hand the overview's head
-and its player are pictured too (README.md shows them), with the text between them left out.
+and its player, where it has one, are pictured too (README.md shows them), with the text between them left out.
 """
 
 import json
@@ -83,7 +83,7 @@ def main(run: str) -> None:
         + "\n"
     )
     (out / "README.md").write_text(text)
-    if shutil.which("chromium"):
+    if shutil.which("chromium") and 'class="player' in page:
         with tempfile.TemporaryDirectory() as profile:
             shortened = Path(profile) / "page.html"
             shortened.write_text(
