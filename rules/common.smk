@@ -368,17 +368,21 @@ def model_files(wildcards):
 
 
 def reference_files(wildcards):
-    """The files of the model whose transcripts stand for texts in `splicing`, where one does."""
-    reference = config["splicing"].get("reference")
+    """The files of the model whose transcripts stand for texts, where one's do."""
+    reference = (config["splicing"] or {}).get("reference")
     return files_of(reference) if reference else []
+
+
+def reference_slice():
+    """That model, as a part of a slice."""
+    reference = (config["splicing"] or {}).get("reference")
+    return {"reference": model_config(config, reference)} if reference else {}
 
 
 def splicing_slice(wildcards):
     """The slice of what is lost downstream of a target's SAEs, with the model whose transcripts stand for texts."""
     splicing = but(config["splicing"], "targets", "saes", "seeds", "reference")
-    if reference := config["splicing"].get("reference"):
-        splicing["reference"] = model_config(config, reference)
-    return {**opened(wildcards), **splicing}
+    return {**opened(wildcards), **splicing, **reference_slice()}
 
 
 def files_of(name):
@@ -487,7 +491,16 @@ def speech_files(wildcards):
     source, path = data["source"], data.get("path")
     if source in ("librispeech", "union", "mixture"):
         return []
+    if source == "synthesis":
+        return [data["sentences"]]
     return corpus_files(path) if source == "folder" else [path]
+
+
+def made_sounds(wildcards):
+    """A mark of a synthetic corpus, which is made again when some of its clips are gone."""
+    if corpus_data(wildcards)["source"] != "synthesis":
+        return ""
+    return DIGESTS.of_sounds(manifest_file(wildcards.corpus), really_runs())
 
 
 def speech_lm_files(wildcards):

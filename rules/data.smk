@@ -46,6 +46,7 @@ rule manifest:
             },
             data=speech_files,
             labels=label_files,
+            sounds=made_sounds,
         ),
     message:
         "Draw the manifest"

@@ -6,6 +6,7 @@ SECTIONS["hallucination"] = {
     "non_speech": config["hallucination"]["non_speech"],
     "wer_margin": config["hallucination"]["wer_margin"],
     "tau": config["hallucination"]["tau"],
+    "held_out": config["hallucination"]["held_out"],
 }
 TABLES += ["hallucination"]
 TABLE_INPUTS += expand(f"{RUN}/scores/{{model}}.hallucination.csv", model=HALLUCINATING)
@@ -29,6 +30,7 @@ rule hallucination:
         heard=lambda wildcards: manifest_file(corpus_of(HOMES[wildcards.model][0])),
         caches=of_homes(HOMES, f"{RUN}/activations/{{home}}.h5"),
         model=lambda wildcards: files_of(wildcards.model),
+        reference=reference_files,
         saes=of_homes(HOMES, f"{RUN}/saes/{{home}}/{{sae}}/seed{{seed}}/config.json"),
         weights=of_homes(
             HOMES, f"{RUN}/saes/{{home}}/{{sae}}/seed{{seed}}/sae.safetensors"
@@ -54,9 +56,11 @@ rule hallucination:
             lambda wildcards: {
                 **but(config["hallucination"], "models", "sae"),
                 "model": model_config(config, wildcards.model),
+                **reference_slice(),
                 "seed": SEED,
             },
             model=lambda wildcards: files_of(wildcards.model),
+            reference=reference_files,
         ),
     message:
         "Keep {wildcards.model} from writing where nobody speaks"

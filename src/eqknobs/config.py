@@ -102,7 +102,7 @@ def settle(config: dict[str, Any], typed: Mapping[str, Any] | None = None) -> No
     config.update(settled(config))
     _own_speech(config["data"])
     for corpus in (config["data"], *config.get("corpora", {}).values()):
-        if corpus["source"] not in ("union", "mixture"):
+        if "subset" in corpus:
             corpus["path" if corpus["source"] == "librispeech" else "subset"] = None
 
 

@@ -169,7 +169,9 @@ def sound_seconds(config: dict[str, Any], corpora: Iterable[str]) -> float:
     total = 0.0
     for name in corpora:
         data = corpus_config(config, name)
-        if "max_utterances" not in data:  # made of others
+        if data["source"] == "synthesis":
+            total += len(data["accents"]) * len(data["variants"]) * data["count"] * CLIP_SECONDS
+        elif "max_utterances" not in data:  # made of others
             total += sound_seconds(config, [data["of"]] if isinstance(data["of"], str) else data["of"])
         else:
             total += min(data["max_utterances"] * CLIP_SECONDS, 60 * data["max_minutes"])

@@ -5,6 +5,7 @@ import pytest
 from eqknobs.corpus.activations import ActivationsCfg
 from eqknobs.corpus.labels import LabelsCfg
 from eqknobs.corpus.manifest import CorpusCfg
+from eqknobs.corpus.synthesis import SynthesisCfg
 from eqknobs.evidence.stage import TablesCfg
 from eqknobs.models import ModelCfg
 from eqknobs.sae.training import GridCfg, SAECfg
@@ -13,7 +14,6 @@ from eqknobs.sound.judges import JudgesCfg
 from eqknobs.stages.accent.coding import SaeCfg
 from eqknobs.stages.accent.compute import AccentCfg, ClassifierCfg
 from eqknobs.stages.accent.compute import CodecCfg as AccentCodecCfg
-from eqknobs.stages.accent.speech import SynthesisCfg
 from eqknobs.stages.codec.compute import CodecCfg
 from eqknobs.stages.codec_training.training import AdversarialCfg, CodecTrainingCfg
 from eqknobs.stages.domains.compute import DomainsCfg
@@ -76,7 +76,7 @@ TYPED = [
     (SynthesisCfg, ["accent.synthesis"], set(), {"seed", "content"}),
     (ProbesCfg, ["probes"], PLANNED | {"saes", "properties", "reference"}, JOB | {"property", "parts"}),
     (FeaturesCfg, ["features"], PLANNED | {"saes", "captions"}, JOB),
-    (HallucinationCfg, ["hallucination"], {"models", "sae"}, {"model", "seed", "content"}),
+    (HallucinationCfg, ["hallucination"], {"models", "sae"}, {"model", "reference", "seed", "content"}),
     (RivalsCfg, ["hallucination.rivals"], set(), set()),
     (CodecCfg, ["codec"], PLANNED | {"saes"}, SOUNDING),
     (CalibrationCfg, ["steering"], PLANNED | {"clips", "alphas", "listen", "other_alpha"}, SOUNDING | {"seed"}),

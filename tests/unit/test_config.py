@@ -499,7 +499,7 @@ def test_the_schema_is_one_and_every_key_says_what_it_means():
 
     splits, sizes = {"train", "val", "test"}, {"dim", "layers", "heads", "hidden", "context", "codebooks"}
     sizes |= {f"dep_{size}" for size in ("dim", "layers", "heads", "hidden")}
-    choosers = {"kind", "variant", "source", "data"}  # their description stands with the mapping
+    choosers = {"kind", "variant", "source", "data", "synthesis"}  # their description stands with the mapping
     assert silent(schema()) == {*splits, *sizes, *choosers, "pitch", "rms", "models", "items"}  # `probes.properties`
 
 
@@ -541,6 +541,11 @@ def corpora(config):
     }
 
 
+def said(config, **changes):
+    """A corpus that espeak-ng says."""
+    return {"source": "synthesis"} | config["accent"]["synthesis"] | changes
+
+
 def voice_of(corpus):
     """Who speaks is asked of a corpus beside speech that is split by sentence."""
 
@@ -567,6 +572,12 @@ def voice_of(corpus):
                 n={"source": "mixture", "of": ["speech"], "noise": ["music"], "snr_db": [9, 0]}
             ),
             "corpora.n.snr_db: from 9 to less",
+        ),
+        (lambda c: c["corpora"].update(n=said(c, count=3)), "corpora.n.count: 3 is less than"),
+        (lambda c: c["corpora"].update(n=said(c, path="x")), "corpora.n: unknown key 'path'"),
+        (
+            lambda c: c["corpora"].update(n=said(c, splits={"train": 0.5, "val": 0.5, "test": 0.5})),
+            "corpora.n.splits: the three shares",
         ),
         (lambda c: c["corpora"]["music"].update(min_seconds=99), "corpora.music.min_seconds: 99 must be below"),
         (lambda c: c["corpora"]["music"].update(path=None), "corpora.music.path: is null"),

@@ -69,6 +69,8 @@ def test_sound_is_bounded_by_clips_and_by_minutes_and_a_union_is_its_parts(confi
     config["corpora"] = {"music": {"source": "folder", "max_utterances": 10, "max_minutes": 60}}
     config["corpora"]["both"] = {"source": "union", "of": ["speech", "music"]}
     assert forecast.sound_seconds(config, ["both", "music"]) == 600 + 2 * 123
+    config["corpora"]["said"] = {"source": "synthesis", "accents": ["a", "b"], "variants": ["c"] * 5, "count": 10}
+    assert forecast.sound_seconds(config, ["said"]) == pytest.approx(2 * 5 * 10 * 12.3)
 
 
 def test_time_grows_with_work_above_a_fixed_cost_and_disk_as_each_stage_says(config):

@@ -251,5 +251,6 @@ def test_tiny_en_compares_scales_variants_and_sizes_at_one_layer() -> None:
     assert all(sae["targets"] == ["*.2"] and sae["corpus"] == "heard" for sae in compared.values())
     assert {sae["input_scale"] for sae in compared.values() if "input_scale" in sae} == {"raw", "unit_norm", "scalar"}
     assert {sae["variant"] for sae in compared.values()} == {"batchtopk", "topk", "jumprelu"}
+    assert {sae["epochs"] for sae in compared.values()} == {4}
     width = 384  # of tiny.en
     assert compared["front"]["grid"] == {"k": [25, 50, 100], "d_sae": [8 * width, 32 * width]}

@@ -11,14 +11,19 @@ from helpers import ROOT
 from helpers.workflow import copy_workflow, snakemake, write_config
 
 TARGET = "tiny-mimi.encoder_transformer"
+SAID = {"accents": ["en-us", "en-029"], "variants": ["m1", "f1", "m2"], "count": 4}
+SAID |= {"splits": {"train": 0.34, "val": 0.33, "test": 0.33}}
+SAID_MANIFEST = "results/small/manifest/said/manifest.csv"
 
 
 def with_corpora(config: dict) -> None:
-    """Two corpora of six voices each and both together; an SAE on both, probes on one and on both."""
+    """Two corpora of six voices each and both together, one that espeak-ng says; an SAE on both, probes on one and on
+    both."""
     config["data"].update(path="one", labels=None, max_utterances=18)
     config["corpora"] = {
         "other": config["data"] | {"path": "two"},
         "mix": {"source": "union", "of": ["other", "speech"]},
+        "said": {"source": "synthesis"} | config["accent"]["synthesis"] | SAID,
     }
     config["saes"] = {"topk": config["saes"]["topk"] | {"corpus": "mix", "grid": None}}
     config["sae_seeds"] = [0]
@@ -47,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / f"resources/corpus/{speaker}", folder / name / str(speaker))
     write_config(folder, with_corpora)
     judged = f"results/small/scores/{TARGET}@other.codec.words.csv"
-    snakemake(folder, "--cores", "2", "dictionaries", "probings", judged)
+    snakemake(folder, "--cores", "2", "dictionaries", "probings", judged, SAID_MANIFEST)
     return folder
 
 
@@ -59,6 +64,13 @@ def test_a_union_keeps_every_clip_and_its_split(run: Path) -> None:
     splits = dict(zip("speech-" + speech["id"], speech["split"])) | dict(zip("other-" + other["id"], other["split"]))
     assert dict(zip(mix["id"], mix["split"])) == splits
     assert mix.groupby("speaker")["split"].nunique().max() == 1
+
+
+def test_synthetic_speech_is_a_corpus(run: Path) -> None:
+    said = read_csv(run / SAID_MANIFEST)
+    assert set(said["accent"]) == set(SAID["accents"]) and set(said["speaker"]) == set(SAID["variants"])
+    assert said.groupby(["speaker", "text"])["accent"].nunique().unique().tolist() == [2]
+    assert all((run / path).is_file() for path in said["path"])
 
 
 def test_stages_hear_the_corpora_that_they_list(run: Path) -> None:
@@ -90,9 +102,11 @@ def test_another_draw_of_one_corpus_leaves_the_others_alone(run: Path) -> None:
         config["corpora"]["other"]["max_utterances"] = 12
 
     write_config(run, fewer)
-    lines = snakemake(run, "--summary", "dictionaries", "probings").stdout.splitlines()
+    (run / read_csv(run / SAID_MANIFEST)["path"].iloc[0]).unlink()  # which has it said again
+    lines = snakemake(run, "--summary", "dictionaries", "probings", SAID_MANIFEST).stdout.splitlines()
     stale = {line.split("\t")[0] for line in lines if line.endswith("update pending")}
     write_config(run, with_corpora)
     assert (
         f"results/small/activations/{TARGET}@other.h5" in stale and "results/small/manifest/manifest.csv" not in stale
     )
+    assert SAID_MANIFEST in stale

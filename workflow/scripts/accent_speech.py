@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import eqknobs.script
-from eqknobs.stages.accent.speech import SynthesisCfg, synthesise
+from eqknobs.corpus.synthesis import SynthesisCfg, synthesise
+from eqknobs.io import write_csv
 
 
 def main(inputs: Any, outputs: Any, cfg: SynthesisCfg) -> None:
-    synthesise(Path(outputs.manifest).parent, outputs.manifest, cfg, cfg["seed"])
+    write_csv(outputs.manifest, synthesise(Path(outputs.manifest).parent, cfg, cfg["seed"]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import pandas as pd
+
 import eqknobs.script
 from eqknobs.corpus.manifest import CorpusCfg, build_manifest, fetch, unite
 from eqknobs.corpus.mixtures import MixtureCfg, mix
+from eqknobs.corpus.synthesis import SynthesisCfg, synthesise
 from eqknobs.errors import counted
 from eqknobs.io import read_csv, write_csv, write_json
 
@@ -15,8 +18,12 @@ class UnionCfg(TypedDict):
     of: list[str]  # corpora
 
 
+class SyntheticCfg(SynthesisCfg):
+    source: Literal["synthesis"]
+
+
 class JobCfg(TypedDict):
-    data: CorpusCfg | UnionCfg | MixtureCfg
+    data: CorpusCfg | UnionCfg | MixtureCfg | SyntheticCfg
     max_minutes: float | None  # as the last draw had it, where neither limits that
     seed: int
 
@@ -28,6 +35,9 @@ def main(inputs: Any, outputs: Any, cfg: JobCfg) -> None:
     elif data["source"] == "mixture":
         parts = {name: read_csv(path) for name, path in zip([*data["of"], *data["noise"]], inputs.parts, strict=True)}
         manifest, rejected = mix(parts, data, Path(outputs.manifest).parent, cfg["seed"])
+    elif data["source"] == "synthesis":
+        manifest = synthesise(Path(outputs.manifest).parent, data, cfg["seed"])
+        rejected = pd.DataFrame(columns=["path", "reason"])
     else:
         folder = fetch(data, Path("work"))
         manifest, rejected = build_manifest(folder, data, cfg["seed"])

@@ -14,6 +14,9 @@ def check(config: dict[str, Any]) -> None:
     _check_pitch(config["labels"])
     _check_corpus("data", config["data"])
     for name, corpus in config.get("corpora", {}).items():
+        if corpus["source"] == "synthesis":
+            check_shares(f"corpora.{name}", corpus["splits"])
+            continue
         if corpus["source"] not in MADE:
             _check_corpus(f"corpora.{name}", corpus)
             continue
@@ -24,6 +27,12 @@ def check(config: dict[str, Any]) -> None:
                 check_corpus(config, f"corpora.{name}.{key}", part)
                 if (made := corpus_config(config, part)["source"]) in MADE:
                     raise EqknobsError(f"config: corpora.{name}.{key}: {part} is a {made} itself; name its parts")
+
+
+def check_shares(key: str, splits: dict[str, float]) -> None:
+    """Raises EqknobsError, naming the key, where the splits' shares are not the whole."""
+    if abs(sum(splits.values()) - 1) > 1e-6:
+        raise EqknobsError(f"config: {key}.splits: the three shares must add up to 1")
 
 
 def _check_range(section: str, low: str, high: str, values: dict[str, Any]) -> None:
@@ -59,8 +68,7 @@ def _check_corpus(key: str, data: dict[str, Any]) -> None:
         raise EqknobsError(
             f"config: {key}.split_by: needs {key}.labels, a CSV that has this column; give it, or set null"
         )
-    if abs(sum(data["splits"].values()) - 1) > 1e-6:
-        raise EqknobsError(f"config: {key}.splits: the three shares must add up to 1")
+    check_shares(key, data["splits"])
     if data.get("split_unit") == "sentence" and data["split_by"]:
         raise EqknobsError(
             f"config: {key}.split_by: keeps speakers apart, {key}.split_unit: sentence does not; drop one"

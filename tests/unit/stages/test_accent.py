@@ -15,10 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.preprocessing import StandardScaler
 
+from eqknobs.corpus import synthesis
 from eqknobs.errors import EqknobsError
+from eqknobs.io import write_csv
 from eqknobs.models import load_model
 from eqknobs.pieces import Pieces
-from eqknobs.stages.accent import checks, coding, speech, tables
+from eqknobs.stages.accent import checks, coding, tables
 from eqknobs.stages.accent.classify import classify
 from eqknobs.stages.accent.coding import Cell, grid_cells
 from eqknobs.stages.accent.compute import halves, score_accent, task_of, thinned
@@ -43,24 +45,24 @@ SYNTHESIS = {
 
 @ESPEAK
 def test_a_clip_depends_on_its_accent_variant_and_sentence_alone() -> None:
-    first = speech.say("en-us", "m1", "we can't dance in the bath")
-    speech.say("en-gb-scotland", "f3", "something else")
-    again = speech.say("en-us", "m1", "we can't dance in the bath")
+    first = synthesis.say("en-us", "m1", "we can't dance in the bath")
+    synthesis.say("en-gb-scotland", "f3", "something else")
+    again = synthesis.say("en-us", "m1", "we can't dance in the bath")
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, speech.say("en-us", "m2", "we can't dance in the bath"))
+    assert not np.array_equal(first, synthesis.say("en-us", "m2", "we can't dance in the bath"))
     with pytest.raises(EqknobsError, match="no voice 'en-xx'"):
-        speech.say("en-xx", "m1", "hello")
+        synthesis.say("en-xx", "m1", "hello")
     with pytest.raises(EqknobsError, match="no variant 'nobody'"):
-        speech.sex_of("nobody")
-    assert (speech.sex_of("f1"), speech.sex_of("m1")) == ("F", "M")
+        synthesis.sex_of("nobody")
+    assert (synthesis.sex_of("f1"), synthesis.sex_of("m1")) == ("F", "M")
 
 
 @ESPEAK
 def test_accent_is_crossed_with_speaker_and_test_is_unseen(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        speech.synthesise(tmp_path / name, tmp_path / name / "manifest.csv", SYNTHESIS, 0)
-    manifest = pd.read_csv(tmp_path / "a/manifest.csv")
-    assert list(manifest["sha256"]) == list(pd.read_csv(tmp_path / "b/manifest.csv")["sha256"])
+        write_csv(tmp_path / f"{name}.csv", synthesis.synthesise(tmp_path / name, SYNTHESIS, 0))
+    manifest = pd.read_csv(tmp_path / "a.csv")
+    assert list(manifest["sha256"]) == list(pd.read_csv(tmp_path / "b.csv")["sha256"])
     said = manifest.groupby("accent").apply(lambda own: set(zip(own["speaker"], own["text"], own["split"])))
     assert said.iloc[0] == said.iloc[1]
     of = {split: own for split, own in manifest.groupby("split")}
@@ -73,18 +75,18 @@ def test_accent_is_crossed_with_speaker_and_test_is_unseen(tmp_path: Path) -> No
 def test_what_is_no_pause_gets_the_level_and_ends_go() -> None:
     wav = np.zeros(22050, np.float32)
     wav[4410:13230] = 0.01 * np.sin(np.arange(8820) / 5)
-    made = speech.levelled(wav, -26)
+    made = synthesis.levelled(wav, -26)
     assert len(made) == 8820
     assert 20 * np.log10(np.sqrt(np.mean(made.astype(float) ** 2))) == pytest.approx(-26, abs=0.1)
 
 
 def test_splits_spread_groups_and_refuse_what_is_too_few() -> None:
     names = {f"m{i}": "M" for i in range(6)} | {f"f{i}": "F" for i in range(6)}
-    found = speech.allotted(names, {"train": 0.5, "val": 0.25, "test": 0.25}, 0)
+    found = synthesis.allotted(names, {"train": 0.5, "val": 0.25, "test": 0.25}, 0)
     assert sorted(found.values()) == ["test"] * 3 + ["train"] * 6 + ["val"] * 3
     assert {names[name] for name, split in found.items() if split == "test"} == {"F", "M"}
     with pytest.raises(EqknobsError, match="too few"):
-        speech.allotted({"a": "M", "b": "F"}, {"train": 0.5, "val": 0.25, "test": 0.25}, 0)
+        synthesis.allotted({"a": "M", "b": "F"}, {"train": 0.5, "val": 0.25, "test": 0.25}, 0)
 
 
 # --- codes
@@ -234,7 +236,7 @@ def test_what_the_decoder_gets_and_weights_without_learning() -> None:
 
 @ESPEAK
 def test_every_row_of_a_run(tmp_path: Path) -> None:
-    speech.synthesise(tmp_path / "speech", tmp_path / "manifest.csv", SYNTHESIS, 0)
+    write_csv(tmp_path / "manifest.csv", synthesis.synthesise(tmp_path / "speech", SYNTHESIS, 0))
     cfg = {
         "model": MODEL,
         "codec": {"codebooks": [2, 4], "grid": 4, "shuffled": True},

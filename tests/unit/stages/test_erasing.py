@@ -268,6 +268,9 @@ def test_who_speaks_is_told_of_other_sentences_and_decides_the_sex(world) -> Non
     assert not texts["train"] & texts["test"] and len(texts["train"]) == 2
     assert nested(voice, sex) and nested(voice, accent) and not nested(sex, accent)
     assert sex.by_speaker and not voice.by_speaker
+    crossed = manifest.assign(accent=np.where(np.arange(len(manifest)) % 2, "a", "b"))
+    crossed = clip_task("accent", clips, crossed, 0)
+    assert not crossed.by_speaker and not nested(crossed, sex) and not nested(crossed, voice)
     with pytest.raises(EqknobsError, match="no column domain"):
         clip_task("domain", clips, manifest, 0)
     with pytest.raises(EqknobsError, match=r"0 value\(s\) of sex"):

@@ -23,7 +23,7 @@ from eqknobs.pieces import Pieces
 from eqknobs.sae.base import make_config, new_sae
 from eqknobs.stages.hallucination import section, tables
 from eqknobs.stages.hallucination.checks import check, hallucinating
-from eqknobs.stages.hallucination.clips import at_level, made, mixed, noise, rms_db, sourced
+from eqknobs.stages.hallucination.clips import at_level, made, mixed, noise, rms_db, sourced, speech
 from eqknobs.stages.hallucination.edits import (
     Fitted,
     Point,
@@ -372,7 +372,7 @@ def world_run(tmp_path_factory: pytest.TempPathFactory):
 
 
 def context(run: Path) -> Context:
-    own = {"targets": ["w"], "non_speech": ["music"], "wer_margin": 0.1, "tau": 0.5}
+    own = {"targets": ["w"], "non_speech": ["music"], "wer_margin": 0.1, "tau": 0.5, "held_out": []}
     return Context("w", Declared.below(run), {"bootstrap": 50, "seed": 0}, own)
 
 
@@ -479,6 +479,21 @@ def test_without_an_arm_it_only_transcribes_and_what_is_not_there_is_one_line(se
         arguments = {"--run": str(run), "--model": "w", "--audio": str(audio)} | dict([given])
         with pytest.raises(SystemExit, match=said):
             main(["transcribe", *(part for pair in arguments.items() for part in pair)])
+
+
+def test_a_reference_tells_what_speech_without_texts_says(tmp_path: Path) -> None:
+    sf.write(tmp_path / "a.flac", np.sin(np.arange(RATE) / 9), RATE, subtype="PCM_16")
+    row = {"id": "a", "path": tmp_path / "a.flac", "speaker": "s", "split": "val", "seconds": 1.0, "text": ""}
+    write_csv(tmp_path / "m.csv", pd.DataFrame([row | {"sha256": file_sha256(tmp_path / "a.flac")}]))
+    voices = [np.sin(np.arange(RATE) / 7).astype(np.float32)]
+    with pytest.raises(EqknobsError, match=r"a of .* has no text; give texts, name a splicing\.reference"):
+        speech(tmp_path / "m.csv", "val", RATE, voices, CFG)
+    model = SimpleNamespace(sample_rate=RATE, transcribe=lambda wavs: [f" {len(wavs[0])} samples"])
+    found = speech(tmp_path / "m.csv", "val", RATE, voices, CFG, model)
+    assert [(clip.domain, clip.text) for clip in found] == [(d, "16000 samples") for d in ("clean", "quiet", "noisy")]
+    model.transcribe = lambda wavs: [" "]
+    with pytest.raises(EqknobsError, match="no words to the reference"):
+        speech(tmp_path / "m.csv", "val", RATE, voices, CFG, model)
 
 
 # --- checks

@@ -11,9 +11,12 @@ import torch
 
 from eqknobs.errors import EqknobsError
 from eqknobs.evidence.estimates import records
+from eqknobs.evidence.inputs import Inputs
+from eqknobs.evidence.stage import Context
 from eqknobs.io import file_sha256, write_csv
 from eqknobs.sae import make_config, new_sae
 from eqknobs.stages.saes.checks import check, spliced_saes
+from eqknobs.stages.saes.section import _front, fronts, points
 from eqknobs.stages.saes.splicing import Spoken, _clips, spliced_scores
 from eqknobs.stages.saes.tables import LEAST_CLIPS, _spliced_finding, auc_draws, spliced_rows
 from helpers.recompute import check_splicing
@@ -212,3 +215,28 @@ def test_few_clips_decide_nothing(clips: int, verdict: str) -> None:
     assert found["verdict"] == verdict and ("decide nothing" in found["detail"]) == (verdict == "undecided")
     worse = {**row, "clips": LEAST_CLIPS, "wer_text_over_untrained_low": 0.1, "wer_text_over_untrained_high": 0.2}
     assert _spliced_finding(worse, rows)["verdict"] == "negative"  # fewer nats do not make up for words
+
+
+def test_sizes_and_sparsities_of_a_grid_are_drawn_and_listed(tmp_path) -> None:
+    grid = [
+        {"k": k, "d_sae": d, "val_fvu": 5 / k, "val_l0": k, "dead_share": 0.25} for k in (50, 25) for d in (32, 128)
+    ]
+    write_csv(tmp_path / "saes/w.layer.2/front/grid/front.csv", pd.DataFrame(grid))
+    write_csv(tmp_path / "saes/w.layer.2/other/grid/front.csv", pd.DataFrame([{"l0": 9} | grid[0]]).drop(columns="k"))
+    found = fronts(Context("w.layer.2", Inputs.below(tmp_path), {}, {}), ["front", "other", "without"])
+    assert list(found) == ["front", "other"] and found["front"]["val_l0"].tolist() == [25, 25, 50, 50]
+    shown = points(found)
+    assert shown["head"] == ["SAE", "d_sae", "k", "l0", "L0, val", "FVU, val", "dead share"]
+    assert [[text for text, _ in row] for row in shown["rows"]] == [
+        ["front", "32", "50", "–", "50.0", "0.100", "0.250"],
+        ["front", "128", "50", "–", "50.0", "0.100", "0.250"],
+        ["front", "32", "25", "–", "25.0", "0.200", "0.250"],
+        ["front", "128", "25", "–", "25.0", "0.200", "0.250"],
+        ["other", "32", "–", "9", "50.0", "0.100", "0.250"],
+    ]
+    assert points({}) is None
+    last = pd.DataFrame([{"val_l0": 30.0, "val_fvu": 0.2}])
+    drawn = _front(found, {(sae, 0): last for sae in ("front", "other")}, ["front", "other"], 0)
+    assert all(
+        f"{sae}, {width} features" in drawn["svg"] for sae, width in (("front", 32), ("front", 128), ("other", 32))
+    )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from eqknobs.corpus.checks import check_shares
 from eqknobs.errors import EqknobsError
 from eqknobs.plan import DECODING, SPEECH
 
@@ -21,8 +22,7 @@ def check(config: dict[str, Any]) -> None:
     known = [SPEECH, *config.get("corpora", {})]
     if accent["corpus"] is not None and accent["corpus"] not in known:
         raise EqknobsError(f"config: accent.corpus: {accent['corpus']!r} is not one of {', '.join(known)}")
-    if abs(sum(accent["synthesis"]["splits"].values()) - 1) > 1e-6:
-        raise EqknobsError("config: accent.synthesis.splits: train, val and test do not add up to 1; mend them")
+    check_shares("accent.synthesis", accent["synthesis"]["splits"])
 
 
 def _check_codecs(config: dict[str, Any], accent: dict[str, Any]) -> None:

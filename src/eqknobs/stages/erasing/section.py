@@ -37,7 +37,7 @@ LOOKS = {
 }
 
 
-SHORT = {"fisher": "", "classifier": ", classifier's", "random": ", random"}
+SHORT = {"fisher": "", "classifier": ", by weight", "random": ", random"}
 
 
 def _name(space: str, order: str) -> str:
@@ -107,8 +107,9 @@ def _share(row: dict[str, Any]) -> str:
         return "not told"
     if row["gone"] == 1:
         return "not before all"
-    share, low, high = (100 * row[name] for name in ("gone", "gone_low", "gone_high"))
-    return f"{share:.3g} % [{low:.3g}, {high:.3g}]"
+    ends = (100 * row[name] for name in ("gone", "gone_low", "gone_high"))
+    share, low, high = (f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in ends)
+    return f"{share} % [{low}, {high}]"
 
 
 def _ends_of_curves(rows: pd.DataFrame) -> pd.DataFrame:
@@ -144,11 +145,11 @@ def show(at: Context) -> dict[str, Any]:
         "intact": ("intact", 2),
         "majority": ("majority", 2),
         "gone at": _share,
-        "columns": lambda r: f"{r['removed']:.0f} of {r['width']:.0f}",
+        "columns": lambda r: f"{r['removed']:.0f} / {r['width']:.0f}",
         "score": ("score", 2),
         "others": ("off_target", 2),
         "change": ("off_change", 2),
-        "clips / speakers": display.sample,
+        "clips": display.sample,
     }
     swapped = {
         **first,

@@ -316,7 +316,13 @@ def _few(own: list[dict[str, Any]], sae: str, task: str, compared: list[dict[str
     detail += f"{number(whole['majority'])}; {sample(whole)}"
     enough = next((row for row in curve if row["score"] >= whole["score"] - tolerance), None)
     if whole["score"] <= whole["majority"] + tolerance:
-        return headline(STAGE, "undecided", f"The features of {sae} do not tell {task} of others' clips.", detail, cell)
+        return headline(
+            STAGE,
+            "undecided",
+            f"From all features of {sae}, {task} is told no better than by its most frequent value.",
+            detail,
+            cell,
+        )
     if enough is None:
         text = f"{curve[-1]['k']} features of {sae} tell {task} with {number(curve[-1]['score'])}, all of them better."
     else:

@@ -6,7 +6,7 @@ has not. A clip's speaker is what it shares with others: the piece that it is cu
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -124,13 +124,24 @@ def made(split: str, rate: int, voices: Sequence[np.ndarray], cfg: ClipsCfg) -> 
     return found
 
 
-def speech(manifest_csv: str | Path, split: str, rate: int, voices: Sequence[np.ndarray], cfg: ClipsCfg) -> list[Heard]:
-    """Clips of speech, each clean, quiet and noisy. Raises EqknobsError for one without a text."""
+def speech(
+    manifest_csv: str | Path,
+    split: str,
+    rate: int,
+    voices: Sequence[np.ndarray],
+    cfg: ClipsCfg,
+    reference: Any | None = None,
+) -> list[Heard]:
+    """Clips of speech, each clean, quiet and noisy. Raises EqknobsError for one without a text.
+
+    reference: a loaded Whisper whose transcript of the untouched clip is its text.
+    """
     found = []
     for i, row in enumerate(pick_clips(read_csv(manifest_csv), split, cfg["speech"][split]).itertuples()):
-        text = str(row.text).strip()
-        if not text:
-            raise EqknobsError(f"hallucination: {row.id} has no text in {manifest_csv}; give texts, or set it to null")
+        text = str(row.text) if reference is None else _heard_by(reference, row)
+        if not (text := text.strip()):
+            why = "no text; give texts, name a splicing.reference" if reference is None else "no words to the reference"
+            raise EqknobsError(f"hallucination: {row.id} of {manifest_csv} has {why}, or set it to null")
         wav = read_clip(row, rate)
         rng = np.random.default_rng([cfg["seed"], SPLITS.index(split), i, 1])
         under = noise(UNDER_SPEECH[split], len(wav), rate, rng, voices)
@@ -140,11 +151,20 @@ def speech(manifest_csv: str | Path, split: str, rate: int, voices: Sequence[np.
     return found
 
 
+def _heard_by(model: Any, row: Any) -> str:
+    return str(model.transcribe([read_clip(row, model.sample_rate)])[0])
+
+
 def heard_clips(
-    speech_csv: str | Path, manifests: Mapping[str, str | Path], split: str, rate: int, cfg: ClipsCfg
+    speech_csv: str | Path,
+    manifests: Mapping[str, str | Path],
+    split: str,
+    rate: int,
+    cfg: ClipsCfg,
+    reference: Any | None = None,
 ) -> list[Heard]:
-    """All clips of val or test: corpora of non-speech, noises, silence, speech in three conditions."""
+    """All clips of val or test: corpora of non-speech, noises, silence, speech in three conditions (see `speech`)."""
     talkers = pick_clips(read_csv(speech_csv), "train", TALKERS)
     voices = [read_clip(row, rate) for row in talkers.itertuples()]
     clips = [*non_speech(manifests, split, rate, cfg), *made(split, rate, voices, cfg)]
-    return [*clips, *speech(speech_csv, split, rate, voices, cfg)]
+    return [*clips, *speech(speech_csv, split, rate, voices, cfg, reference)]

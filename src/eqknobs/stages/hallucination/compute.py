@@ -81,6 +81,7 @@ class HallucinationCfg(TypedDict):
     max_tokens: int
     batch: int
     listen: int
+    reference: NotRequired[ModelCfg]  # whose transcript stands for the text of speech
     seed: int
     content: NotRequired[dict[str, str]]
 
@@ -444,8 +445,11 @@ def hallucinate(inputs: Inputs, out: Outputs, cfg: HallucinationCfg, pieces: Pie
         if not hasattr(model, "say"):
             raise EqknobsError(f"model {model.name} does not transcribe; hallucination needs kind whisper")
         fitted = fit_layers(model, inputs, saes, cfg)
+        reference = None
+        if "reference" in cfg:
+            reference = load_model({**cfg["reference"], "device": cfg["model"].get("device", "auto")})
         clips = {
-            split: heard_clips(inputs.speech, inputs.non_speech, split, model.sample_rate, cfg)
+            split: heard_clips(inputs.speech, inputs.non_speech, split, model.sample_rate, cfg, reference)
             for split in ("val", "test")
         }
         bench = Bench(model, cfg, clips, fitted, saes, own_pieces(model, cfg, pieces))
@@ -460,6 +464,7 @@ def hallucinate(inputs: Inputs, out: Outputs, cfg: HallucinationCfg, pieces: Pie
         decoding = {"edit": cfg["edit"], "blanks": cfg["blanks"], "max_tokens": cfg["max_tokens"]}
         points = {arm: point.columns() for arm, point in trial.chosen.items()}
         about = {"arms": points, "form": form, "heads": bench.heads, "limit": trial.limit, "label": cfg["label"]}
+        about["reference"] = reference.name if reference else "text"
         logprob = cfg["rivals"]["logprob"]
         write_json(out.chosen, {**about, **decoding, "tau": cfg["tau"], "logprob": logprob, "revision": model.revision})
         write_sounds(clips["test"], cfg["listen"], model.sample_rate, Path(out.sounds))

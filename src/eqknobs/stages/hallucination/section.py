@@ -110,17 +110,16 @@ def show(at: Context) -> dict[str, Any]:
     rows = rows.assign(order=rows["arm"].map(place)).sort_values("order", kind="stable")
     named: dict[str, Any] = {"arm": lambda r: ARMS[r["arm"]], "setting": lambda r: setting(r) or "–"}
     sound: dict[str, Any] = {
-        "words written": ("hallucination_rate", 3),
-        "detected": ("detection_rate", 3),
-        "no_speech_prob": ("no_speech_prob", 3),
+        "words": ("hallucination_rate", 2),
+        "detected": ("detection_rate", 2),
+        "no speech": ("no_speech_prob", 2),
     }
     speech: dict[str, Any] = {
-        "WER": ("wer_text", 3),
-        "left out": ("deletions", 3),
-        "detected, of speech": ("detection_rate_speech", 3),
+        "WER": ("wer_text", 2),
+        "deleted": ("deletions", 2),
+        "speech detected": ("detection_rate_speech", 2),
     }
-    kept: dict[str, Any] = {"margin kept on val": lambda r: "yes" if r["within_margin"] else "no"}
-    number = {"clips / speakers": display.sample}
+    kept: dict[str, Any] = {"margin kept": lambda r: "yes" if r["within_margin"] else "no"}
     test, val = rows[rows["split"] == "test"], rows[rows["split"] == "val"]
     domains = test[test["domain"] != "all"]
     by_domain: dict[str, Any] = {"arm": named["arm"]}
@@ -133,13 +132,16 @@ def show(at: Context) -> dict[str, Any]:
             frontier(rows, "hallucination_rate", "Words where nobody speaks", "share of non-speech clips with words"),
             frontier(rows, "no_speech_prob", "What the model says of it", "mean no_speech_prob of non-speech"),
         ],
-        "test": display.laid_out(test[test["domain"] == "all"], {**named, **sound, **speech, **kept, **number}),
+        "test": display.laid_out(test[test["domain"] == "all"], {**named, **sound, **speech, **kept}),
         "domains": display.laid_out(_wide(domains), by_domain),
-        "val": display.laid_out(val, {**named, **sound, **speech, **kept, **number}),
+        "val": display.laid_out(val, {**named, **sound, **speech, **kept}),
+        "samples": {split: display.sample(own.iloc[0].to_dict()) for split, own in (("test", test), ("val", val))},
         "clips": heard(at, at.inputs.csv(f"scores/{at.target}.hallucination.csv")),
         "about": about,
         "tau": at.own["tau"],
         "wer_margin": at.own["wer_margin"],
+        "non_speech": ", ".join(at.own["non_speech"]).capitalize(),
+        "held_out": at.own["held_out"],
     }
 
 

@@ -155,7 +155,7 @@ def findings(at: Context, facts: dict[str, Any]) -> list[dict[str, Any]]:
         text = (
             f"{at.target}, {ARMS[record['a']]} against {rival}: in the {measure.said}, the former {words} the latter."
         )
-        cell = (f"against {rival}", measure.said)
+        cell = (f"{ARMS[record['a']]}, against {rival}", measure.said)
         lines.append(headline(STAGE, verdict, text, numbers(record, measure), cell, difference(record)))
     return lines
 

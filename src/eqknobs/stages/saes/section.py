@@ -61,10 +61,27 @@ def _learning(
     ]
 
 
-def _front(at: Context, logs: dict[tuple[str, int], pd.DataFrame], saes: list[str], first: int) -> dict[str, str]:
-    fronts = {sae: f"saes/{at.target}/{sae}/grid/front.csv" for sae in saes}
-    found = {sae: at.inputs.csv(path).sort_values("val_l0") for sae, path in fronts.items() if at.inputs.has(path)}
+def fronts(at: Context, saes: list[str]) -> dict[str, pd.DataFrame]:
+    """SAE -> the points of its grid, by falling sparsity; of SAEs that have one."""
+    files = {sae: f"saes/{at.target}/{sae}/grid/front.csv" for sae in saes}
+    return {sae: at.inputs.csv(path).sort_values("val_l0") for sae, path in files.items() if at.inputs.has(path)}
 
+
+def points(found: dict[str, pd.DataFrame]) -> dict[str, Any] | None:
+    """The table of all points of all grids, in the order of the lists; found: see `fronts`."""
+    if not found:
+        return None
+    rows = pd.concat([own.sort_index().assign(sae=sae) for sae, own in found.items()])
+    measured = ["val_l0", "val_fvu", "dead_share", "sae"]
+    keys = sorted((key for key in rows if key not in measured), key=lambda key: key != "d_sae")
+    columns: dict[str, Any] = {"SAE": "sae", **{key: key for key in keys}}
+    columns |= {"L0, val": ("val_l0", 1), "FVU, val": ("val_fvu", 3), "dead share": ("dead_share", 3)}
+    return display.laid_out(rows, columns)
+
+
+def _front(
+    found: dict[str, pd.DataFrame], logs: dict[tuple[str, int], pd.DataFrame], saes: list[str], first: int
+) -> dict[str, str]:
     def draw(axes: plt.Axes) -> None:
         for sae in saes:
             color = sae_hue(sae, saes)
@@ -104,7 +121,7 @@ def show(at: Context) -> dict[str, Any]:
         (sae, seed): at.inputs.csv(f"saes/{at.target}/{sae}/seed{seed}/log.csv")
         for sae, seed in rows[["sae", "seed"]].drop_duplicates().itertuples(index=False)
     }
-    found = at.inputs.json(f"saes/{at.target}/saes.json")
+    found, grids = at.inputs.json(f"saes/{at.target}/saes.json"), fronts(at, saes)
     columns = {
         "SAE": "sae",
         "seed": "seed",
@@ -119,11 +136,12 @@ def show(at: Context) -> dict[str, Any]:
     }
     return {
         "drawn": [
-            _front(at, logs, saes, first),
+            _front(grids, logs, saes, first),
             *_learning(logs, saes, first, pale),
             _density(found["saes"], saes, first, pale),
         ],
         "dictionaries": display.laid_out(rows, columns),
+        "points": points(grids),
         "cross_seed": found["cross_seed"],
         "spliced": _spliced(at),
         "spliced_reference": _reference(at),

@@ -18,7 +18,7 @@ import pandas as pd
 from eqknobs.audio import write_flac
 from eqknobs.corpus.manifest import MANIFEST_COLUMNS, SPLITS
 from eqknobs.errors import EqknobsError
-from eqknobs.io import file_sha256, write_csv
+from eqknobs.io import file_sha256
 
 RATE = 22050  # of espeak-ng's formant synthesis, samples/s
 SYNCHRONOUS, NO_EXIT, UTF8 = 2, 1 << 15, 1  # speak_lib.h: AUDIO_OUTPUT_SYNCHRONOUS, espeakINITIALIZE_DONT_EXIT
@@ -28,7 +28,7 @@ LIMIT = 0.98  # of full scale, for the few peaks that levelling would clip
 
 
 class SynthesisCfg(TypedDict):
-    """What is said and by whom (`settings.yaml`)."""
+    """What is said and by whom: `accent.synthesis`, or a corpus of `corpora` with `source: synthesis`."""
 
     accents: list[str]  # espeak-ng's voices
     variants: list[str]  # its voice variants: the speakers
@@ -45,8 +45,8 @@ def _loader() -> Any:
         import espeakng_loader
     except ImportError as error:
         raise EqknobsError(
-            "accent.synthesis needs espeak-ng: run .venv/bin/pip install espeakng-loader==0.2.4, or give a corpus of "
-            "your own in accent.corpus"
+            "synthetic accents need espeak-ng: run .venv/bin/pip install espeakng-loader==0.2.4, or take a corpus of "
+            "your own"
         ) from error
     return espeakng_loader
 
@@ -57,7 +57,7 @@ def sex_of(variant: str) -> str:
     file = folder / variant
     if not file.is_file():
         known = ", ".join(sorted(path.name for path in folder.iterdir()))
-        raise EqknobsError(f"accent.synthesis.variants: espeak-ng has no variant {variant!r}; it has {known}")
+        raise EqknobsError(f"synthesis, variants: espeak-ng has no variant {variant!r}; it has {known}")
     for line in file.read_text("utf-8", "replace").splitlines():
         if line.split()[:1] == ["gender"]:
             return {"male": "M", "female": "F"}.get(line.split()[1], "")
@@ -85,9 +85,7 @@ def say(accent: str, variant: str, text: str) -> np.ndarray:
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.espeak_SetSynthCallback(keep)
         if library.espeak_SetVoiceByName(f"{accent}+{variant}".encode()):
-            raise EqknobsError(
-                f"accent.synthesis.accents: espeak-ng has no voice {accent!r}; see espeak-ng --voices=en"
-            )
+            raise EqknobsError(f"synthesis, accents: espeak-ng has no voice {accent!r}; see espeak-ng --voices=en")
         given = text.encode() + b"\0"
         library.espeak_Synth(given, ctypes.c_size_t(len(given)), 0, 0, 0, UTF8, None, None)
         library.espeak_Synchronize()
@@ -122,7 +120,7 @@ def allotted(names: dict[str, str], shares: dict[str, float], seed: int) -> dict
     counts = {split: round(share * len(order)) for split, share in shares.items()}
     empty = [split for split, share in shares.items() if share > 0 and counts[split] < 1]
     if empty or sum(counts[split] for split in ("test", "val") if split in counts) >= len(order):
-        raise EqknobsError(f"accent.synthesis: {len(order)} are too few to split by {shares}; give more")
+        raise EqknobsError(f"synthesis, splits: {len(order)} are too few to split by {shares}; give more")
     found, start = dict.fromkeys(order, "train"), 0
     for split in ("test", "val"):
         for name in order[start : start + counts.get(split, 0)]:
@@ -136,14 +134,14 @@ def sentences_of(path: str | Path, count: int) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise EqknobsError(f"accent.synthesis.sentences: {path} cannot be read ({error.strerror})") from error
+        raise EqknobsError(f"synthesis, sentences: {path} cannot be read ({error.strerror})") from error
     if len(lines) < count:
-        raise EqknobsError(f"accent.synthesis.count: {path} has {len(lines)} sentences, not {count}; add some")
+        raise EqknobsError(f"synthesis, count: {path} has {len(lines)} sentences, not {count}; add some")
     return lines[:count]
 
 
-def synthesise(folder: str | Path, manifest_csv: str | Path, cfg: SynthesisCfg, seed: int) -> None:
-    """Write one FLAC a clip into `folder`, and their manifest (columns as of any corpus; `speaker` is the variant).
+def synthesise(folder: str | Path, cfg: SynthesisCfg, seed: int) -> pd.DataFrame:
+    """Write one FLAC a clip into `folder`; return their manifest (columns as of any corpus; `speaker` is the variant).
 
     Test has variants and sentences that train and val have not; train and val share sentences, not variants. Raises
     EqknobsError if espeak-ng is not there, or knows an accent or a variant not.
@@ -173,5 +171,4 @@ def synthesise(folder: str | Path, manifest_csv: str | Path, cfg: SynthesisCfg, 
                 }
                 row |= {"seconds": round(len(wav) / RATE, 4), "split": split, "sha256": file_sha256(path)}
                 rows.append(row | {"text": text})
-    manifest = pd.DataFrame(rows, columns=MANIFEST_COLUMNS).sort_values("id", ignore_index=True)
-    write_csv(manifest_csv, manifest)
+    return pd.DataFrame(rows, columns=MANIFEST_COLUMNS).sort_values("id", ignore_index=True)
