@@ -31,10 +31,12 @@ def of_shard(items: Sequence[Item], shard: Shard | None) -> Sequence[Item]:
 def most_clips(config: dict[str, Any], corpus: str) -> int:
     """The most clips that a corpus of the run can have, before it is drawn."""
     data = corpus_config(config, corpus)
-    if "max_utterances" in data:
-        return int(data["max_utterances"])
-    parts = [data["of"]] if isinstance(data["of"], str) else data["of"]  # made of others
-    return sum(most_clips(config, name) for name in parts)
+    if data["source"] == "synthesis":
+        return len(data["accents"]) * len(data["variants"]) * int(data["count"])
+    if data["source"] in ("union", "mixture"):
+        each = 2 if data["source"] == "mixture" else 1  # clean and noisy
+        return each * sum(most_clips(config, name) for name in data["of"])
+    return int(data["max_utterances"])
 
 
 def sound_outputs(outputs: Any) -> tuple[Path, Any]:

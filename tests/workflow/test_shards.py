@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eqknobs.shards import of_shard, shards
+from eqknobs.shards import most_clips, of_shard, shards
 from helpers.workflow import copy_workflow, snakemake, write_config
 
 SPLIT = ("activations", "labels", "codec_renders", "originals", "judgements")
@@ -44,6 +44,14 @@ def test_clips_above_the_size_go_in_shards_that_share_them_evenly(clips: int, ea
     parts = [list(of_shard(range(clips), (which, number))) for which in range(number)]
     assert number == expected and [*chain(*parts)] == list(range(clips)) == list(of_shard(range(clips), None))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1 and (each is None or max(map(len, parts)) <= each)
+
+
+def test_a_corpus_that_is_made_has_as_many_clips_as_go_into_it() -> None:
+    spoken = {"source": "synthesis", "accents": ["a", "b"], "variants": ["x", "y", "z"], "count": 4}
+    corpora = {"spoken": spoken, "both": {"source": "union", "of": ["speech", "spoken"]}}
+    corpora["noisy"] = {"source": "mixture", "of": ["both"], "noise": ["spoken"]}
+    config = {"data": {"source": "folder", "max_utterances": 10}, "corpora": corpora}
+    assert [most_clips(config, name) for name in ("speech", "spoken", "both", "noisy")] == [10, 24, 34, 68]
 
 
 def test_every_kind_of_job_is_planned_in_shards_of_at_most_so_many_clips(tmp_path: Path) -> None:
